@@ -1,0 +1,244 @@
+// shardkit reshard, convert and plan: open → describe → plan → execute → commit.
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "cli/print.h"
+#include "formats/kernels.h"
+#include "formats/target.h"
+#include "libshard/error.h"
+#include "libshard/numeric.h"
+
+#include <chrono>
+#include <fstream>
+
+#include <unistd.h>
+
+namespace cli {
+namespace {
+
+struct Ask {
+  std::string from, to, format, dtype, max_shard_size = "50GB", pad = "zeros", report;
+  std::optional<std::int64_t> tp, pp, vpp, ep, etp, first, last;
+  std::optional<std::string> pp_layout;
+  bool force = false, no_sync = false, weights_only = false, dry_run = false, merge_lora = false;
+  ModelOptions model;
+  RunOptions run;
+};
+
+/// Sizes left out are kept from the source; a new pipeline forgets what only fitted the old one.
+shard::Parallel wanted_layout(const Ask& ask, const formats::Checkpoint& source) {
+  auto out = source.parallel.value_or(shard::Parallel{});
+  const bool etp_follows = out.etp == out.tp;
+  if (ask.pp || ask.vpp) {
+    out.first_stage_layers = out.last_stage_layers = std::nullopt;
+    out.pp_layout.clear();
+  }
+  if (ask.tp) out.tp = *ask.tp;
+  if (ask.pp) out.pp = *ask.pp;
+  if (ask.pp && *ask.pp == 1) out.vpp = 1;
+  if (ask.vpp) out.vpp = *ask.vpp;
+  if (ask.ep) out.ep = *ask.ep;
+  out.etp = ask.etp ? *ask.etp : etp_follows ? out.tp : out.etp;
+  if (ask.first) out.first_stage_layers = *ask.first;
+  if (ask.last) out.last_stage_layers = *ask.last;
+  if (ask.pp_layout) {
+    out.pp_layout = *ask.pp_layout;
+    out.first_stage_layers = out.last_stage_layers = std::nullopt;
+    out.account_for_embedding = out.account_for_loss = false;
+    if (!ask.vpp) out.vpp = 1;
+  }
+  return out;
+}
+
+shard::Pad wanted_pad(const std::string& text) { return text == "last" ? shard::Pad::Last : text == "mean" ? shard::Pad::Mean : shard::Pad::Zeros; }
+
+formats::TargetOptions target_options(const Ask& ask, const formats::Checkpoint& source) {
+  formats::TargetOptions out;
+  out.format = ask.format.empty() ? source.format : ask.format;
+  out.keep_spelling = ask.format.empty() || ask.format == source.format;
+  out.parallel = wanted_layout(ask, source);
+  out.max_shard_size = parse_size(ask.max_shard_size);
+  out.force = ask.force;
+  if (!ask.dtype.empty()) {
+    out.dtype = shard::dtype_named(ask.dtype);
+    shard::require(out.dtype && shard::castable(shard::DType::F32, *out.dtype), shard::Code::Usage,
+                   [&] { return fmt::format("--dtype {}: is no floating type to cast to; f32, bf16, f16, f64, f8_e4m3 and f8_e5m2 are", ask.dtype); });
+  }
+  return out;
+}
+
+/// The mean row of a vocabulary tensor over its true rows, in its own type.
+std::vector<std::byte> mean_row(const formats::LocalReader& reader, const shard::ShardedTensor& tensor, std::optional<shard::Index> vocab) {
+  const auto rows = vocab ? std::min(*vocab, tensor.global_shape[0]) : tensor.global_shape[0];
+  const auto width = static_cast<std::size_t>(shard::volume(tensor.global_shape) / tensor.global_shape[0]);
+  const auto item = size_of(tensor.dtype);
+  std::vector<double> sums(width);
+  std::vector<std::byte> row(width * item);
+  std::vector<bool> seen(static_cast<std::size_t>(rows));
+  for (const auto& shard : tensor.shards)
+    for (shard::Index i = shard.box.lo[0]; i < std::min(rows, shard.box.lo[0] + shard.box.size[0]); ++i) {
+      if (seen[static_cast<std::size_t>(i)] || shard.box.size[1] != tensor.global_shape[1]) continue;
+      seen[static_cast<std::size_t>(i)] = true;
+      reader.read(shard.place.stream, shard.place.offset + static_cast<std::uint64_t>((i - shard.box.lo[0]) * shard.place.stride[0]), row);
+      for (std::size_t c = 0; c < width; ++c) sums[c] += shard::value_at(row.data() + c * item, tensor.dtype);
+    }
+  std::vector<double> mean(width);
+  for (std::size_t c = 0; c < width; ++c) mean[c] = rows ? sums[c] / static_cast<double>(rows) : 0;
+  shard::cast(std::as_bytes(std::span(mean)), shard::DType::F64, row, tensor.dtype);
+  return row;
+}
+
+Json dropped_json(const std::vector<formats::Dropped>& dropped) {
+  auto out = Json::array();
+  for (const auto& item : dropped) out.push_back({{"key", item.key}, {"why", item.why}});
+  return out;
+}
+
+std::uint64_t planned_bytes(const shard::Plan& plan, bool target) {
+  std::uint64_t out = 0;
+  for (const auto& copy : plan.copies)
+    if (target) out += copy.bytes() / size_of(copy.from_type) * size_of(copy.to_type);
+    else if (copy.from_stream < shard::kMemoryStreams) out += copy.bytes();
+  return out;
+}
+
+struct Outcome {
+  const formats::Checkpoint& source;
+  const formats::Target& target;
+  const formats::TargetOptions& options;
+  std::vector<formats::Dropped> dropped;
+  std::vector<std::string> filled, files;
+  shard::Report report;
+  double seconds;
+};
+
+Json outcome_json(const Ask& ask, const Outcome& outcome) {
+  auto ties = Json::array();
+  for (const auto& [alias, owner] : outcome.source.logical.ties) ties.push_back({{"alias", alias}, {"owner", owner}});
+  Json out{{"source", {{"path", ask.from}, {"format", outcome.source.format}, {"layout", layout_json(outcome.source.parallel)}}},
+           {"target", {{"path", ask.to}, {"format", outcome.options.format}, {"layout", outcome.source.megatron ? layout_json(outcome.options.parallel) : Json(nullptr)}, {"files", outcome.files}}},
+           {"bytes_read", outcome.report.bytes_read},
+           {"bytes_written", outcome.report.bytes_written},
+           {"bytes_copied_in_kernel", outcome.report.bytes_copied_in_kernel},
+           {"seconds", outcome.seconds},
+           {"peak_memory_bytes", peak_memory()},
+           {"tensors", outcome.target.logical.tensors.size()},
+           {"dropped", dropped_json(outcome.dropped)},
+           {"carried", outcome.target.carried},
+           {"tied", ties},
+           {"padded", outcome.filled}};
+  if (outcome.target.padded_vocab) out["padded_vocab_size"] = outcome.target.padded_vocab;
+  if (!outcome.target.notes.empty()) out["notes"] = outcome.target.notes;
+  return out;
+}
+
+void print_summary(const Ask& ask, const Outcome& outcome) {
+  const auto& report = outcome.report;
+  fmt::print(stderr, "{} {} → {}: {} tensors, {} in {:.2f} s ({}/s), {} files\n", ask.dry_run ? "would write" : "wrote", outcome.source.format, outcome.options.format,
+             outcome.target.logical.tensors.size(), human_bytes(report.bytes_written), outcome.seconds,
+             human_bytes(static_cast<std::uint64_t>(static_cast<double>(report.bytes_written) / std::max(outcome.seconds, 1e-6))), outcome.files.size());
+  if (outcome.source.megatron) fmt::print(stderr, "layout: {} → {}\n", outcome.source.parallel ? layout_line(*outcome.source.parallel) : "unknown", layout_line(outcome.options.parallel));
+  for (const auto& [alias, owner] : outcome.source.logical.ties) fmt::print(stderr, "tied: {} is {}\n", alias, owner);
+  for (const auto& key : outcome.filled) fmt::print(stderr, "padded: new rows of {} are {}\n", key, ask.pad == "zeros" ? "zero" : ask.pad == "last" ? "copies of its last row" : "its mean row");
+  for (const auto& note : outcome.target.notes) fmt::print(stderr, "note: {}\n", note);
+  for (const auto& item : outcome.dropped) fmt::print(stderr, "dropped: {} ({})\n", item.key, item.why);
+}
+
+std::vector<formats::Dropped> all_dropped(const formats::Checkpoint& source, const formats::Target& target) {
+  auto out = source.not_carried;
+  for (const auto& key : source.optimizer) out.push_back({key, "optimizer state; --weights-only"});
+  for (const auto& object : source.stored.objects)
+    if (object.kind == "optimizer") out.push_back({object.key, "optimizer state; --weights-only"});
+  out.insert(out.end(), target.dropped.begin(), target.dropped.end());
+  return out;
+}
+
+int run(const Ask& ask) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto budget = ask.run.budget();
+  auto open = ask.model.open;
+  open.threads = budget.threads;
+  shard::require(!ask.merge_lora, shard::Code::Usage, [] { return "--merge-lora: LoRA adapters are not supported yet"; });
+  const auto source = formats::open(ask.from, open);                                                     // open
+  shard::require(!source.needs_weights_only || ask.weights_only, shard::Code::BadFormat,
+                 [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });
+  refuse(source.findings);
+  const auto options = target_options(ask, source);
+  const auto path = ask.dry_run ? std::filesystem::temp_directory_path() / fmt::format("shardkit-plan-{}", ::getpid()) : std::filesystem::path(ask.to);
+  if (ask.dry_run && !ask.force)
+    shard::require(ask.to.empty() || !std::filesystem::exists(ask.to), shard::Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", ask.to); });
+  auto target = formats::create(path, source, options);                                                  // describe
+  const formats::LocalReader reader(source.logical, source.files);
+  const auto plan = make_plan(source.logical, target.logical,                                            // plan
+                              {wanted_pad(ask.pad), options.dtype.has_value(), [&](const auto& tensor) { return mean_row(reader, tensor, source.vocab); }});
+  shard::Report report;
+  if (ask.dry_run) {
+    report.bytes_read = planned_bytes(plan, false);
+    report.bytes_written = planned_bytes(plan, true);
+  } else {
+    ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json);
+    report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());          // execute
+    refuse(report.findings);
+    target.writer->commit(report.crc32, !ask.no_sync);                                                   // commit
+  }
+  const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), report,
+                        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
+  if (ask.run.json) print_json(outcome_json(ask, outcome));
+  else if (!ask.run.quiet) print_summary(ask, outcome);
+  if (!ask.report.empty()) {
+    std::ofstream file(ask.report);
+    file << outcome_json(ask, outcome).dump(2, ' ', false, Json::error_handler_t::replace) << '\n';
+    file.flush();
+    shard::require(file.good(), shard::Code::Io, [&] { return fmt::format("{}: cannot write the report", ask.report); });
+  }
+  return 0;
+}
+
+void add_options(CLI::App& command, Ask& ask) {
+  command.add_option("SRC", ask.from, "Source checkpoint")->required();
+  command.add_option("DST", ask.to, "Target folder; must not exist")->required();
+  const auto size = [&](const char* flag, auto& value, const char* what) { command.add_option(flag, value, what)->group("Layout"); };
+  size("--tp", ask.tp, "Tensor parallel size");
+  size("--pp", ask.pp, "Pipeline parallel size");
+  size("--vpp", ask.vpp, "Virtual pipeline chunks a stage");
+  size("--ep", ask.ep, "Expert parallel size");
+  size("--etp", ask.etp, "Expert tensor parallel size");
+  size("--first-stage-layers", ask.first, "Layers on the first stage");
+  size("--last-stage-layers", ask.last, "Layers on the last stage");
+  command.add_option("--pp-layout", ask.pp_layout, "Stages as text, e.g. 'Et*3|(tt|)*2,m|L'")->group("Layout");
+  command.add_option("--pad", ask.pad, "New padding rows of the vocabulary")->check(CLI::IsMember({"zeros", "last", "mean"}));
+  command.add_flag("--weights-only", ask.weights_only, "Drop optimizer state");
+  command.add_flag("--force", ask.force, "Replace DST");
+  command.add_flag("--no-sync", ask.no_sync, "Leave syncing to the system");
+  command.add_option("--report", ask.report, "Write the summary as JSON")->type_name("FILE.json");
+  ask.model.add_to(command);
+  ask.run.add_to(command);
+}
+
+void add_format(CLI::App& command, Ask& ask, bool required) {
+  auto* option = command.add_option("--to", ask.format, "torch_dist, mp_rank, dcp or hf")->type_name("FORMAT");
+  if (required) option->required();
+  command.add_option("--dtype", ask.dtype, "Cast floating tensors: bf16, f16, f32 …");
+  command.add_option("--max-shard-size", ask.max_shard_size, "Largest safetensors file (default 50GB)")->type_name("SIZE");
+  command.add_flag("--merge-lora", ask.merge_lora, "Merge a LoRA adapter");
+}
+
+}  // namespace
+
+void add_convert(CLI::App& app, Action& action) {
+  const auto add = [&](const char* name, const char* what, bool format, bool required, bool dry) {
+    auto ask = std::make_shared<Ask>();
+    auto* command = app.add_subcommand(name, what);
+    add_options(*command, *ask);
+    if (format) add_format(*command, *ask, required);
+    if (!dry) command->add_flag("--dry-run", ask->dry_run, "Say what would be done");
+    command->callback([ask, dry, &action] {
+      if (dry) ask->dry_run = true;
+      action = [ask] { return run(*ask); };
+    });
+  };
+  add("reshard", "Another parallel layout, same format and keys", false, false, false);
+  add("convert", "Another format (and layout)", true, true, false);
+  add("plan", "What reshard or convert would do", true, false, true);
+}
+
+}  // namespace cli

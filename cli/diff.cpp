@@ -1,0 +1,95 @@
+// shardkit diff: where two checkpoints differ, across formats and layouts.
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "cli/print.h"
+#include "formats/kernels.h"
+#include "libshard/error.h"
+#include "libshard/inspectors.h"
+
+namespace cli {
+namespace {
+
+struct Ask {
+  std::string a, b;
+  double atol = 0, rtol = 0;
+  ModelOptions model;
+  RunOptions run;
+};
+
+struct Result {
+  std::vector<std::string> only_in_a, only_in_b;
+  std::vector<shard::TensorDifference> different;
+  bool same() const { return only_in_a.empty() && only_in_b.empty() && different.empty(); }
+};
+
+shard::Shape index_of(const formats::Checkpoint& a, const shard::TensorDifference& one) {
+  return shard::unravel(static_cast<shard::Index>(one.difference.first), a.logical.tensors.at(one.key).natural);
+}
+
+Result compare(const Ask& ask, const formats::Checkpoint& a, const formats::Checkpoint& b, const shard::Budget& budget) {
+  Result out;
+  for (const auto& [key, tensor] : a.logical.tensors)
+    if (!b.logical.tensors.contains(key)) out.only_in_a.push_back(key);
+  for (const auto& [key, tensor] : b.logical.tensors)
+    if (!a.logical.tensors.contains(key)) out.only_in_b.push_back(key);
+  const formats::LocalReader left(a.logical, a.files), right(b.logical, b.files);
+  std::vector<shard::Finding> findings;
+  ProgressBar bar("comparing", ask.run.quiet || ask.run.json);
+  const auto vocab = a.vocab ? a.vocab : b.vocab;
+  out.different = diff_tensors(left, vocab, right, vocab, formats::kernels(), budget, findings, bar.callback());
+  bar.clear();
+  refuse(findings);
+  std::erase_if(out.different, [&](const auto& one) {
+    const bool close = one.difference.max_abs <= ask.atol || one.difference.max_rel <= ask.rtol;
+    return one.note.empty() && (ask.atol > 0 || ask.rtol > 0) && close;
+  });
+  return out;
+}
+
+int run(const Ask& ask) {
+  const auto budget = ask.run.budget();
+  auto options = ask.model.open;
+  options.threads = budget.threads;
+  const auto a = formats::open(ask.a, options), b = formats::open(ask.b, options);
+  refuse(a.findings);
+  refuse(b.findings);
+  const auto result = compare(ask, a, b, budget);
+  if (ask.run.json) {
+    auto different = Json::array();
+    for (const auto& one : result.different) {
+      const auto& d = one.difference;
+      different.push_back({{"key", one.key}, {"count", d.count}, {"max_abs", d.max_abs}, {"max_rel", d.max_rel}, {"max_ulp", d.max_ulp},
+                           {"first", one.note.empty() ? Json(index_of(a, one)) : Json::array()}, {"hint", one.note.empty() ? Json(nullptr) : Json(one.note)}});
+    }
+    print_json({{"same", result.same()}, {"only_in_a", result.only_in_a}, {"only_in_b", result.only_in_b}, {"different", different}});
+  } else if (!ask.run.quiet) {
+    for (const auto& key : result.only_in_a) fmt::print("only in {}: {}\n", ask.a, key);
+    for (const auto& key : result.only_in_b) fmt::print("only in {}: {}\n", ask.b, key);
+    std::vector<std::vector<std::string>> rows;
+    if (!result.different.empty()) rows.push_back({"KEY", "DIFFER", "MAX ABS", "MAX REL", "MAX ULP", "FIRST"});
+    for (const auto& one : result.different) {
+      const auto& d = one.difference;
+      if (!one.note.empty()) rows.push_back({one.key, one.note});
+      else rows.push_back({one.key, std::to_string(d.count), fmt::format("{:.3g}", d.max_abs), fmt::format("{:.3g}", d.max_rel), std::to_string(d.max_ulp), shard::to_string(index_of(a, one))});
+    }
+    print_table(rows);
+    if (result.same()) fmt::print("same: {} tensors\n", a.logical.tensors.size());
+  }
+  return result.same() ? 0 : 1;
+}
+
+}  // namespace
+
+void add_diff(CLI::App& app, Action& action) {
+  auto ask = std::make_shared<Ask>();
+  auto* command = app.add_subcommand("diff", "Where two checkpoints differ, across formats and layouts");
+  command->add_option("A", ask->a, "Checkpoint")->required();
+  command->add_option("B", ask->b, "Checkpoint")->required();
+  command->add_option("--atol", ask->atol, "Tolerate tensors whose largest difference is at most this");
+  command->add_option("--rtol", ask->rtol, "Tolerate tensors whose largest relative difference is at most this");
+  ask->model.add_to(*command);
+  ask->run.add_to(*command);
+  command->callback([ask, &action] { action = [ask] { return run(*ask); }; });
+}
+
+}  // namespace cli

@@ -1,0 +1,81 @@
+// Reading shared options; signals only set a flag that the executor looks at.
+#include "cli/options.h"
+
+#include "libshard/error.h"
+
+#include <csignal>
+#include <thread>
+
+namespace cli {
+namespace {
+
+std::atomic<bool> stop = false;
+volatile std::sig_atomic_t signal_number = 0;
+
+void on_signal(int number) {
+  signal_number = number;
+  stop = true;
+}
+
+}  // namespace
+
+void ModelOptions::add_to(CLI::App& command) {
+  command.add_option("--iteration", open.iteration, "Iteration of a Megatron run folder (default: the latest)");
+  command.add_option("--vocab-size", open.vocab, "True vocabulary size, where the checkpoint does not say it");
+  command.add_option("--drop", open.drop, "Leave out tensors whose key fits GLOB")->type_name("GLOB");
+  static constexpr std::pair<const char*, const char*> kSizes[] = {
+      {"layers", "--num-layers"}, {"hidden", "--hidden-size"}, {"ffn", "--ffn-hidden-size"}, {"heads", "--num-attention-heads"},
+      {"groups", "--num-query-groups"}, {"head", "--kv-channels"}, {"positions", "--max-position-embeddings"}, {"experts", "--num-experts"},
+      {"expert_ffn", "--moe-ffn-hidden-size"}, {"vocab_multiple", "--make-vocab-size-divisible-by"}};
+  for (const auto& [name, flag] : kSizes)
+    command.add_option_function<std::int64_t>(flag, [this, key = std::string(name)](std::int64_t value) { open.parameters[key] = value; })
+        ->group("Model sizes that the checkpoint lacks");
+  command.add_flag_callback("--swiglu", [this] { open.parameters["gated"] = 1; })->group("Model sizes that the checkpoint lacks");
+}
+
+void RunOptions::add_to(CLI::App& command) {
+  command.add_option("--threads", threads, "Worker threads (default: all cores)");
+  command.add_option("--mem-limit", memory, "Memory for buffers (default 256MiB)")->type_name("SIZE");
+  command.add_option("--device", device, "auto, cpu or cuda[:N] (default cpu)");
+  command.add_flag("-q,--quiet", quiet, "No progress, no summary");
+  command.add_flag("-v,--verbose", verbose, "Say more");
+  command.add_flag("--json", json, "One JSON object on stdout");
+}
+
+shard::Budget RunOptions::budget() const {
+  shard::require(device == "cpu" || device == "auto", shard::Code::Device,
+                 [&] { return fmt::format("--device {}: this build has no CUDA support; cpu is there", device); });
+  const auto cores = std::max(1u, std::thread::hardware_concurrency());
+  shard::require(threads <= 4096, shard::Code::Usage, [&] { return fmt::format("--threads {}: should be at most 4096", threads); });
+  return {threads ? threads : cores, parse_size(memory), &stop};
+}
+
+std::uint64_t parse_size(const std::string& text) {
+  static const std::map<std::string, std::uint64_t> units{{"", 1}, {"B", 1}, {"KB", 1'000}, {"MB", 1'000'000}, {"GB", 1'000'000'000},
+      {"TB", 1'000'000'000'000}, {"K", 1ull << 10}, {"M", 1ull << 20}, {"G", 1ull << 30}, {"T", 1ull << 40},
+      {"KIB", 1ull << 10}, {"MIB", 1ull << 20}, {"GIB", 1ull << 30}, {"TIB", 1ull << 40}};
+  std::size_t digits = 0;
+  while (digits < text.size() && (std::isdigit(static_cast<unsigned char>(text[digits])) || text[digits] == '.')) ++digits;
+  std::string unit;
+  for (auto i = digits; i < text.size(); ++i)
+    if (text[i] != ' ') unit += static_cast<char>(std::toupper(static_cast<unsigned char>(text[i])));
+  const auto found = units.find(unit);
+  double number = 0;
+  try {
+    number = digits && digits < 20 ? std::stod(text.substr(0, digits)) : 0;
+  } catch (const std::exception&) {
+  }
+  shard::require(found != units.end() && number > 0 && number * static_cast<double>(found->second) < 9e18, shard::Code::Usage,
+                 [&] { return fmt::format("'{}' is no size; 5GB, 512MiB or bytes are", text); });
+  return static_cast<std::uint64_t>(number * static_cast<double>(found->second));
+}
+
+const std::atomic<bool>& stop_flag() { return stop; }
+int stopped_by() { return signal_number; }
+
+void watch_signals() {
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) std::signal(number, on_signal);
+  std::signal(SIGPIPE, SIG_IGN);
+}
+
+}  // namespace cli

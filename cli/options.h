@@ -1,0 +1,38 @@
+// Options that several commands share.
+#pragma once
+
+#include "formats/checkpoint.h"
+#include "libshard/execute.h"
+
+#include <CLI/CLI.hpp>
+
+#include <string>
+
+namespace cli {
+
+/// --iteration, --vocab-size, --drop, and the model's sizes by hand.
+struct ModelOptions {
+  formats::OpenOptions open;
+  void add_to(CLI::App& command);
+};
+
+/// --threads, --mem-limit, --device, -q, -v, --json.
+struct RunOptions {
+  unsigned threads = 0;
+  std::string memory = "256MiB", device = "cpu";
+  bool quiet = false, verbose = false, json = false;
+  void add_to(CLI::App& command);
+  /// Threads, memory and the stop flag that signals set. Throws Usage for sizes that are none, Device for devices that
+  /// are not here.
+  shard::Budget budget() const;
+};
+
+/// "5GB" (10^9), "5GiB" (2^30), or bytes. Throws Usage.
+std::uint64_t parse_size(const std::string& text);
+
+/// Set by SIGINT, SIGTERM, SIGHUP; the signal's number.
+const std::atomic<bool>& stop_flag();
+int stopped_by();
+void watch_signals();
+
+}  // namespace cli

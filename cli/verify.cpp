@@ -1,0 +1,157 @@
+// shardkit verify: every way in which a checkpoint can contradict itself, as findings.
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "cli/print.h"
+#include "formats/kernels.h"
+#include "libshard/error.h"
+#include "libshard/inspectors.h"
+
+#include <algorithm>
+#include <fstream>
+
+namespace cli {
+namespace {
+
+using shard::Finding;
+
+constexpr const char* kRules[] = {"coverage", "overlap", "replica", "tie", "nonfinite", "shape", "dtype", "missing",
+                                  "unexpected", "padding", "checksum", "rank", "unverifiable"};
+
+struct Ask {
+  std::string path, against, junit;
+  ModelOptions model;
+  RunOptions run;
+};
+
+struct Result {
+  std::vector<Finding> findings;
+  std::map<std::string, std::uint64_t> checked;
+  bool ok() const {
+    return std::none_of(findings.begin(), findings.end(), [](const Finding& f) { return f.severity == Finding::Severity::Error; });
+  }
+};
+
+/// Tensors whose items turned out to be of another type or shape cannot be read by the shape that metadata gives.
+shard::ShardedStateDict readable(shard::ShardedStateDict dict, const std::vector<Finding>& findings) {
+  for (const auto& finding : findings)
+    if (finding.rule == "dtype" || finding.rule == "shape") dict.tensors.erase(finding.key);
+  return dict;
+}
+
+void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared, std::uint64_t sums, Result& out) {
+  const auto note = [&](const char* key, std::string message) { out.findings.push_back({"unverifiable", Finding::Severity::Note, key, std::move(message)}); };
+  if (checkpoint.format == "torch_dist" || checkpoint.format == "dcp") note("replicas", "this format stores one copy of every element; replicas cannot be compared");
+  if (checkpoint.tied.value_or(false) && !ties_compared) note("output.weight", "tied to the embedding and stored once; there is no second copy to compare");
+  if (sums == 0 && !checkpoint.stored.streams.empty()) note("checksums", "this format records no checksums");
+  if (checkpoint.megatron && !checkpoint.vocab) note("vocabulary", "args do not say the true vocabulary size; padding rows are taken for tokens");
+}
+
+Result check(const Ask& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
+  Result out{checkpoint.findings, {}};
+  const auto stored = readable(checkpoint.stored, checkpoint.findings);
+  auto logical = readable(checkpoint.logical, checkpoint.findings);
+  const auto replicas = compare_replicas(logical);
+  auto described = checkpoint.logical;
+  described.streams = checkpoint.stored.streams;
+  const formats::LocalReader reader(described, checkpoint.files);
+  ProgressBar bar("verifying", ask.run.quiet || ask.run.json);
+  auto found = scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());
+  bar.clear();
+  out.findings.insert(out.findings.end(), found.begin(), found.end());
+  const auto ties = static_cast<std::uint64_t>(std::count_if(replicas.comparisons.begin(), replicas.comparisons.end(), [](const auto& c) { return c.tie; }));
+  std::uint64_t sums = 0, floating = 0;
+  for (const auto& stream : checkpoint.stored.streams) sums += stream.crc32.has_value();
+  for (const auto& [key, tensor] : stored.tensors) floating += is_floating(tensor.dtype);
+  const auto tensors = checkpoint.stored.tensors.size();
+  out.checked = {{"coverage", tensors}, {"overlap", tensors}, {"replica", replicas.comparisons.size() - ties}, {"tie", ties}, {"nonfinite", floating},
+                 {"shape", tensors}, {"dtype", tensors}, {"missing", checkpoint.logical.tensors.size()}, {"unexpected", tensors},
+                 {"padding", checkpoint.megatron ? 1u : 0u}, {"checksum", sums}, {"rank", checkpoint.format == "mp_rank" ? checkpoint.stored.files.size() : 0}};
+  note_unverifiable(checkpoint, ties > 0, sums, out);
+  return out;
+}
+
+void compare_with(const Ask& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget, Result& out) {
+  auto options = ask.model.open;
+  options.threads = budget.threads;
+  const auto other = formats::open(ask.against, options);
+  refuse(other.findings);
+  const formats::LocalReader a(checkpoint.logical, checkpoint.files), b(other.logical, other.files);
+  const auto vocab = checkpoint.vocab ? checkpoint.vocab : other.vocab;
+  for (const auto& difference : diff_tensors(a, vocab, b, vocab, formats::kernels(), budget, out.findings))
+    out.findings.push_back({difference.note.empty() ? "replica" : "shape", Finding::Severity::Error, difference.key,
+                            difference.note.empty() ? fmt::format("differs from {} in {} elements, by up to {} ULP", ask.against, difference.difference.count, difference.difference.max_ulp)
+                                                    : difference.note});
+  for (const auto& [key, tensor] : checkpoint.logical.tensors)
+    if (!other.logical.tensors.contains(key)) out.findings.push_back({"unexpected", Finding::Severity::Error, key, fmt::format("{} does not hold it", ask.against)});
+  for (const auto& [key, tensor] : other.logical.tensors)
+    if (!checkpoint.logical.tensors.contains(key)) out.findings.push_back({"missing", Finding::Severity::Error, key, fmt::format("{} holds it", ask.against)});
+}
+
+std::string escaped(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    if (c == '&') out += "&amp;";
+    else if (c == '<') out += "&lt;";
+    else if (c == '>') out += "&gt;";
+    else if (c == '"') out += "&quot;";
+    else if (static_cast<unsigned char>(c) < 0x20) out += ' ';
+    else out += c;
+  }
+  return out;
+}
+
+/// One test case a rule.
+void write_junit(const std::string& path, const Result& result, const std::string& name) {
+  std::ofstream file(path);
+  std::size_t failures = 0;
+  std::string cases;
+  for (const char* rule : kRules) {
+    std::string text;
+    for (const auto& finding : result.findings)
+      if (finding.rule == rule && finding.severity == Finding::Severity::Error) text += fmt::format("{}: {}\n", finding.key, finding.message);
+    cases += fmt::format("  <testcase classname=\"shardkit.verify\" name=\"{}\"", rule);
+    if (text.empty()) cases += "/>\n";
+    else cases += fmt::format("><failure message=\"{}\">{}</failure></testcase>\n", escaped(text.substr(0, text.find('\n'))), escaped(text)), ++failures;
+  }
+  file << "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n"
+       << fmt::format("<testsuite name=\"shardkit verify {}\" tests=\"{}\" failures=\"{}\">\n{}</testsuite>\n", escaped(name), std::size(kRules), failures, cases);
+  file.flush();
+  shard::require(file.good(), shard::Code::Io, [&] { return fmt::format("{}: cannot write", path); });
+}
+
+int run(const Ask& ask) {
+  const auto budget = ask.run.budget();
+  auto options = ask.model.open;
+  options.threads = budget.threads;
+  const auto checkpoint = formats::open(ask.path, options);
+  auto result = check(ask, checkpoint, budget);
+  if (!ask.against.empty()) compare_with(ask, checkpoint, budget, result);
+  if (!ask.junit.empty()) write_junit(ask.junit, result, ask.path);
+  if (ask.run.json) {
+    print_json({{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}});
+  } else if (!ask.run.quiet || !result.ok()) {
+    print_findings(result.findings);
+    if (!ask.run.quiet) {
+      std::string counts;
+      for (const auto& [rule, count] : result.checked)
+        if (count) counts += fmt::format("{}{} {}", counts.empty() ? "" : ", ", count, rule);
+      fmt::print("{}: {} (checked: {})\n", ask.path, result.ok() ? "sound" : "NOT sound", counts);
+    }
+  }
+  return result.ok() ? 0 : 1;
+}
+
+}  // namespace
+
+void add_verify(CLI::App& app, Action& action) {
+  auto ask = std::make_shared<Ask>();
+  auto* command = app.add_subcommand("verify", "Is a checkpoint whole and consistent?");
+  command->add_option("CKPT", ask->path, "Checkpoint folder or file")->required();
+  command->add_option("--against", ask->against, "Another checkpoint that should hold the same weights")->type_name("CKPT");
+  command->add_option("--junit", ask->junit, "Write the findings as JUnit XML")->type_name("FILE");
+  ask->model.add_to(*command);
+  ask->run.add_to(*command);
+  command->callback([ask, &action] { action = [ask] { return run(*ask); }; });
+}
+
+}  // namespace cli

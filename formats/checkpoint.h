@@ -1,0 +1,80 @@
+// An opened checkpoint of any format: what is in it, as stored and as logical tensors, and everything that is no tensor.
+#pragma once
+
+#include "formats/local.h"
+#include "formats/pickle.h"
+#include "libshard/family.h"
+#include "libshard/layout.h"
+#include "libshard/state_dict.h"
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace formats {
+
+/// What a module keeps beside its weights (`_extra_state`): nothing, a byte tensor, or some pickled object.
+struct ExtraState {
+  enum class Kind { None, Tensor, Object } kind = Kind::None;
+  std::string bytes;                             ///< of the tensor (uint8)
+  std::shared_ptr<const pickle::Graph> graph;    ///< of the object
+  pickle::Ref ref = 0;
+};
+
+/// Not a tensor of the model: dropped, with the reason, or carried.
+struct Dropped {
+  std::string key, why;
+};
+
+/// What only Megatron checkpoints have.
+struct MegatronState {
+  std::shared_ptr<const pickle::Graph> common;   ///< holds args and the common state
+  pickle::Ref args = 0;                          ///< argparse.Namespace; none() where the checkpoint has none
+  std::map<std::string, pickle::Ref> items;      ///< other top-level items that every layout can carry
+  std::map<std::string, ExtraState> extra;       ///< by the logical name of the module's first tensor
+  bool te = false;                               ///< a key or an extra state speaks for Transformer Engine
+  bool stacked = false;                          ///< torch_dist: layers are one tensor
+  std::set<std::string> rows;                    ///< spellings used
+  shard::Index layers = 0, experts = 0, mtp_layers = 0;
+};
+
+struct Checkpoint {
+  std::string format;                            ///< "torch_dist", "mp_rank", "dcp", "hf", "pt"
+  std::filesystem::path path, folder;            ///< as asked for; where the files lie
+  std::optional<std::int64_t> iteration;
+  std::shared_ptr<FilePool> files;
+  shard::ShardedStateDict stored;                ///< keys as spelled, with global layer numbers
+  shard::ShardedStateDict logical;               ///< what hash, diff and plans speak of; keys of their own where no family fits
+  std::set<std::string> optimizer;               ///< stored keys of optimizer tensors
+  std::optional<shard::Parallel> parallel;
+  std::string family;                            ///< "" where none is recognised
+  std::optional<bool> tied;
+  shard::Params params;
+  std::optional<shard::Index> vocab;             ///< true size
+  std::vector<shard::Finding> findings;
+  std::vector<Dropped> not_carried;              ///< RNG, scheduler and the like
+  bool needs_weights_only = false;               ///< holds optimizer state that cannot be placed
+  std::optional<MegatronState> megatron;
+  std::map<std::string, std::string> metadata;   ///< safetensors' __metadata__
+};
+
+struct OpenOptions {
+  std::optional<std::int64_t> iteration;
+  std::map<std::string, shard::Index> parameters;  ///< given by hand: "heads" → 32
+  std::optional<shard::Index> vocab;
+  std::vector<std::string> drop;                   ///< globs over logical and stored keys
+  bool places = true;                              ///< false: metadata only, payloads are not located
+  unsigned threads = 1;
+};
+
+/// The checkpoint at `path`, recognised by content. Throws NotFound, BadFormat or Mismatch.
+Checkpoint open(const std::filesystem::path& path, const OpenOptions& options = {});
+
+/// "decoder.*" style: '*' any text, '?' one letter.
+bool glob(std::string_view pattern, std::string_view text);
+
+}  // namespace formats

@@ -1,0 +1,62 @@
+// Local files: reading ranges of regular files inside one folder, and publishing a folder at once or not at all.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace formats {
+
+/// One open regular file, read by range. Owns the descriptor.
+class File {
+ public:
+  /// Opens for reading; NotFound where it is absent, BadFormat where it is no regular file.
+  explicit File(const std::filesystem::path& path);
+  /// Takes over an open descriptor that has no path; `name` is for messages.
+  File(int descriptor, std::string name);
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+  ~File();
+  std::uint64_t size() const { return size_; }
+  int descriptor() const { return fd_; }
+  const std::string& name() const { return name_; }
+  /// Fills `into` from `offset`; BadFormat where the file ends before, Io where the system fails. Thread safe.
+  void read(std::uint64_t offset, std::span<std::byte> into) const;
+  /// The bytes [offset, offset + length) as text.
+  std::string text(std::uint64_t offset, std::uint64_t length) const;
+
+ private:
+  std::string name_;
+  int fd_ = -1;
+  std::uint64_t size_ = 0;
+};
+
+/// One file being written by range. Owns the descriptor. Thread safe for disjoint ranges.
+class OutFile {
+ public:
+  /// Creates the file, or opens the one there.
+  explicit OutFile(const std::filesystem::path& path);
+  OutFile(const OutFile&) = delete;
+  OutFile& operator=(const OutFile&) = delete;
+  ~OutFile();
+  int descriptor() const { return fd_; }
+  /// Throws Io, naming the file.
+  void write(std::uint64_t offset, std::span<const std::byte> from);
+  void resize(std::uint64_t size);
+
+ private:
+  std::string name_;
+  int fd_ = -1;
+};
+
+/// `folder/name` after checking that the name, which came from a stranger, stays inside `folder`: not absolute, no
+/// "..", backslash or NUL, no link that leads out. Throws BadFormat; does not open.
+std::filesystem::path inside(const std::filesystem::path& folder, std::string_view name);
+
+/// A small text file whole (at most `cap` bytes, else BadFormat).
+std::string read_text(const std::filesystem::path& path, std::uint64_t cap = 256u << 20);
+
+}  // namespace formats

@@ -1,0 +1,11 @@
+// The byte operations that libraries give the executor.
+#pragma once
+
+#include "libshard/execute.h"
+
+namespace formats {
+
+/// libdeflate's CRC-32, zlib's way to join two sums, and our casts.
+const shard::Kernels& kernels();
+
+}  // namespace formats

@@ -1,0 +1,45 @@
+// Reading streams from files, few of which are open at a time.
+#include "formats/local.h"
+
+#include "libshard/error.h"
+
+namespace formats {
+namespace {
+
+constexpr std::size_t kMostOpen = 512;
+
+}  // namespace
+
+std::shared_ptr<const File> FilePool::get(std::uint32_t file) const {
+  const std::lock_guard lock(mutex_);
+  if (open_[file]) return open_[file];
+  if (order_.size() >= kMostOpen) {
+    for (std::size_t i = 0; i < kMostOpen / 2; ++i) open_[order_[i]].reset();
+    order_.erase(order_.begin(), order_.begin() + kMostOpen / 2);
+  }
+  order_.push_back(file);
+  return open_[file] = std::make_shared<const File>(paths_[file]);
+}
+
+std::uint32_t FilePool::add(std::shared_ptr<const File> file) {
+  const std::lock_guard lock(mutex_);
+  paths_.emplace_back();
+  open_.push_back(std::move(file));
+  return static_cast<std::uint32_t>(open_.size() - 1);
+}
+
+void LocalReader::read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const {
+  const auto& range = described_.streams[stream];
+  shard::require(offset <= range.size && into.size() <= range.size - offset, shard::Code::BadFormat, [&] {
+    return fmt::format("{}: bytes {}+{} reach past a stream of {}", described_.files[range.file], offset, into.size(), range.size);
+  });
+  files_->get(range.file)->read(range.offset + offset, into);
+}
+
+std::optional<shard::FileRange> LocalReader::file_range(std::uint32_t stream) const {
+  const auto& range = described_.streams[stream];
+  const auto file = files_->get(range.file);
+  return shard::FileRange{file->descriptor(), range.offset, file};
+}
+
+}  // namespace formats

@@ -1,0 +1,42 @@
+// Streams that are ranges of local files: the reader that every format here shares.
+#pragma once
+
+#include "formats/file.h"
+#include "libshard/checkpoint.h"
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace formats {
+
+/// Open files by index, the least recently opened closed first when there are too many. Thread safe.
+class FilePool {
+ public:
+  explicit FilePool(std::vector<std::filesystem::path> paths) : open_(paths.size()), paths_(std::move(paths)) {}
+  std::shared_ptr<const File> get(std::uint32_t file) const;
+  /// A file that is open already and has no path to be opened by again.
+  std::uint32_t add(std::shared_ptr<const File> file);
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::vector<std::shared_ptr<const File>> open_;
+  mutable std::vector<std::uint32_t> order_;  ///< those that may be closed
+  std::vector<std::filesystem::path> paths_;
+};
+
+class LocalReader final : public shard::Reader {
+ public:
+  /// `described` speaks of `files` by index.
+  LocalReader(shard::ShardedStateDict described, std::shared_ptr<const FilePool> files)
+      : described_(std::move(described)), files_(std::move(files)) {}
+  const shard::ShardedStateDict& describe() const override { return described_; }
+  void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const override;
+  std::optional<shard::FileRange> file_range(std::uint32_t stream) const override;
+
+ private:
+  shard::ShardedStateDict described_;
+  std::shared_ptr<const FilePool> files_;
+};
+
+}  // namespace formats

@@ -1,0 +1,76 @@
+// A folder of files being written: streams at their places, archives around them, published at once or not at all.
+#pragma once
+
+#include "formats/local.h"
+#include "formats/publication.h"
+#include "formats/torch_save.h"
+
+#include <map>
+#include <mutex>
+
+namespace formats {
+
+/// Files of one target, written by range below a staging folder. Few are open at a time. Thread safe.
+class OutputFolder {
+ public:
+  /// A target at `path`; see Publication.
+  OutputFolder(const std::filesystem::path& path, bool force) : publication_(path, force) {}
+  std::uint32_t add(const std::string& name);  ///< a file below the folder; its folders are made
+  void write(std::uint32_t file, std::uint64_t offset, std::span<const std::byte> from);
+  void write(std::uint32_t file, std::uint64_t offset, std::string_view from);
+  void read(std::uint32_t file, std::uint64_t offset, std::span<std::byte> into) const;
+  void resize(std::uint32_t file, std::uint64_t size);
+  shard::FileRange range(std::uint32_t file, std::uint64_t offset);
+  const std::vector<std::string>& names() const { return names_; }
+  void commit(bool sync);
+
+ private:
+  std::shared_ptr<OutFile> open(std::uint32_t file) const;
+
+  Publication publication_;
+  std::vector<std::string> names_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::shared_ptr<OutFile>> open_;
+  mutable std::vector<std::uint32_t> order_;
+};
+
+/// The writer behind every format whose streams are file ranges. The format adds files, streams and archives, then
+/// describes the tensors; the executor writes; commit() closes the archives with their sums.
+class LocalWriter final : public shard::Writer {
+ public:
+  LocalWriter(const std::filesystem::path& path, bool force) : folder_(path, force) {}
+
+  OutputFolder& folder() { return folder_; }
+  shard::ShardedStateDict& described() { return described_; }
+  /// A stream that is a range of a file.
+  std::uint32_t add_stream(std::uint32_t file, std::uint64_t offset, std::uint64_t size, bool summed);
+  /// A torch.save archive at `base` of a file; small records are written at once. Returns its size; the streams of its
+  /// storages are first_stream, first_stream + 1 …
+  struct Added {
+    std::uint64_t size;
+    std::uint32_t first_stream;
+  };
+  Added add_archive(std::uint32_t file, std::uint64_t base, std::string root, std::string_view pickle,
+                    std::span<const std::uint64_t> storages);
+
+  const shard::ShardedStateDict& describe() const override { return described_; }
+  void write(std::uint32_t stream, std::uint64_t offset, std::span<const std::byte> from) override;
+  void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const override;
+  std::optional<shard::FileRange> file_range(std::uint32_t stream) override;
+  void commit(std::span<const std::uint32_t> crc32, bool sync) override;
+
+ private:
+  struct Archive {
+    std::uint32_t file;
+    std::uint64_t base;
+    std::uint32_t first_stream;
+    std::vector<std::uint32_t> small_crcs;  ///< by entry; storages hold 0
+    std::size_t first_storage, storages;
+    ZipLayout zip;
+  };
+  OutputFolder folder_;
+  shard::ShardedStateDict described_;
+  std::vector<Archive> archives_;
+};
+
+}  // namespace formats

@@ -1,0 +1,216 @@
+// Names are Megatron's; older spellings are read, never written.
+#include "formats/megatron/args.h"
+
+#include "libshard/error.h"
+#include "libshard/families/megatron.h"
+
+#include <set>
+
+namespace formats::megatron {
+namespace {
+
+using pickle::Graph;
+using pickle::Kind;
+using pickle::Ref;
+using shard::Index;
+
+std::string letters_of(std::string_view word) {
+  if (word == "embedding") return "E";
+  if (word == "decoder") return "t";
+  if (word == "mtp") return "m";
+  if (word == "loss") return "L";
+  return std::string(word);
+}
+
+/// Classes that every Megatron-Core since 0.12 lets into a weights-only load.
+bool known_everywhere(const Graph& g, Ref symbol) {
+  if (g.kind(symbol) != Kind::Symbol) return false;
+  const auto module = g.module(symbol);
+  return module == "torch" || module == "signal" || module == "argparse" || module == "collections" || module == "builtins" ||
+         module == "__builtin__" || module == "_codecs" || g.name(symbol) == "AttnBackend" || module.starts_with("pathlib") ||
+         module == "types" || module.starts_with("numpy");
+}
+
+/// True where nothing that `ref` reaches is an object of a class that older cores refuse.
+bool plain(const Graph& g, Ref ref) {
+  std::vector<Ref> stack{ref};
+  std::set<Ref> seen;
+  while (!stack.empty()) {
+    const auto at = stack.back();
+    stack.pop_back();
+    if (!seen.insert(at).second) continue;
+    const auto kind = g.kind(at);
+    if (kind == Kind::Symbol && !known_everywhere(g, at)) return false;
+    if (kind == Kind::Object) {
+      stack.push_back(g.callable(at));
+      stack.push_back(g.args(at));
+      if (const auto state = g.state(at)) stack.push_back(*state);
+    }
+    if (kind == Kind::List || kind == Kind::Tuple || kind == Kind::Dict || kind == Kind::Set || kind == Kind::FrozenSet || kind == Kind::Object)
+      for (const auto item : g.items(at)) stack.push_back(item);
+  }
+  return true;
+}
+
+}  // namespace
+
+std::optional<Ref> Args::value(std::string_view name) const {
+  if (graph_.kind(space_) != Kind::Object) return std::nullopt;
+  const auto found = graph_.attribute(space_, name);
+  return found && !graph_.is_none(*found) ? found : std::nullopt;
+}
+
+std::optional<Index> Args::integer(std::string_view name) const {
+  const auto found = value(name);
+  if (!found) return std::nullopt;
+  if (graph_.kind(*found) == Kind::Float) return static_cast<Index>(graph_.real(*found));
+  if (graph_.kind(*found) != Kind::Int && graph_.kind(*found) != Kind::Bool) return std::nullopt;
+  return graph_.integer(*found);
+}
+
+bool Args::flag(std::string_view name) const { return integer(name).value_or(0) != 0; }
+
+std::optional<std::string> Args::text(std::string_view name) const {
+  const auto found = value(name);
+  if (!found || graph_.kind(*found) != Kind::Text) return std::nullopt;
+  return std::string(graph_.text(*found));
+}
+
+shard::Params params_of(const Args& args, const std::map<std::string, Index>& given) {
+  shard::Params out;
+  const auto take = [&](const char* param, const char* name) {
+    if (const auto value = args.integer(name)) out[param] = *value;
+  };
+  take("layers", "num_layers");
+  take("hidden", "hidden_size");
+  take("ffn", "ffn_hidden_size");
+  take("heads", "num_attention_heads");
+  if (args.flag("group_query_attention")) take("groups", "num_query_groups");
+  take("head", "kv_channels");
+  take("positions", "max_position_embeddings");
+  take("experts", "num_experts");
+  take("expert_ffn", "moe_ffn_hidden_size");
+  take("shared_ffn", "moe_shared_expert_intermediate_size");
+  take("mtp", "mtp_num_layers");
+  const auto set = [&](const char* param, bool value) { out[param] = value ? 1 : 0; };
+  const bool biased = args.value("add_bias_linear") ? args.flag("add_bias_linear") : args.value("disable_bias_linear") ? !args.flag("disable_bias_linear") : false;
+  set("mlp_bias", biased);
+  set("qkv_bias", biased || args.flag("add_qkv_bias"));
+  set("layernorm", args.text("normalization").value_or("LayerNorm") == "LayerNorm");
+  set("gated", args.flag("swiglu") || args.flag("quick_geglu") || args.flag("gated_linear_unit"));
+  set("qk_norm", args.flag("qk_layernorm"));
+  set("tied", !args.flag("untie_embeddings_and_output_weights"));
+  set("learned_positions", args.text("position_embedding_type").value_or("learned_absolute") == "learned_absolute");
+  set("expert_bias", args.flag("moe_router_enable_expert_bias"));
+  set("shared_gate", args.flag("moe_shared_expert_gate"));
+  set("sinks", args.text("softmax_type").value_or("vanilla") == "learnable");
+  if (args.flag("multi_latent_attention")) {
+    out["mla"] = 1;
+    take("q_lora", "q_lora_rank");
+    take("kv_lora", "kv_lora_rank");
+    take("nope", "qk_head_dim");
+    take("rope_dim", "qk_pos_emb_head_dim");
+    take("value_head", "v_head_dim");
+    out.erase("groups");
+  }
+  for (const auto& [name, value] : given) out[name] = value;
+  shard::complete(out);
+  return out;
+}
+
+std::string layout_text(const Graph& g, Ref value) {
+  if (g.kind(value) == Kind::Text) return std::string(g.text(value));
+  if (g.kind(value) == Kind::Object) {
+    for (const char* name : {"input_data", "layout"})
+      if (const auto inner = g.attribute(value, name); inner && !g.is_none(*inner)) return layout_text(g, *inner);
+    return g.items(g.args(value)).empty() ? std::string() : layout_text(g, g.items(g.args(value))[0]);
+  }
+  if (g.kind(value) != Kind::List && g.kind(value) != Kind::Tuple) return {};
+  std::string out;
+  bool first = true;
+  for (const auto stage : g.items(value)) {
+    if (!first) out += '|';
+    first = false;
+    if (g.kind(stage) == Kind::Text) {
+      out += letters_of(g.text(stage));
+      continue;
+    }
+    for (const auto layer : g.items(stage)) {
+      if (g.kind(layer) == Kind::Text) out += letters_of(g.text(layer));
+      else if (g.kind(layer) == Kind::Object && !g.items(g.args(layer)).empty()) {  // a LayerType by number
+        static constexpr const char* kLetters[] = {"", "E", "L", "", "t", "m"};
+        const auto number = g.items(g.args(layer))[0];
+        if (g.kind(number) == Kind::Int && g.integer(number) >= 1 && g.integer(number) <= 5) out += kLetters[g.integer(number)];
+        else if (g.kind(number) == Kind::Text) out += letters_of(g.text(number));
+      }
+    }
+  }
+  return out;
+}
+
+shard::Parallel parallel_of(const Args& args) {
+  shard::Parallel out;
+  const auto old = args.integer("model_parallel_size");  // before checkpoint version 3
+  out.tp = args.integer("tensor_model_parallel_size").value_or(old.value_or(1));
+  out.pp = args.integer("pipeline_model_parallel_size").value_or(1);
+  out.vpp = args.integer("virtual_pipeline_model_parallel_size").value_or(1);
+  out.ep = args.integer("expert_model_parallel_size").value_or(1);
+  out.etp = args.integer("expert_tensor_parallel_size").value_or(out.tp);
+  out.first_stage_layers = args.integer("decoder_first_pipeline_num_layers");
+  out.last_stage_layers = args.integer("decoder_last_pipeline_num_layers");
+  out.account_for_embedding = args.flag("account_for_embedding_in_pipeline_split");
+  out.account_for_loss = args.flag("account_for_loss_in_pipeline_split");
+  if (out.pp == 1) out.first_stage_layers = out.last_stage_layers = std::nullopt;
+  return out;
+}
+
+Ref copy_args(Graph& to, const Graph& from, Ref args, const ArgsChange& change, bool plain_only, std::vector<std::string>* dropped) {
+  const bool copied = from.kind(args) == Kind::Object && from.state(args) && from.kind(*from.state(args)) == Kind::Dict;
+  const auto made = copied ? to.import(from, args) : to.object(to.symbol("argparse", "Namespace"), to.empty_tuple(), true);
+  if (!copied) to.set_state(made, to.dict({}));
+  const auto dict = *to.state(made);
+  if (copied && plain_only) {
+    const auto items = from.items(*from.state(args));
+    for (std::size_t i = 0; i + 1 < items.size(); i += 2) {
+      if (plain(from, items[i + 1])) continue;
+      to.erase(dict, from.text(items[i]));
+      if (dropped) dropped->emplace_back(from.text(items[i]));
+    }
+  }
+  const auto known = [&](const char* name) { return to.find(dict, name).has_value(); };
+  const auto put = [&](const char* name, Index value, bool always = true) {
+    if (always || known(name)) to.set(dict, name, to.integer(value));
+  };
+  const auto optional = [&](const char* name, std::optional<Index> value) {
+    if (value || known(name)) to.set(dict, name, value ? to.integer(*value) : to.none());
+  };
+  const auto& p = change.parallel;
+  put("tensor_model_parallel_size", p.tp);
+  put("pipeline_model_parallel_size", p.pp);
+  put("transformer_pipeline_model_parallel_size", p.pp, false);
+  optional("virtual_pipeline_model_parallel_size", p.vpp > 1 ? std::optional(p.vpp) : std::nullopt);
+  optional("num_layers_per_virtual_pipeline_stage", std::nullopt);
+  optional("num_virtual_stages_per_pipeline_rank", p.vpp > 1 ? std::optional(p.vpp) : std::nullopt);
+  put("expert_model_parallel_size", p.ep, p.ep > 1);
+  put("expert_tensor_parallel_size", p.etp, p.ep > 1);
+  put("expert_tensor_parallel_num_weight_shards", p.etp, false);
+  optional("decoder_first_pipeline_num_layers", p.first_stage_layers);
+  optional("decoder_last_pipeline_num_layers", p.last_stage_layers);
+  if (known("account_for_embedding_in_pipeline_split") || p.account_for_embedding)
+    to.set(dict, "account_for_embedding_in_pipeline_split", to.boolean(p.account_for_embedding));
+  if (known("account_for_loss_in_pipeline_split") || p.account_for_loss)
+    to.set(dict, "account_for_loss_in_pipeline_split", to.boolean(p.account_for_loss));
+  if (known("pipeline_model_parallel_layout") || !p.pp_layout.empty())
+    to.set(dict, "pipeline_model_parallel_layout", p.pp_layout.empty() ? to.none() : to.text(p.pp_layout));
+  put("padded_vocab_size", change.padded_vocab);
+  put("rank", change.rank);
+  put("local_rank", change.rank, false);
+  put("world_size", change.world_size);
+  put("inprocess_active_world_size", change.world_size, false);
+  put("data_parallel_size", change.world_size / (p.tp * p.pp), false);
+  if (known("ckpt_format") && !change.ckpt_format.empty()) to.set(dict, "ckpt_format", to.text(change.ckpt_format));
+  if (known("use_dist_ckpt") && !change.ckpt_format.empty()) to.set(dict, "use_dist_ckpt", to.boolean(change.ckpt_format != "torch"));
+  return made;
+}
+
+}  // namespace formats::megatron

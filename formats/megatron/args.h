@@ -1,0 +1,46 @@
+// Megatron's argparse.Namespace: the model's sizes and the run's layout, read from it and written back into it.
+#pragma once
+
+#include "formats/pickle.h"
+#include "libshard/family.h"
+#include "libshard/layout.h"
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace formats::megatron {
+
+/// A view of one Namespace; what is absent or None reads as nullopt.
+class Args {
+ public:
+  Args(const pickle::Graph& graph, pickle::Ref space) : graph_(graph), space_(space) {}
+  bool present() const { return !graph_.is_none(space_); }
+  std::optional<shard::Index> integer(std::string_view name) const;
+  bool flag(std::string_view name) const;  ///< false where absent
+  std::optional<std::string> text(std::string_view name) const;
+  std::optional<pickle::Ref> value(std::string_view name) const;
+
+ private:
+  const pickle::Graph& graph_;
+  pickle::Ref space_;
+};
+
+/// Sizes and switches for the family tables. `given` overrides.
+shard::Params params_of(const Args& args, const std::map<std::string, shard::Index>& given);
+shard::Parallel parallel_of(const Args& args);
+/// The text form of args.pipeline_model_parallel_layout, which may be a text, a list of lists, or an object.
+std::string layout_text(const pickle::Graph& graph, pickle::Ref value);
+
+struct ArgsChange {
+  shard::Parallel parallel;
+  shard::Index padded_vocab = 0;
+  shard::Index rank = 0, world_size = 1;
+  std::string ckpt_format;             ///< "torch" or "torch_dist"
+};
+/// A copy of `args` in `to`, changed to a new layout. `plain_only` drops attributes whose class an older Megatron-Core
+/// does not know; their names come back in `dropped`.
+pickle::Ref copy_args(pickle::Graph& to, const pickle::Graph& from, pickle::Ref args, const ArgsChange& change, bool plain_only,
+                      std::vector<std::string>* dropped);
+
+}  // namespace formats::megatron

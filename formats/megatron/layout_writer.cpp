@@ -1,0 +1,113 @@
+// What a Megatron target holds, whichever of the two formats it has.
+#include "formats/megatron/args.h"
+#include "formats/megatron/writers.h"
+#include "libshard/error.h"
+#include "libshard/families/megatron.h"
+
+#include <algorithm>
+
+namespace formats::megatron {
+namespace {
+
+using shard::Code;
+using shard::Index;
+
+/// The target's padded vocabulary; a note where the true size is not known.
+Index padded(const Checkpoint& source, const shard::Parallel& parallel) {
+  const auto found = source.logical.tensors.find("embedding.word.weight");
+  const Index rows = found == source.logical.tensors.end() || found->second.global_shape.empty() ? 0 : found->second.global_shape[0];
+  const auto multiple = source.params.find("vocab_multiple");
+  if (multiple == source.params.end() && !source.vocab) return shard::padded_vocab(rows, 1, parallel.tp);
+  return shard::padded_vocab(source.vocab.value_or(rows), multiple == source.params.end() ? 128 : multiple->second, parallel.tp);
+}
+
+/// Stacked where every layer is spelled by the same rows.
+bool one_kind(const std::vector<shard::Wanted>& wanted, Index layers) {
+  std::map<Index, std::set<const shard::Row*>> rows;
+  for (const auto& one : wanted)
+    if (one.row->stage == shard::Stage::Layer) rows[one.match.layer].insert(one.row);
+  return static_cast<Index>(rows.size()) == layers &&
+         std::all_of(rows.begin(), rows.end(), [&](const auto& entry) { return entry.second == rows.begin()->second; });
+}
+
+}  // namespace
+
+Model model_for(const Checkpoint& source, const TargetOptions& options, std::string_view dialects) {
+  shard::require(source.megatron.has_value(), Code::Mismatch, [] { return "the source is no Megatron checkpoint: its model family is not known"; });
+  const auto& state = *source.megatron;
+  const bool keep = options.keep_spelling;
+  Model out{{}, shard::Table(shard::megatron_rows(), dialects), source.params, options.parallel, {}, state.layers, state.experts, state.te, false, source.tied.value_or(false)};
+  shard::check_tensor_parallel(out.params, options.parallel.tp, options.parallel.etp);
+  shard::require(state.experts % options.parallel.ep == 0 && (state.experts > 0 || options.parallel.ep == 1), Code::BadLayout,
+                 [&] { return fmt::format("layout: {} experts cannot be divided by expert parallel size {}", state.experts, options.parallel.ep); });
+  out.pipeline = place_layers(options.parallel, state.layers, state.mtp_layers);
+  out.parallel.vpp = out.pipeline.chunks;
+  out.params["vocab"] = padded(source, options.parallel);
+  out.wanted = spell_out(source.logical, out.table, out.params, {keep ? &state.rows : nullptr, state.layers, state.experts, state.mtp_layers});
+  if (options.dtype)
+    for (auto& one : out.wanted)
+      if (is_floating(one.dtype) && !one.key.ends_with("expert_bias")) one.dtype = *options.dtype;
+  out.stacked = keep ? state.stacked : one_kind(out.wanted, state.layers);
+  return out;
+}
+
+std::string iteration_folder(LocalWriter& writer, const Checkpoint& source) {
+  const auto tracker = writer.folder().add("latest_checkpointed_iteration.txt");
+  const auto text = source.iteration ? std::to_string(*source.iteration) : std::string("release");
+  writer.folder().write(tracker, 0, text);
+  return source.iteration ? fmt::format("iter_{:07d}/", *source.iteration) : "release/";
+}
+
+void describe_logical(Target& target, const Model& model) {
+  std::vector<shard::Finding> findings;
+  auto& stored = target.writer->described();
+  stored.files = target.writer->folder().names();
+  auto translation = to_logical(stored, model.table, model.params, {}, findings);
+  refuse(findings);
+  target.logical = std::move(translation.logical);
+}
+
+shard::Chunk chunk_of(const Model& model, const shard::Wanted& wanted) {
+  switch (wanted.row->stage) {
+    case shard::Stage::Embedding: return model.pipeline.embedding;
+    case shard::Stage::Layer: return model.pipeline.of_layer(wanted.match.layer);
+    case shard::Stage::FinalNorm: return model.pipeline.final_norm;
+    case shard::Stage::Mtp: return model.pipeline.mtp;
+    case shard::Stage::Output: return model.pipeline.output;
+  }
+  return {};
+}
+
+Side side_of(const Model& model, const shard::Row& row, const shard::Cell& cell) {
+  if (row.cut < 0) return {};
+  if (row.ways == shard::Ways::ExpertTensor) return {row.cut, model.parallel.etp, cell.expert_tensor};
+  return {row.cut, model.parallel.tp, cell.tensor};
+}
+
+std::map<std::string, ExtraState> extra_states(const Checkpoint& source, const Model& model, bool with_defaults) {
+  std::map<std::string, ExtraState> out;
+  const auto& state = *source.megatron;
+  const bool defaults = with_defaults && state.extra.empty();
+  for (const auto& one : model.wanted) {
+    const auto weight = one.key.rfind(".weight");
+    if (weight == std::string::npos) continue;
+    const auto module = one.key.substr(0, weight);
+    const auto last = module.substr(module.rfind('.') + 1);
+    const auto found = state.extra.find(shard::spell(one.row->parts.front().name, one.match.layer, one.match.expert, one.match.depth));
+    if (found != state.extra.end() && one.row->stage != shard::Stage::Output) out.try_emplace(module, found->second);
+    else if (defaults && (last.starts_with("linear_") || last == "eh_proj"))
+      out[module] = state.te ? ExtraState{ExtraState::Kind::Tensor, {}, nullptr, 0} : ExtraState{};
+  }
+  return out;
+}
+
+pickle::Ref extra_node(pickle::Graph& graph, const ExtraState& extra, const std::string& storage_key) {
+  switch (extra.kind) {
+    case ExtraState::Kind::None: return graph.none();
+    case ExtraState::Kind::Tensor: return tensor_node(graph, shard::DType::U8, storage_key, {static_cast<Index>(extra.bytes.size())});
+    case ExtraState::Kind::Object: return graph.import(*extra.graph, extra.ref);
+  }
+  return graph.none();
+}
+
+}  // namespace formats::megatron

@@ -1,0 +1,225 @@
+// Reading one torch file, and writing same-key targets.
+#include "formats/plain.h"
+
+#include "formats/json.h"
+#include "formats/safetensors/header.h"
+#include "formats/torch_dcp/metadata.h"
+#include "formats/torch_dcp/reader.h"
+#include "formats/torch_save.h"
+#include "libshard/error.h"
+
+#include <algorithm>
+
+namespace formats {
+namespace {
+
+using shard::Code;
+using shard::Index;
+
+constexpr std::uint64_t kFileBytes = 5ull << 30;  // where a new .distcp file begins
+
+/// A tensor or object found in a pickled value, by its path ("model.layers.0.weight").
+class Walk {
+ public:
+  Walk(Checkpoint& out, const TorchFile& archive) : out_(out), archive_(archive) {}
+
+  void visit(pickle::Ref root) {
+    struct Frame {
+      std::string path;
+      pickle::Ref ref;
+      int depth;
+    };
+    std::vector<Frame> stack{{"", root, 0}};
+    std::vector<bool> seen(archive_.graph.size());
+    const auto& g = archive_.graph;
+    while (!stack.empty()) {
+      const auto [path, ref, depth] = stack.back();
+      stack.pop_back();
+      if (const auto tensor = tensor_of(g, ref)) {
+        add(path, *tensor);
+        continue;
+      }
+      const auto kind = g.kind(ref);
+      const bool dict = kind == pickle::Kind::Dict || (kind == pickle::Kind::Object && g.dict_items(ref));
+      const bool list = kind == pickle::Kind::List || kind == pickle::Kind::Tuple;
+      if (!dict && !list) {
+        if (kind == pickle::Kind::Object || kind == pickle::Kind::Bytes) out_.stored.objects.push_back({path, "object", 0, 0, 0});
+        continue;
+      }
+      if (seen[ref] || depth > 64) continue;  // a graph, not a tree: each container once
+      seen[ref] = true;
+      const auto items = g.items(ref);
+      for (std::size_t i = 0; i < items.size(); i += dict ? 2 : 1) {
+        if (dict && i + 1 >= items.size()) break;
+        auto name = !dict ? std::to_string(i) : g.kind(items[i]) == pickle::Kind::Text ? std::string(g.text(items[i])) : fmt::format("#{}", i / 2);
+        stack.push_back({path.empty() ? std::move(name) : path + "." + name, dict ? items[i + 1] : items[i], depth + 1});
+      }
+    }
+  }
+
+ private:
+  void add(std::string path, const StoredTensor& tensor) {
+    if (path.empty()) path = "tensor";
+    const auto* record = archive_.zip.find("data/" + tensor.storage);
+    shard::require(record != nullptr, Code::BadFormat, [&] { return fmt::format("'{}': storage {} is missing", path, tensor.storage); });
+    const auto [at, fresh] = streams_.try_emplace(tensor.storage, static_cast<std::uint32_t>(out_.stored.streams.size()));
+    if (fresh) {
+      out_.stored.streams.push_back({0, record->offset, record->size, std::nullopt, false});
+      if (archive_.zip.crcs_recorded) out_.stored.streams.back().crc32 = record->crc32;
+    }
+    auto stride = tensor.strides;
+    for (auto& step : stride) step *= static_cast<Index>(size_of(tensor.dtype));
+    auto& stored = out_.stored.tensors[path];
+    stored = {path, tensor.dtype, tensor.sizes, tensor.sizes, {{shard::whole(tensor.sizes), {at->second, tensor.offset, stride}, {}}}, false};
+  }
+
+  Checkpoint& out_;
+  const TorchFile& archive_;
+  std::map<std::string, std::uint32_t> streams_;
+};
+
+/// The tensors of a target, same keys as the source's logical ones, in `order`.
+struct Same {
+  std::string key;
+  const shard::ShardedTensor* source;
+  shard::DType dtype;
+  std::uint64_t bytes;
+};
+
+std::vector<Same> same_keys(const Checkpoint& source, const TargetOptions& options) {
+  shard::require(!source.megatron, Code::BadLayout, [&] { return fmt::format("--to {}: a {} checkpoint needs Hugging Face names, which are not supported yet", options.format, source.format); });
+  const bool one = options.parallel.tp == 1 && options.parallel.pp == 1 && options.parallel.ep == 1;
+  shard::require(one, Code::BadLayout, [] { return "layout: weights without a model family cannot be cut among ranks"; });
+  std::vector<Same> out;
+  for (const auto& [key, tensor] : source.logical.tensors) {
+    const auto dtype = options.dtype && is_floating(tensor.dtype) ? *options.dtype : tensor.dtype;
+    out.push_back({key, &tensor, dtype, static_cast<std::uint64_t>(shard::volume(tensor.natural)) * size_of(dtype)});
+  }
+  return out;
+}
+
+void describe(Target& target, const Same& one, std::uint32_t stream, std::uint64_t offset) {
+  auto stride = shard::row_major(one.source->natural);
+  for (auto& step : stride) step *= static_cast<Index>(size_of(one.dtype));
+  target.writer->described().tensors[one.key] = {one.key, one.dtype, one.source->natural, one.source->natural,
+                                                 {{shard::whole(one.source->natural), {stream, offset, std::move(stride)}, {}}}, false};
+}
+
+/// Objects that the target cannot hold are named.
+void drop_objects(const Checkpoint& source, Target& target, const char* why) {
+  for (const auto& object : source.stored.objects) target.dropped.push_back({object.key, why});
+}
+
+}  // namespace
+
+Checkpoint open_torch_file(const std::filesystem::path& path, const OpenOptions&) {
+  Checkpoint out;
+  out.format = "pt";
+  out.folder = path.parent_path();
+  out.files = std::make_shared<FilePool>(std::vector{path});
+  out.stored.files = {path.filename().string()};
+  const auto file = out.files->get(0);
+  try {
+    const auto archive = open_torch(*file);
+    Walk(out, archive).visit(archive.graph.root);
+  } catch (const shard::Error& error) {
+    throw error.within(path.string());
+  }
+  out.logical = out.stored;
+  return out;
+}
+
+void drop_tensors(Checkpoint& checkpoint, const OpenOptions& options) {
+  std::erase_if(checkpoint.logical.tensors, [&](const auto& entry) {
+    const bool drop = std::any_of(options.drop.begin(), options.drop.end(), [&](const auto& pattern) { return glob(pattern, entry.first); });
+    if (drop) checkpoint.not_carried.push_back({entry.first, "--drop"});
+    return drop;
+  });
+}
+
+void create_dcp(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
+  const auto all = same_keys(source, options);
+  target.writer = std::make_unique<LocalWriter>(path, options.force);
+  auto& writer = *target.writer;
+  torch_dcp::Metadata metadata;
+  std::uint32_t file = 0;
+  std::uint64_t at = kFileBytes;
+  const auto make_room = [&](std::uint64_t bytes) {
+    if (!metadata.files.empty() && at + bytes <= kFileBytes) return;
+    if (!metadata.files.empty()) writer.folder().resize(file, at);
+    metadata.files.push_back(fmt::format("__0_{}.distcp", metadata.files.size()));
+    file = writer.folder().add(metadata.files.back());
+    at = 0;
+  };
+  const auto in_metadata = [&] { return static_cast<std::uint32_t>(metadata.files.size() - 1); };
+  for (const auto& one : all) {
+    make_room(one.bytes);
+    pickle::Graph g;
+    const auto root = tensor_node(g, one.dtype, "0", one.source->natural);
+    const auto added = writer.add_archive(file, at, "archive", pickle::write(g, root, 2), std::span(&one.bytes, 1));
+    metadata.tensors[one.key] = {one.dtype, one.source->natural, {{shard::whole(one.source->natural), {in_metadata(), at, added.size, false}}}};
+    describe(target, one, added.first_stream, 0);
+    at += added.size;
+  }
+  for (const auto& object : source.stored.objects) {  // bytes items of a plain checkpoint travel as they are
+    if (source.format != "dcp") {
+      target.dropped.push_back({object.key, "not a tensor"});
+      continue;
+    }
+    make_room(object.bytes);
+    const auto bytes = source.files->get(object.file)->text(object.offset, object.bytes);
+    writer.folder().write(file, at, bytes);
+    metadata.bytes[object.key] = {in_metadata(), at, object.bytes, false};
+    target.carried.push_back(object.key);
+    at += object.bytes;
+  }
+  if (!metadata.files.empty()) writer.folder().resize(file, at);
+  writer.folder().write(writer.folder().add(".metadata"), 0, torch_dcp::write_metadata(metadata, true));
+  writer.described().files = writer.folder().names();
+  target.logical = writer.described();
+}
+
+void create_safetensors(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
+  const auto all = same_keys(source, options);
+  target.writer = std::make_unique<LocalWriter>(path, options.force);
+  auto& writer = *target.writer;
+  std::vector<std::vector<const Same*>> shards(1);
+  std::uint64_t filled = 0, total = 0;
+  for (const auto& one : all) {
+    shard::require(!safetensors_name(one.dtype).empty(), Code::BadFormat, [&] { return fmt::format("{}: {} has no place in safetensors", one.key, shard::name(one.dtype)); });
+    if (!shards.back().empty() && filled + one.bytes > options.max_shard_size) shards.emplace_back(), filled = 0;
+    shards.back().push_back(&one);
+    filled += one.bytes;
+    total += one.bytes;
+  }
+  auto metadata = source.metadata;
+  metadata.erase("DCP_SHARDING_INFO");
+  metadata.erase("DCP_VERSION");
+  metadata["format"] = "pt";
+  std::map<std::string, std::string> weight_map;
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    const auto name = shards.size() == 1 ? std::string("model.safetensors") : fmt::format("model-{:05d}-of-{:05d}.safetensors", i + 1, shards.size());
+    const auto file = writer.folder().add(name);
+    std::vector<safetensors::Entry> entries;
+    std::uint64_t at = 0;
+    for (const auto* one : shards[i]) {
+      entries.push_back({one->key, one->dtype, one->source->natural, at, at + one->bytes});
+      at += one->bytes;
+      weight_map[one->key] = name;
+    }
+    const auto header = safetensors::write_header(entries, metadata);
+    writer.folder().write(file, 0, header);
+    writer.folder().resize(file, header.size() + at);
+    const auto stream = writer.add_stream(file, header.size(), at, false);
+    for (std::size_t k = 0; k < entries.size(); ++k) describe(target, *shards[i][k], stream, entries[k].begin);
+  }
+  if (shards.size() > 1) {
+    const nlohmann::ordered_json index{{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
+    writer.folder().write(writer.folder().add("model.safetensors.index.json"), 0, index.dump(2) + "\n");
+  }
+  drop_objects(source, target, "safetensors hold only tensors");
+  writer.described().files = writer.folder().names();
+  target.logical = writer.described();
+}
+
+}  // namespace formats

@@ -1,0 +1,109 @@
+// What exists is one visible table: every format that can be opened, in the order in which content is tried.
+#include "formats/checkpoint.h"
+#include "formats/megatron/readers.h"
+#include "formats/megatron/writers.h"
+#include "formats/plain.h"
+#include "formats/safetensors/reader.h"
+#include "formats/target.h"
+#include "formats/torch_dcp/reader.h"
+#include "libshard/error.h"
+
+#include <algorithm>
+
+namespace formats {
+namespace {
+
+namespace fs = std::filesystem;
+using shard::Code;
+
+bool has_metadata(const fs::path& folder) { return fs::exists(folder / ".metadata"); }
+
+struct FolderFormat {
+  const char* name;
+  bool (*matches)(const fs::path&);
+  Checkpoint (*open)(const fs::path&, const OpenOptions&);
+};
+constexpr FolderFormat kFolders[] = {
+    {"torch_dist", megatron::is_torch_dist, megatron::open_torch_dist},
+    {"mp_rank", megatron::is_mp_rank, megatron::open_mp_rank},
+    {"dcp", has_metadata, torch_dcp::open_plain},
+    {"hf", safetensors::matches, safetensors::open},
+};
+
+struct TargetFormat {
+  const char* name;
+  void (*create)(const fs::path&, const Checkpoint&, const TargetOptions&, Target&);
+};
+constexpr TargetFormat kTargets[] = {
+    {"torch_dist", megatron::create_torch_dist},
+    {"mp_rank", megatron::create_mp_rank},
+    {"dcp", create_dcp},
+    {"hf", create_safetensors},
+};
+
+constexpr const char* kTracker = "latest_checkpointed_iteration.txt";
+
+/// A run folder stands for its latest (or asked for) iteration.
+fs::path iteration_of(const fs::path& path, const OpenOptions& options) {
+  if (!fs::exists(path / kTracker)) {
+    shard::require(!options.iteration, Code::Usage, [&] { return fmt::format("{}: is no Megatron run folder; --iteration has no meaning", path.string()); });
+    return path;
+  }
+  auto text = read_text(path / kTracker, 4096);
+  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back()))) text.pop_back();
+  if (options.iteration) text = std::to_string(*options.iteration);
+  const bool number = !text.empty() && text.size() < 16 && std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
+  shard::require(number || text == "release", Code::BadFormat,
+                 [&] { return fmt::format("{}: says '{}'; should be an iteration or 'release'", (path / kTracker).string(), text.substr(0, 40)); });
+  const auto folder = text == "release" ? path / text : path / fmt::format("iter_{:07d}", std::stoll(text));
+  shard::require(fs::is_directory(folder), Code::NotFound, [&] { return fmt::format("{}: not found", folder.string()); });
+  return folder;
+}
+
+Checkpoint open_folder(const fs::path& path, const OpenOptions& options) {
+  const auto folder = iteration_of(path, options);
+  for (const auto& format : kFolders)
+    if (format.matches(folder)) return format.open(folder, options);
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const auto name = entry.path().filename().string();
+    shard::require(!name.ends_with(".distcp"), Code::BadFormat, [&] { return fmt::format("{}: holds .distcp files but no .metadata: an unfinished save", folder.string()); });
+  }
+  shard::fail(Code::BadFormat, "{}: holds no checkpoint of a known format (torch_dist, mp_rank, dcp, safetensors)", path.string());
+}
+
+}  // namespace
+
+Checkpoint open(const fs::path& path, const OpenOptions& options) {
+  std::error_code error;
+  const auto status = fs::status(path, error);
+  shard::require(fs::exists(status), Code::NotFound, [&] { return fmt::format("{}: not found", path.string()); });
+  auto out = fs::is_directory(status) ? open_folder(path, options)
+             : safetensors::matches(path) ? safetensors::open(path, options) : open_torch_file(path, options);
+  out.path = path;
+  if (!options.drop.empty() && !out.megatron) drop_tensors(out, options);
+  return out;
+}
+
+Target create(const fs::path& path, const Checkpoint& source, const TargetOptions& options) {
+  for (const auto& format : kTargets) {
+    if (options.format != format.name) continue;
+    Target out;
+    format.create(path, source, options, out);
+    return out;
+  }
+  shard::fail(Code::Usage, "--to {}: is no format that can be written; torch_dist, mp_rank, dcp and hf are", options.format);
+}
+
+bool glob(std::string_view pattern, std::string_view text) {
+  std::size_t p = 0, t = 0, star = pattern.npos, mark = 0;
+  while (t < text.size()) {
+    if (p < pattern.size() && (pattern[p] == '?' || pattern[p] == text[t])) ++p, ++t;
+    else if (p < pattern.size() && pattern[p] == '*') star = p++, mark = t;
+    else if (star != pattern.npos) p = star + 1, t = ++mark;
+    else return false;
+  }
+  while (p < pattern.size() && pattern[p] == '*') ++p;
+  return p == pattern.size();
+}
+
+}  // namespace formats

@@ -1,0 +1,42 @@
+// The two ends of a conversion: something that reads streams and something that writes them.
+#pragma once
+
+#include "libshard/state_dict.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+
+namespace shard {
+
+/// A stream that is a plain byte range of an open local file says so, so that the kernel can move long runs.
+struct FileRange {
+  int descriptor;
+  std::uint64_t offset;
+  std::shared_ptr<const void> owner;  ///< keeps the descriptor open
+};
+
+struct Reader {
+  virtual ~Reader() = default;
+  virtual const ShardedStateDict& describe() const = 0;
+  /// Fills `into` from `offset` of a stream; thread safe.
+  virtual void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const = 0;
+  virtual std::optional<FileRange> file_range(std::uint32_t stream) const = 0;
+};
+
+/// Without commit() nothing is left behind.
+struct Writer {
+  virtual ~Writer() = default;
+  virtual const ShardedStateDict& describe() const = 0;
+  /// Thread safe for disjoint ranges. Bytes never written read as zeros.
+  virtual void write(std::uint32_t stream, std::uint64_t offset, std::span<const std::byte> from) = 0;
+  /// Reads back what was written.
+  virtual void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const = 0;
+  virtual std::optional<FileRange> file_range(std::uint32_t stream) = 0;
+  /// Publishes; `crc32` has one sum per stream, right for those that ask for it (`Stream::summed`).
+  virtual void commit(std::span<const std::uint32_t> crc32, bool sync) = 0;
+};
+
+}  // namespace shard

@@ -1,0 +1,329 @@
+// Matching stored keys against a table and splitting stored boxes into logical ones.
+#include "libshard/family.h"
+
+#include "libshard/error.h"
+
+#include <algorithm>
+#include <cctype>
+
+namespace shard {
+namespace {
+
+/// Recursive descent over + - * / and parentheses; expressions come from tables of a few words.
+class Expression {
+ public:
+  Expression(std::string_view text, const Params& params) : text_(text), params_(params) {}
+  Index value() {
+    const auto out = sum(0);
+    require(at_ == text_.size(), Code::BadFormat, [&] { return fmt::format("family: cannot read '{}'", text_); });
+    return out;
+  }
+
+ private:
+  static constexpr int kDeepest = 32;
+
+  Index sum(int depth) {
+    auto out = product(depth);
+    for (;;) {
+      if (eat('+')) __builtin_add_overflow(out, product(depth), &out);
+      else if (eat('-')) __builtin_sub_overflow(out, product(depth), &out);
+      else return out;
+    }
+  }
+  Index product(int depth) {
+    auto out = atom(depth);
+    for (;;) {
+      if (eat('*')) {
+        require(!__builtin_mul_overflow(out, atom(depth), &out), Code::Mismatch,
+                [&] { return fmt::format("family: '{}' overflows", text_); });
+      } else if (eat('/')) {
+        const auto by = atom(depth);
+        require(by > 0 && out % by == 0, Code::Mismatch,
+                [&] { return fmt::format("model: '{}' is {} / {}; should divide evenly", text_, out, by); });
+        out /= by;
+      } else {
+        return out;
+      }
+    }
+  }
+  Index atom(int depth) {
+    require(depth < kDeepest, Code::BadFormat, [&] { return fmt::format("family: '{}' is nested too deep", text_); });
+    if (eat('(')) {
+      const auto out = sum(depth + 1);
+      require(eat(')'), Code::BadFormat, [&] { return fmt::format("family: ')' missing in '{}'", text_); });
+      return out;
+    }
+    const auto start = at_;
+    while (at_ < text_.size() && (std::isalnum(static_cast<unsigned char>(text_[at_])) || text_[at_] == '_')) ++at_;
+    const auto word = text_.substr(start, at_ - start);
+    require(!word.empty(), Code::BadFormat, [&] { return fmt::format("family: cannot read '{}'", text_); });
+    if (std::isdigit(static_cast<unsigned char>(word.front()))) return std::stoll(std::string(word.substr(0, 15)));
+    const auto found = params_.find(word);
+    require(found != params_.end(), Code::Mismatch, [&] {
+      return fmt::format("model: '{}' is not known from args or config; give --{}", word, flag_of(word));
+    });
+    return found->second;
+  }
+  static std::string flag_of(std::string_view word) {
+    static const std::map<std::string, std::string, std::less<>> flags{
+        {"heads", "num-attention-heads"}, {"groups", "num-query-groups"}, {"head", "kv-channels"},
+        {"hidden", "hidden-size"},        {"ffn", "ffn-hidden-size"},     {"layers", "num-layers"},
+        {"experts", "num-experts"},       {"vocab", "vocab-size"},        {"positions", "max-position-embeddings"},
+        {"expert_ffn", "moe-ffn-hidden-size"}};
+    if (const auto found = flags.find(word); found != flags.end()) return found->second;
+    std::string out(word);
+    std::replace(out.begin(), out.end(), '_', '-');
+    return out;
+  }
+  bool eat(char c) {
+    while (at_ < text_.size() && text_[at_] == ' ') ++at_;
+    if (at_ >= text_.size() || text_[at_] != c) return false;
+    ++at_;
+    return true;
+  }
+
+  std::string_view text_;
+  const Params& params_;
+  std::size_t at_ = 0;
+};
+
+std::vector<std::string_view> words(std::string_view text) {
+  std::vector<std::string_view> out;
+  std::size_t at = 0;
+  while ((at = text.find_first_not_of(' ', at)) != text.npos) {
+    const auto end = std::min(text.find(' ', at), text.size());
+    out.push_back(text.substr(at, end - at));
+    at = end;
+  }
+  return out;
+}
+
+struct Normal {
+  std::string pattern;
+  std::vector<Index> numbers;
+};
+
+bool all_digits(std::string_view text) {
+  return !text.empty() && text.size() <= 9 &&
+         std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c) != 0; });
+}
+
+/// Numbers as whole components, or behind weight/bias in the last one, become "{}".
+Normal normalise(std::string_view key) {
+  Normal out;
+  out.pattern.reserve(key.size());
+  std::size_t at = 0;
+  for (;;) {
+    const auto end = std::min(key.find('.', at), key.size());
+    const auto component = key.substr(at, end - at);
+    const auto digits = component.find_last_not_of("0123456789") + 1;
+    const auto stem = component.substr(0, digits);
+    if (all_digits(component)) {
+      out.pattern += "{}";
+      out.numbers.push_back(std::stoll(std::string(component)));
+    } else if (end == key.size() && (stem == "weight" || stem == "bias") && all_digits(component.substr(digits))) {
+      out.pattern.append(stem).append("{}");
+      out.numbers.push_back(std::stoll(std::string(component.substr(digits))));
+    } else {
+      out.pattern += component;
+    }
+    if (end == key.size()) return out;
+    out.pattern += '.';
+    at = end + 1;
+  }
+}
+
+/// The pattern without the "{x}." component; the same where it has none.
+std::string without(std::string pattern, std::string_view number) {
+  const auto component = std::string(number) + ".";
+  if (const auto at = pattern.find(component); at != pattern.npos) pattern.erase(at, component.size());
+  return pattern;
+}
+
+std::string anonymous(std::string pattern) {
+  for (const auto* number : {"{l}", "{e}", "{k}"})
+    for (std::size_t at; (at = pattern.find(number)) != pattern.npos;) pattern.replace(at, 3, "{}");
+  return pattern;
+}
+
+/// Equal spellings differ in shape by these alone; whether a layer is dense or has experts, its other keys say.
+std::string deciding(std::string_view when) {
+  std::string out;
+  for (const auto word : words(when))
+    if (word == "gated" || word == "!gated" || word == "mla" || word == "!mla") out.append(word).append(" ");
+  return out;
+}
+
+/// The letters of "{l}", "{e}", "{k}" in the order they stand.
+std::string number_order(std::string_view pattern) {
+  std::string out;
+  for (std::size_t at = 0; (at = pattern.find('{', at)) != pattern.npos; ++at)
+    if (at + 2 < pattern.size() && pattern[at + 2] == '}') out += pattern[at + 1];
+  return out;
+}
+
+}  // namespace
+
+Index evaluate(std::string_view expression, const Params& params) { return Expression(expression, params).value(); }
+
+bool holds(std::string_view condition, const Params& params) {
+  for (auto word : words(condition)) {
+    const bool negated = word.front() == '!';
+    if (negated) word.remove_prefix(1);
+    const auto found = params.find(word);
+    if ((found != params.end() && found->second != 0) == negated) return false;
+  }
+  return true;
+}
+
+Table::Table(std::vector<Row> rows, std::string_view dialects) {
+  for (auto& row : rows)
+    if (row.dialects.find_first_of(dialects) != std::string::npos) rows_.push_back(std::move(row));
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    const auto& key = rows_[i].key;
+    for (const bool layers : {false, true})
+      for (const bool experts : {false, true}) {
+        if (layers && key.find("{l}.") == key.npos) continue;
+        if (experts && key.find("{e}.") == key.npos) continue;
+        auto pattern = key;
+        if (layers) pattern = without(pattern, "{l}");
+        if (experts) pattern = without(pattern, "{e}");
+        spelled_.emplace(anonymous(pattern), Spelled{i, layers, experts, deciding(rows_[i].when)});
+      }
+  }
+}
+
+std::optional<Match> Table::match(std::string_view key, const Params& params) const {
+  const auto normal = normalise(key);
+  const auto [begin, end] = spelled_.equal_range(normal.pattern);
+  for (auto it = begin; it != end; ++it) {
+    const auto& row = rows_[it->second.row];
+    if (!holds(it->second.when, params) && std::next(it) != end) continue;  // the last spelling matches whatever args say
+    Match out{&row, -1, -1, -1, it->second.layers_stacked, it->second.experts_stacked};
+    std::size_t next = 0;
+    for (const char letter : number_order(row.key)) {
+      if ((letter == 'l' && out.layers_stacked) || (letter == 'e' && out.experts_stacked)) continue;
+      (letter == 'l' ? out.layer : letter == 'e' ? out.expert : out.depth) = normal.numbers[next++];
+    }
+    return out;
+  }
+  return std::nullopt;
+}
+
+std::string spell(std::string_view pattern, Index layer, Index expert, Index depth) {
+  std::string out(pattern);
+  for (const auto& [number, value] :
+       {std::pair<const char*, Index>{"{l}", layer}, {"{e}", expert}, {"{k}", depth}})
+    for (std::size_t at; (at = out.find(number)) != out.npos;) out.replace(at, 3, std::to_string(value));
+  return out;
+}
+
+Shape Factors::stored() const {
+  Shape out;
+  for (std::size_t f = 0; f < sizes.size(); ++f) {
+    if (static_cast<std::size_t>(dim[f]) == out.size()) out.push_back(1);
+    out.back() *= sizes[f];
+  }
+  return out;
+}
+
+Factors factors(const Row& row, const Params& params) {
+  Factors out;
+  int dim = 0;
+  for (const auto word : words(row.dims)) {
+    if (word == "|") {
+      ++dim;
+      continue;
+    }
+    out.sizes.push_back(evaluate(word, params));
+    out.dim.push_back(dim);
+    require(out.sizes.back() >= 0, Code::Mismatch,
+            [&] { return fmt::format("{}: dimension '{}' is negative", row.key, word); });
+  }
+  volume(out.sizes);  // refuses products that overflow
+  return out;
+}
+
+std::vector<LogicalPart> logical_parts(const Row& row, const Factors& factors, const Match& match,
+                                       const Params& params) {
+  std::vector<LogicalPart> out;
+  for (const auto& part : row.parts) {
+    LogicalPart logical{spell(part.name, match.layer, match.expert, match.depth), whole(factors.sizes), part.order, {}, {}};
+    if (part.factor >= 0) {
+      logical.box.lo[part.factor] = evaluate(part.lo, params);
+      logical.box.size[part.factor] = evaluate(part.size, params);
+    }
+    if (logical.order.empty())
+      for (std::size_t f = 0; f < factors.sizes.size(); ++f) logical.order.push_back(static_cast<int>(f));
+    int previous = -1;
+    for (const int f : logical.order) {
+      logical.shape.push_back(logical.box.size[f]);
+      if (factors.dim[f] == previous) logical.natural.back() *= logical.box.size[f];
+      else logical.natural.push_back(logical.box.size[f]);
+      previous = factors.dim[f];
+    }
+    out.push_back(std::move(logical));
+  }
+  return out;
+}
+
+namespace {
+
+/// The factors of stored dimension `dim`.
+std::pair<std::size_t, std::size_t> factors_of(const Factors& factors, int dim) {
+  std::size_t begin = 0;
+  while (begin < factors.dim.size() && factors.dim[begin] < dim) ++begin;
+  std::size_t end = begin;
+  while (end < factors.dim.size() && factors.dim[end] == dim) ++end;
+  return {begin, end};
+}
+
+/// A stored box as boxes in factors: each stored dimension's range falls into few, their products make the boxes.
+std::vector<Box> factored(const Factors& factors, const Box& stored) {
+  std::vector<Box> out{Box{}};
+  for (std::size_t d = 0; d < stored.lo.size(); ++d) {
+    const auto [begin, end] = factors_of(factors, static_cast<int>(d));
+    const Shape sizes(factors.sizes.begin() + begin, factors.sizes.begin() + end);
+    std::vector<Box> next;
+    for (const auto& range : flat_range(sizes, stored.lo[d], stored.lo[d] + stored.size[d]))
+      for (auto box : out) {
+        box.lo.insert(box.lo.end(), range.lo.begin(), range.lo.end());
+        box.size.insert(box.size.end(), range.size.begin(), range.size.end());
+        next.push_back(std::move(box));
+      }
+    out = std::move(next);
+  }
+  return out;
+}
+
+}  // namespace
+
+void add_logical(const LogicalPart& part, const Factors& factors, const Shard& stored, ShardedTensor& into) {
+  Shape stride(factors.sizes.size());
+  Index base = 0;
+  for (std::size_t d = 0; d < stored.box.lo.size(); ++d) {
+    const auto [begin, end] = factors_of(factors, static_cast<int>(d));
+    Index step = stored.place.stride[d];
+    for (auto f = end; f-- > begin;) {
+      stride[f] = step;
+      step *= factors.sizes[f];
+    }
+    base -= stored.box.lo[d] * stored.place.stride[d];
+  }
+  for (const auto& box : factored(factors, stored.box)) {
+    const auto common = intersect(box, part.box);
+    if (!common) continue;
+    Shard shard{{}, {stored.place.stream, 0, {}}, stored.replica_id};
+    Index offset = base;
+    for (std::size_t f = 0; f < stride.size(); ++f) offset += common->lo[f] * stride[f];
+    shard.place.offset = stored.place.offset + static_cast<std::uint64_t>(offset);
+    for (const int f : part.order) {
+      shard.box.lo.push_back(common->lo[f] - part.box.lo[f]);
+      shard.box.size.push_back(common->size[f]);
+      shard.place.stride.push_back(stride[f]);
+    }
+    into.shards.push_back(std::move(shard));
+  }
+}
+
+}  // namespace shard
