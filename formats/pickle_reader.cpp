@@ -406,9 +406,7 @@ class Reader {
     need(bytes);
   }
   void stop() {
-    if (!marks_.empty()) refuse("stops before a MARK is used");
-    graph_.root = pop();
-    if (!stack_.empty()) refuse("stops with {} values too many", stack_.size());
+    graph_.root = pop();  // as in Python, what else is on the stack is dropped
     stopped_ = true;
   }
   [[noreturn]] void refuse_opcode(unsigned op) const {

@@ -12,13 +12,17 @@ namespace {
 using shard::Code;
 
 constexpr std::uint32_t kUnset = std::numeric_limits<std::uint32_t>::max();
-constexpr std::size_t kBatch = 1000;          // items between a MARK and its APPENDS, as Python writes them
+constexpr std::size_t kBatch = 1000;     // items between a MARK and its APPENDS, as Python writes them
 constexpr std::size_t kReentries = 100;  // of nodes that are being written already
 
 class Writer {
  public:
   Writer(const Graph& graph, int protocol)
-      : graph_(graph), new_(protocol >= 4), uses_(graph.size()), memo_(graph.size(), kUnset), open_(graph.size()) {
+      : graph_(graph),
+        new_(protocol >= 4),
+        uses_(graph.size()),
+        memo_(graph.size(), kUnset),
+        open_(graph.size()) {
     out_ += '\x80';
     out_ += static_cast<char>(protocol);
   }
@@ -189,6 +193,8 @@ class Writer {
         return op('}'), memoise_if_shared(ref), later_entries(graph_.items(ref));
       case Kind::Set:
         return visit_set(ref);
+      case Kind::Tuple:
+        return graph_.items(ref).empty() ? op(')') : visit_made(ref);
       default:
         return visit_made(ref);
     }
@@ -220,7 +226,6 @@ class Writer {
   }
   void visit_tuple(Ref ref) {
     const auto items = graph_.items(ref);
-    if (items.empty()) return op(')');
     if (items.size() > 3) op('(');
     later(&Writer::finish_tuple, ref);
     later_all(items);
@@ -234,9 +239,7 @@ class Writer {
   void finish_persistent(Ref ref) { op('Q'), memoise_made(ref), finished(ref); }
   void finish_frozen(Ref ref) { op(0x91), memoise_made(ref), finished(ref); }
   void finish_set(Ref ref) { op(0x85), op('R'), memoise_made(ref), finished(ref); }
-  void finished(Ref ref) {
-    open_[ref] = false;
-  }
+  void finished(Ref ref) { open_[ref] = false; }
 
   void visit_object(Ref ref) {
     later(&Writer::finish_object, ref);

@@ -31,8 +31,7 @@ struct StoredTensor {
 /// BadFormat, naming the function, for kinds of tensor that are not plain memory (sparse, quantised,
 /// subclasses …).
 std::optional<StoredTensor> tensor_of(const pickle::Graph& graph, pickle::Ref ref);
-/// Of a symbol such as torch.bfloat16; nullopt for any other node, BadFormat for a dtype that is not
-/// supported.
+/// Of a symbol such as torch.bfloat16; nullopt for any other node and for a dtype that is not supported.
 std::optional<shard::DType> dtype_of(const pickle::Graph& graph, pickle::Ref ref);
 /// Of a tuple, list or torch.Size of integers; nullopt for any other node.
 std::optional<shard::Shape> shape_of(const pickle::Graph& graph, pickle::Ref ref);

@@ -1,5 +1,5 @@
-// Reading the directory of a torch zip archive. Trusts the central directory only after comparing it with the local
-// headers and the bounds of the archive.
+// Reading the directory of a torch zip archive. Trusts the central directory only after comparing it with the
+// local headers and the bounds of the archive.
 #include "formats/zip.h"
 
 #include <algorithm>
@@ -52,7 +52,8 @@ template <typename... Args>
 std::string printable(std::string_view name) {
   std::string shown(name.substr(0, 100));
   std::replace_if(
-      shown.begin(), shown.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; }, '?');
+      shown.begin(), shown.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; },
+      '?');
   return shown;
 }
 
@@ -138,10 +139,12 @@ Central take_central(Bytes& directory) {
   std::uint64_t stored = u32(directory, 20);
   apply_zip64(directory.subspan(46 + name, extra), entry.size, stored, entry.header);
   if (u16(directory, 10) != 0) {
-    refuse("compressed member '{}' (method {}); torch.save stores", printable(entry.name), u16(directory, 10));
+    refuse("compressed member '{}' (method {}); torch.save stores", printable(entry.name),
+           u16(directory, 10));
   }
   if (entry.flags & 1) refuse("encrypted member '{}'", printable(entry.name));
-  if (stored != entry.size) refuse("member '{}' is stored in {} bytes but has {}", printable(entry.name), stored, entry.size);
+  if (stored != entry.size)
+    refuse("member '{}' is stored in {} bytes but has {}", printable(entry.name), stored, entry.size);
   directory = directory.subspan(46 + name + extra + comment);
   return entry;
 }
@@ -169,18 +172,21 @@ std::string_view root_of(std::string_view name) {
 /// Compares with the local header and returns where the data starts.
 std::uint64_t data_at(Windows& part, const Central& entry) {
   Bytes header = part.at(entry.header, 30);
-  if (u32(header, 0) != kLocalMark) refuse("member '{}' has no header at byte {}", printable(entry.name), entry.header);
+  if (u32(header, 0) != kLocalMark)
+    refuse("member '{}' has no header at byte {}", printable(entry.name), entry.header);
   const std::size_t name = u16(header, 26), extra = u16(header, 28);
   header = part.at(entry.header, 30 + name + extra);
   if (chars(header.subspan(30, name)) != entry.name) {
-    refuse("member '{}' is called '{}' in its own header", printable(entry.name), printable(chars(header.subspan(30, name))));
+    refuse("member '{}' is called '{}' in its own header", printable(entry.name),
+           printable(chars(header.subspan(30, name))));
   }
   if (u16(header, 8) != 0) refuse("compressed member '{}'", printable(entry.name));
   std::uint64_t size = u32(header, 22), stored = u32(header, 18), unused = 0;
   const bool sizes_follow = u16(header, 6) & 8;
   if (!sizes_follow) {
     apply_zip64(header.subspan(30 + name, extra), size, stored, unused);
-    if (size != entry.size) refuse("member '{}' has {} bytes, its own header says {}", printable(entry.name), entry.size, size);
+    if (size != entry.size)
+      refuse("member '{}' has {} bytes, its own header says {}", printable(entry.name), entry.size, size);
   }
   return entry.header + 30 + name + extra;
 }
@@ -200,18 +206,22 @@ void place(Windows& part, std::span<const Central> entries, std::uint64_t direct
   for (const Extent& next : order) {
     const Central& entry = entries[next.record];
     if (entry.header < free_from) refuse("member '{}' overlaps another", printable(entry.name));
-    if (!within(entry.header, 30, directory_at)) refuse("member '{}' is outside the archive", printable(entry.name));
+    if (!within(entry.header, 30, directory_at))
+      refuse("member '{}' is outside the archive", printable(entry.name));
     const std::uint64_t data = data_at(part, entry);
-    if (!within(data, entry.size, directory_at)) refuse("member '{}' is outside the archive", printable(entry.name));
+    if (!within(data, entry.size, directory_at))
+      refuse("member '{}' is outside the archive", printable(entry.name));
     records[next.record].offset = part.begin() + data;
     free_from = data + entry.size;
   }
 }
 
 void sort_by_name(std::vector<ZipRecord>& records) {
-  std::sort(records.begin(), records.end(), [](const ZipRecord& a, const ZipRecord& b) { return a.name < b.name; });
-  const auto twice = std::adjacent_find(records.begin(), records.end(),
-                                        [](const ZipRecord& a, const ZipRecord& b) { return a.name == b.name; });
+  std::sort(records.begin(), records.end(),
+            [](const ZipRecord& a, const ZipRecord& b) { return a.name < b.name; });
+  const auto twice =
+      std::adjacent_find(records.begin(), records.end(),
+                         [](const ZipRecord& a, const ZipRecord& b) { return a.name == b.name; });
   if (twice != records.end()) refuse("member '{}' is there twice", printable(twice->name));
 }
 
@@ -236,15 +246,17 @@ Bytes directory_bytes(Windows& part, const End& end, std::vector<std::byte>& own
 }  // namespace
 
 const ZipRecord* ZipDirectory::find(std::string_view name) const {
-  const auto found = std::lower_bound(records.begin(), records.end(), name,
-                                      [](const ZipRecord& record, std::string_view wanted) { return record.name < wanted; });
+  const auto found =
+      std::lower_bound(records.begin(), records.end(), name,
+                       [](const ZipRecord& record, std::string_view wanted) { return record.name < wanted; });
   return found != records.end() && found->name == name ? &*found : nullptr;
 }
 
 Windows::Windows(const File& file, std::uint64_t begin, std::uint64_t length)
     : file_(file), begin_(begin), length_(length), tail_at_(length) {
   shard::require(within(begin, length, file.size()), Code::BadFormat, [&] {
-    return fmt::format("{}: bytes {} to {}+{} are wanted, the file has {}", file.name(), begin, begin, length, file.size());
+    return fmt::format("{}: bytes {} to {}+{} are wanted, the file has {}", file.name(), begin, begin, length,
+                       file.size());
   });
 }
 
@@ -259,7 +271,9 @@ Bytes Windows::tail(std::uint64_t bytes) {
 }
 
 Bytes Windows::at(std::uint64_t offset, std::uint64_t length) {
-  if (!within(offset, length, length_)) refuse("bytes {}+{} are outside its {} bytes", offset, length, length_);
+  if (!within(offset, length, length_))
+    refuse("bytes {}+{} are outside its {} bytes", offset, length, length_);
+  if (length_ <= kWholeAtOnce) tail(length_);
   if (offset >= tail_at_) return Bytes(tail_).subspan(offset - tail_at_, length);
   if (offset < place_at_ || !within(offset - place_at_, length, place_.size())) {
     place_.resize(std::min(std::max(length, kPlace), length_ - offset));
@@ -271,9 +285,11 @@ Bytes Windows::at(std::uint64_t offset, std::uint64_t length) {
 
 ZipDirectory read_zip(Windows& part) {
   const End end = read_end(part);
-  if (!within(end.at, end.bytes, end.position)) refuse("its central directory is outside the archive; truncated?");
+  if (!within(end.at, end.bytes, end.position))
+    refuse("its central directory is outside the archive; truncated?");
   if (end.records == 0) refuse("is empty");
-  if (end.records > end.bytes / 46) refuse("{} entries in {} bytes of central directory", end.records, end.bytes);
+  if (end.records > end.bytes / 46)
+    refuse("{} entries in {} bytes of central directory", end.records, end.bytes);
   std::vector<std::byte> own;
   const auto entries = read_central(directory_bytes(part, end, own), end.records);
 
@@ -281,8 +297,10 @@ ZipDirectory read_zip(Windows& part) {
   directory.records.reserve(entries.size());
   for (const Central& entry : entries) {
     check_name(entry.name);
-    if (root_of(entry.name) != directory.root) refuse("member '{}' is outside the folder '{}'", printable(entry.name), printable(directory.root));
-    directory.records.push_back({std::string(entry.name.substr(directory.root.size() + 1)), 0, entry.size, entry.crc32});
+    if (root_of(entry.name) != directory.root)
+      refuse("member '{}' is outside the folder '{}'", printable(entry.name), printable(directory.root));
+    directory.records.push_back(
+        {std::string(entry.name.substr(directory.root.size() + 1)), 0, entry.size, entry.crc32});
     directory.crcs_recorded |= entry.crc32 != 0;
   }
   place(part, entries, end.at, directory.records);

@@ -1,5 +1,5 @@
-// Laying out a new torch zip archive: every byte that is no payload. Stored members only, sizes and CRCs in the local
-// headers, zip64 fields only where a number needs them.
+// Laying out a new torch zip archive: every byte that is no payload. Stored members only, sizes and CRCs in
+// the local headers, zip64 fields only where a number needs them.
 #include <algorithm>
 
 #include "formats/zip.h"
@@ -35,7 +35,8 @@ ZipLayout::ZipLayout(std::string root, std::vector<std::pair<std::string, std::u
   std::uint64_t at = 0;
   for (const auto& [name, size] : entries_) {
     const std::size_t path = root_.size() + 1 + name.size();
-    shard::require(path < 0x8000, shard::Code::BadFormat, [] { return "zip archive: a member name is too long"; });
+    shard::require(path < 0x8000, shard::Code::BadFormat,
+                   [] { return "zip archive: a member name is too long"; });
     const std::uint64_t unpadded = at + 30 + path + local_zip64_bytes(size) + 4;
     const std::uint64_t data = (unpadded + kAlignment - 1) / kAlignment * kAlignment;
     places_.push_back({at, data});
@@ -100,7 +101,7 @@ void ZipLayout::central_header(std::size_t entry, std::uint32_t crc, std::string
   put(to, clipped(size), 4);
   put(to, root_.size() + 1 + name.size(), 2);
   put(to, extra, 2);
-  put(to, 0, 2 + 2 + 2 + 4);  // comment, disk, attributes
+  to.append(10, '\0');  // comment, disk, attributes
   put(to, clipped(header), 4);
   ((to += root_) += '/') += name;
   if (!extra) return;
@@ -135,13 +136,15 @@ std::string ZipLayout::directory(std::span<const std::uint32_t> crcs) const {
   return out;
 }
 
-std::vector<std::pair<std::uint64_t, std::string>> ZipLayout::frame(std::span<const std::uint32_t> crcs) const {
+std::vector<std::pair<std::uint64_t, std::string>> ZipLayout::frame(
+    std::span<const std::uint32_t> crcs) const {
   shard::require(crcs.size() == entries_.size(), shard::Code::Usage, [&] {
     return fmt::format("zip archive: {} CRCs for {} members", crcs.size(), entries_.size());
   });
   std::vector<std::pair<std::uint64_t, std::string>> parts;
   parts.reserve(entries_.size() + 1);
-  for (std::size_t i = 0; i < entries_.size(); ++i) parts.emplace_back(places_[i].header, local_header(i, crcs[i]));
+  for (std::size_t i = 0; i < entries_.size(); ++i)
+    parts.emplace_back(places_[i].header, local_header(i, crcs[i]));
   parts.emplace_back(directory_at_, directory(crcs));
   return parts;
 }

@@ -176,6 +176,8 @@ bool holds(std::string_view condition, const Params& params) {
   return true;
 }
 
+bool fits_model(const Row& row, const Params& params) { return holds(deciding(row.when), params); }
+
 Table::Table(std::vector<Row> rows, std::string_view dialects) {
   for (auto& row : rows)
     if (row.dialects.find_first_of(dialects) != std::string::npos) rows_.push_back(std::move(row));

@@ -55,6 +55,9 @@ struct Match {
   bool layers_stacked = false, experts_stacked = false;
 };
 
+/// Whether a row's shape is that of this model; whether a layer is dense or has experts does not matter here.
+bool fits_model(const Row& row, const Params& params);
+
 /// Rows indexed by spelling. Stacked spellings (without the numbers) match as well.
 class Table {
  public:

@@ -150,7 +150,7 @@ std::vector<Wanted> spell_out(const ShardedStateDict& logical, const Table& tabl
   for (int pass = options.keep ? 0 : 1; pass < 3; ++pass)
     for_each_instance(table, options, [&](std::size_t r, const Match& match) {
       const auto& row = *match.row;
-      if (pass == 0 && !options.keep->contains(row.key)) return false;
+      if ((pass == 0 && !options.keep->contains(row.key)) || !fits_model(row, params)) return false;
       std::vector<const ShardedTensor*> parts;
       for (const auto& part : row.parts) {
         const auto name = spell(part.name, match.layer, match.expert, match.depth);
