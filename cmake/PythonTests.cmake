@@ -1,0 +1,15 @@
+# Tests that drive the built binary. They need only python3, but for `peers`, which runs the real packages from the
+# environment that SHARDKIT_PEERS_PYTHON names and says so where there is none.
+find_package(Python3 REQUIRED COMPONENTS Interpreter)
+
+function(add_python_test name label)
+  add_test(NAME ${name} COMMAND ${Python3_EXECUTABLE} ${CMAKE_SOURCE_DIR}/tests/${ARGN})
+  set_tests_properties(${name} PROPERTIES LABELS ${label} SKIP_RETURN_CODE 77
+                       ENVIRONMENT "SHARDKIT=$<TARGET_FILE:shardkit>;SHARDKIT_TEST_DATA=${CMAKE_SOURCE_DIR}/tests/data")
+endfunction()
+
+add_python_test(architecture fast architecture_test.py)
+add_python_test(cli cli cli/cli_test.py)
+add_python_test(layouts cli cli/layouts_test.py)
+add_python_test(attacks attacks attacks/attacks_test.py)
+add_python_test(peers peers peers/peers_test.py)

@@ -4,7 +4,6 @@
 #include "libshard/error.h"
 #include "libshard/families/megatron.h"
 
-#include <set>
 
 namespace formats::megatron {
 namespace {
@@ -22,17 +21,15 @@ std::string letters_of(std::string_view word) {
   return std::string(word);
 }
 
-/// Classes that every Megatron-Core since 0.12 lets into a weights-only load.
-bool known_everywhere(const Graph& g, Ref symbol) {
-  if (g.kind(symbol) != Kind::Symbol) return false;
+bool allowed(const Graph& g, Ref symbol, Audience audience) {
   const auto module = g.module(symbol);
-  return module == "torch" || module == "signal" || module == "argparse" || module == "collections" || module == "builtins" ||
-         module == "__builtin__" || module == "_codecs" || g.name(symbol) == "AttnBackend" || module.starts_with("pathlib") ||
-         module == "types" || module.starts_with("numpy");
+  for (const auto* known : {"torch", "argparse", "collections", "builtins", "__builtin__", "_codecs"})
+    if (module == known) return true;
+  return audience == Audience::Megatron && (module == "signal" || module == "types" || module == "pathlib" || g.name(symbol) == "AttnBackend");
 }
 
-/// True where nothing that `ref` reaches is an object of a class that older cores refuse.
-bool plain(const Graph& g, Ref ref) {
+/// True where nothing that `ref` reaches is of a class that the audience refuses.
+bool acceptable(const Graph& g, Ref ref, Audience audience) {
   std::vector<Ref> stack{ref};
   std::set<Ref> seen;
   while (!stack.empty()) {
@@ -40,13 +37,13 @@ bool plain(const Graph& g, Ref ref) {
     stack.pop_back();
     if (!seen.insert(at).second) continue;
     const auto kind = g.kind(at);
-    if (kind == Kind::Symbol && !known_everywhere(g, at)) return false;
+    if (kind == Kind::Symbol && !allowed(g, at, audience)) return false;
     if (kind == Kind::Object) {
       stack.push_back(g.callable(at));
       stack.push_back(g.args(at));
       if (const auto state = g.state(at)) stack.push_back(*state);
     }
-    if (kind == Kind::List || kind == Kind::Tuple || kind == Kind::Dict || kind == Kind::Set || kind == Kind::FrozenSet || kind == Kind::Object)
+    if (kind >= Kind::List && kind != Kind::Symbol)
       for (const auto item : g.items(at)) stack.push_back(item);
   }
   return true;
@@ -164,17 +161,17 @@ shard::Parallel parallel_of(const Args& args) {
   return out;
 }
 
-Ref copy_args(Graph& to, const Graph& from, Ref args, const ArgsChange& change, bool plain_only, std::vector<std::string>* dropped) {
+Ref copy_args(Graph& to, const Graph& from, Ref args, const ArgsChange& change, Audience audience, std::set<std::string>& dropped) {
   const bool copied = from.kind(args) == Kind::Object && from.state(args) && from.kind(*from.state(args)) == Kind::Dict;
   const auto made = copied ? to.import(from, args) : to.object(to.symbol("argparse", "Namespace"), to.empty_tuple(), true);
   if (!copied) to.set_state(made, to.dict({}));
   const auto dict = *to.state(made);
-  if (copied && plain_only) {
+  if (copied) {
     const auto items = from.items(*from.state(args));
     for (std::size_t i = 0; i + 1 < items.size(); i += 2) {
-      if (plain(from, items[i + 1])) continue;
+      if (acceptable(from, items[i + 1], audience)) continue;
       to.erase(dict, from.text(items[i]));
-      if (dropped) dropped->emplace_back(from.text(items[i]));
+      dropped.emplace(from.text(items[i]));
     }
   }
   const auto known = [&](const char* name) { return to.find(dict, name).has_value(); };

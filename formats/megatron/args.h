@@ -6,8 +6,8 @@
 #include "libshard/layout.h"
 
 #include <optional>
+#include <set>
 #include <string>
-#include <vector>
 
 namespace formats::megatron {
 
@@ -38,9 +38,13 @@ struct ArgsChange {
   shard::Index rank = 0, world_size = 1;
   std::string ckpt_format;             ///< "torch" or "torch_dist"
 };
-/// A copy of `args` in `to`, changed to a new layout. `plain_only` drops attributes whose class an older Megatron-Core
-/// does not know; their names come back in `dropped`.
-pickle::Ref copy_args(pickle::Graph& to, const pickle::Graph& from, pickle::Ref args, const ArgsChange& change, bool plain_only,
-                      std::vector<std::string>* dropped);
+/// Who reads the copy: torch.load(weights_only=True) with argparse.Namespace allowed, or every Megatron-Core since 0.12,
+/// which allows a few classes of its own.
+enum class Audience { Torch, Megatron };
+
+/// A copy of `args` in `to`, changed to a new layout. Attributes whose class the audience refuses (with the whole file)
+/// are left out; their names are added to `dropped`.
+pickle::Ref copy_args(pickle::Graph& to, const pickle::Graph& from, pickle::Ref args, const ArgsChange& change, Audience audience,
+                      std::set<std::string>& dropped);
 
 }  // namespace formats::megatron

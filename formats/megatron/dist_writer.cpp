@@ -159,9 +159,9 @@ class DistWriter {
     const auto& state = *source_.megatron;
     pickle::Graph g(1 << 16);
     const Index world = ranks_per_stage(model_.parallel) * model_.parallel.pp;
-    std::vector<std::string> dropped;
+    std::set<std::string> dropped;
     std::vector<pickle::Ref> entries{
-        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, 0, world, "torch_dist"}, true, &dropped),
+        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, 0, world, "torch_dist"}, Audience::Megatron, dropped),
         g.text("checkpoint_version"), g.real(3.0)};
     if (source_.iteration) entries.insert(entries.end(), {g.text("iteration"), g.integer(*source_.iteration)});
     for (const auto& [key, value] : state.items) entries.insert(entries.end(), {g.text(key), g.import(*state.common, value)});

@@ -37,6 +37,8 @@ class LegacyWriter {
     for (Index stage = 0; stage < model_.parallel.pp; ++stage)
       for (const auto& cell : all) rank_file(cell, stage, stage * per_stage + cell.rank_in_stage, per_stage * model_.parallel.pp);
     describe_logical(target_, model_);
+    for (const auto& [stream, bytes] : constants_) writer_.write(stream, 0, std::as_bytes(std::span(bytes->data(), bytes->size())));
+    for (const auto& name : dropped_args_) target_.dropped.push_back({"args." + name, "torch.load(weights_only=True) refuses a file that names its class"});
   }
 
  private:
@@ -94,7 +96,6 @@ class LegacyWriter {
     const auto all = slots(cell, stage);
     pickle::Graph g(1 << 16);
     std::vector<std::uint64_t> storages;
-    std::vector<std::string> extra_bytes;
     std::vector<pickle::Ref> models;
     std::vector<std::uint32_t> storage_of(all.size());
     for (Index chunk = 0; chunk < model_.parallel.vpp; ++chunk) {
@@ -140,10 +141,10 @@ class LegacyWriter {
     return shape;
   }
 
-  pickle::Ref top_dict(pickle::Graph& g, const std::vector<pickle::Ref>& models, Index rank, Index world) const {
+  pickle::Ref top_dict(pickle::Graph& g, const std::vector<pickle::Ref>& models, Index rank, Index world) {
     const auto& state = *source_.megatron;
     std::vector<pickle::Ref> entries{
-        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, rank, world, "torch"}, false, nullptr),
+        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, rank, world, "torch"}, Audience::Torch, dropped_args_),
         g.text("checkpoint_version"), g.real(3.0)};
     if (source_.iteration) entries.insert(entries.end(), {g.text("iteration"), g.integer(*source_.iteration)});
     entries.insert(entries.end(), models.begin(), models.end());
@@ -183,8 +184,7 @@ class LegacyWriter {
   std::map<std::string, ExtraState> extra_;
   const Wanted* embedding_ = nullptr;
   std::string folder_;
-
- public:
+  std::set<std::string> dropped_args_;
   std::vector<std::pair<std::uint32_t, const std::string*>> constants_;  ///< bytes of extra states, by stream
 };
 
@@ -195,10 +195,7 @@ void create_mp_rank(const std::filesystem::path& path, const Checkpoint& source,
   const auto model = model_for(source, options, options.keep_spelling ? "lt" : local ? "l" : "t");
   target.padded_vocab = model.params.at("vocab");
   target.writer = std::make_unique<LocalWriter>(path, options.force);
-  LegacyWriter writer(source, model, target);
-  writer.write();
-  for (const auto& [stream, bytes] : writer.constants_)
-    target.writer->write(stream, 0, std::as_bytes(std::span(bytes->data(), bytes->size())));
+  LegacyWriter(source, model, target).write();
   target.carried = {"args", "checkpoint_version", "iteration"};
   for (const auto& [key, value] : source.megatron->items)
     if (key != "content_metadata") target.carried.push_back(key);

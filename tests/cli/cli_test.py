@@ -1,0 +1,260 @@
+"""Golden runs of the command line: the words, keys and statuses that scripts rely on."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json  # noqa: E402
+
+LLAMA = DATA / "legacy/llama_untied_bf16/tp2pp2"
+DIST = DATA / "mcore/llama_untied_bf16/tp2pp2"
+
+
+class Inspect(Case):
+    def test_json_keys(self):
+        _, out = run_json("inspect", LLAMA)
+        self.assertEqual(out["format"], "mp_rank")
+        self.assertEqual(out["iteration"], 10)
+        self.assertEqual({k: out["layout"][k] for k in ("tp", "pp", "vpp", "ep", "etp")}, {"tp": 2, "pp": 2, "vpp": 1, "ep": 1, "etp": 2})
+        self.assertIs(out["tied"], False)
+        self.assertEqual(out["parameters"], 180800)
+        tensor = next(t for t in out["tensors"] if t["key"] == "decoder.layers.3.mlp.linear_fc2.weight")
+        self.assertEqual((tensor["dtype"], tensor["shape"], len(tensor["shards"])), ("bf16", [64, 128], 2))
+        self.assertEqual(tensor["shards"][1]["box"], {"lo": [0, 64], "size": [64, 64]})
+        self.assertEqual(tensor["shards"][1]["file"], "mp_rank_01_001/model_optim_rng.pt")
+
+    def test_torch_dist_and_dcp(self):
+        self.assertEqual(run_json("inspect", DIST)[1]["format"], "torch_dist")
+        _, out = run_json("inspect", DATA / "dcp/dtensor_2x2")
+        self.assertEqual((out["format"], out["layout"]), ("dcp", None))
+        self.assertIn("f8_e4m3", {t["dtype"] for t in out["tensors"]})
+
+    def test_glob(self):
+        _, out = run_json("inspect", LLAMA, "--tensors", "*.linear_qkv.*")
+        self.assertEqual(len(out["tensors"]), 4)
+
+    def test_not_found(self):
+        self.refused(3, "inspect", self.tmp / "nothing")
+        self.refused(4, "inspect", self.tmp)
+
+
+class Usage(Case):
+    def test_statuses(self):
+        self.refused(2, "frobnicate")
+        self.refused(2, "reshard", LLAMA)
+        self.refused(2, "convert", LLAMA, self.tmp / "x", "--to", "nonsense")
+        self.refused(8, "reshard", LLAMA, self.tmp / "x", "--device", "cuda")
+        self.refused(2, "reshard", LLAMA, self.tmp / "x", "--mem-limit", "lots")
+        self.assertEqual(run("--help")[0], 0)
+        self.assertEqual(run("reshard", "--help")[0], 0)
+
+    def test_target_exists(self):
+        target = self.tmp / "there"
+        self.ok("reshard", LLAMA, target, "--tp", 1, "--pp", 1)
+        self.assertIn("--force", self.refused(2, "reshard", LLAMA, target, "--tp", 2))
+        self.ok("reshard", LLAMA, target, "--tp", 4, "--pp", 1, "--force")
+        self.assertEqual(len(list((target / "iter_0000010").iterdir())), 4)
+
+    def test_impossible_layouts(self):
+        for flags in (["--tp", 3], ["--pp", 3], ["--tp", 16], ["--pp", 2, "--vpp", 4], ["--ep", 2], ["--pp-layout", "E|t"], ["--first-stage-layers", 9]):
+            self.refused(5, "reshard", LLAMA, self.tmp / "x", *flags)
+        self.assertEqual(list(self.tmp.iterdir()), [])
+
+
+class Outcome(Case):
+    def test_json_and_report(self):
+        report = self.tmp / "report.json"
+        _, out = run_json("convert", LLAMA, self.tmp / "d", "--to", "torch_dist", "--tp", 4, "--pp", 1, "--report", report)
+        for key in ("source", "target", "bytes_read", "bytes_written", "bytes_copied_in_kernel", "seconds", "peak_memory_bytes", "tensors", "dropped", "carried", "tied"):
+            self.assertIn(key, out)
+        self.assertEqual(out["target"]["format"], "torch_dist")
+        self.assertEqual(out["target"]["layout"]["tp"], 4)
+        self.assertIn("rng_state", [d["key"] for d in out["dropped"]])
+        self.assertEqual(json.loads(report.read_text())["tensors"], out["tensors"])
+
+    def test_plan_writes_nothing(self):
+        _, out = run_json("plan", LLAMA, self.tmp / "d", "--to", "torch_dist")
+        self.assertGreater(out["bytes_written"], 300_000)
+        self.assertEqual(list(self.tmp.iterdir()), [])
+
+    def test_quiet(self):
+        status, out, err = run("reshard", LLAMA, self.tmp / "d", "--tp", 1, "-q")
+        self.assertEqual((status, out, err), (0, "", ""))
+
+    def test_optimizer_needs_weights_only(self):
+        for name in ("mcore_optim/float16opt_tp2pp2", "mcore_optim/legacy_float16opt_tp2pp1"):
+            self.assertIn("--weights-only", self.refused(4, "reshard", DATA / name, self.tmp / "x", "--tp", 1, "--pp", 1))
+            _, out = run_json("reshard", DATA / name, self.tmp / name.replace("/", "_"), "--tp", 1, "--pp", 1, "--weights-only")
+            self.assertTrue(any("optimizer" in d["key"] for d in out["dropped"]), out["dropped"])
+
+    def test_vocabulary_padding(self):
+        source = DATA / "mcore/gpt_tied_bf16_div128/tp1pp1"  # 250 tokens, padded to 256
+        for pad in ("zeros", "last", "mean"):
+            target = self.tmp / pad
+            _, out = run_json("reshard", source, target, "--tp", 4, "--pad", pad)
+            self.assertEqual(out["padded_vocab_size"], 512)
+            self.assertEqual(out["padded"], ["embedding.word.weight"])
+            self.assertEqual(digest(target), digest(source))
+        back = self.tmp / "back"
+        self.ok("reshard", self.tmp / "zeros", back, "--tp", 1)
+        self.ok("diff", source, back)
+
+    def test_drop(self):
+        self.refused(6, "hash", LLAMA, "--drop", "layers.0.mlp.norm.weight")
+
+    def test_casts(self):
+        self.ok("convert", LLAMA, self.tmp / "f32", "--to", "torch_dist", "--dtype", "f32")
+        self.ok("convert", self.tmp / "f32", self.tmp / "bf16", "--to", "mp_rank", "--dtype", "bf16")
+        self.assertEqual(digest(self.tmp / "bf16"), digest(LLAMA))
+        self.assertNotEqual(digest(self.tmp / "f32"), digest(LLAMA))
+
+    def test_iteration(self):
+        self.ok("inspect", LLAMA, "--iteration", 10)
+        self.refused(3, "inspect", LLAMA, "--iteration", 11)
+
+
+class SameBytes(Case):
+    def test_any_thread_count_and_budget(self):
+        first = None
+        for number, flags in enumerate((["--threads", 1], ["--threads", 2], ["--threads", 7], ["--threads", 2, "--mem-limit", "1MiB"])):
+            for kind in ("torch_dist", "mp_rank"):
+                self.ok("convert", LLAMA, self.tmp / f"{kind}{number}", "--to", kind, "--tp", 4, "--pp", 1, "-q", *flags)
+            both = files_below(self.tmp / f"torch_dist{number}"), files_below(self.tmp / f"mp_rank{number}")
+            first = first or both
+            self.assertEqual(both, first)
+
+
+class Plain(Case):
+    def test_dcp_round_trip_and_safetensors(self):
+        source = DATA / "dcp/fsdp2_adamw_4"
+        self.ok("convert", source, self.tmp / "again", "--to", "dcp")
+        self.assertEqual(digest(self.tmp / "again"), digest(source))
+        self.ok("convert", source, self.tmp / "hf", "--to", "hf", "--max-shard-size", "10KB")
+        self.assertTrue((self.tmp / "hf/model.safetensors.index.json").exists())
+        self.assertEqual(digest(self.tmp / "hf"), digest(source))
+        self.ok("convert", self.tmp / "hf", self.tmp / "one", "--to", "hf")
+        self.assertEqual(digest(self.tmp / "one"), digest(source))
+        self.ok("verify", self.tmp / "one")
+
+    def test_no_family_no_layout(self):
+        self.refused(5, "reshard", DATA / "dcp/dtensor_2x2", self.tmp / "x", "--tp", 2)
+
+
+class Diff(Case):
+    def test_across_formats(self):
+        _, out = run_json("diff", LLAMA, DIST)
+        self.assertEqual(out, {"same": True, "only_in_a": [], "only_in_b": [], "different": []})
+
+    def test_difference_is_located(self):
+        other = self.copy("legacy/llama_untied_bf16/tp2pp2")
+        change_one_number(other, "decoder.layers.2.mlp.linear_fc2.weight", [3, 70])
+        status, out = run_json("diff", LLAMA, other)
+        self.assertEqual(status, 1)
+        self.assertEqual([(d["key"], d["count"], d["first"]) for d in out["different"]], [("layers.2.mlp.down.weight", 1, [3, 70])])
+        self.assertGreaterEqual(out["different"][0]["max_ulp"], 1)
+
+
+class Scan(Case):
+    def test_names(self):
+        status, out = run_json("scan", LLAMA / "iter_0000010/mp_rank_00_000/model_optim_rng.pt")
+        self.assertEqual(status, 0)
+        self.assertIn("argparse", {n["module"] for n in out["files"][0]["names"]})
+        status, out = run_json("scan", DATA / "hostile/pt_os_system/model_optim_rng.pt")
+        self.assertEqual(status, 1)
+        self.assertEqual([n for n in out["files"][0]["names"] if n["verdict"] == "refuse"], [{"module": "posix", "name": "system", "verdict": "refuse"}])
+
+
+class Verify(Case):
+    def test_junit_and_notes(self):
+        junit = self.tmp / "junit.xml"
+        _, out = run_json("verify", DIST, "--junit", junit)
+        self.assertTrue(out["ok"])
+        self.assertIn("unverifiable", [f["rule"] for f in out["findings"]])
+        self.assertEqual(junit.read_text().count("<testcase"), 13)
+
+    def test_against(self):
+        self.ok("verify", LLAMA, "--against", DIST)
+        status, out = run_json("verify", LLAMA, "--against", DATA / "legacy/llama_tied_bf16/tp2pp2")
+        self.assertEqual(status, 1)
+
+    def test_flipped_payload_byte(self):
+        other = self.copy("legacy/llama_untied_bf16/tp2pp2")
+        change_one_number(other, "decoder.layers.2.mlp.linear_fc2.weight", [3, 70], fix_sum=False)
+        self.assertIn("CRC-32", self.finding("checksum", other)["message"])
+        self.refused(4, "reshard", other, self.tmp / "x", "--tp", 1)
+        self.refused(4, "hash", other)
+        self.assertFalse((self.tmp / "x").exists())
+
+    def test_replica_and_tie(self):
+        found = self.finding("replica", DATA / "hostile/mega_layernorm_replica_differs")
+        self.assertIn("first at [7]", found["message"])
+        self.assertIn("ULP", found["message"])
+        self.assertIn("first at [3, 5]", self.finding("tie", DATA / "hostile/mega_tied_copy_differs")["message"])
+        self.refused(6, "reshard", DATA / "hostile/mega_tied_copy_differs", self.tmp / "x", "--pp", 1)
+
+    def test_exchanged_ranks(self):
+        other = self.copy("legacy/llama_untied_bf16/tp2pp2") / "iter_0000010"
+        os.rename(other / "mp_rank_00_000", other / "t")
+        os.rename(other / "mp_rank_01_000", other / "mp_rank_00_000")
+        os.rename(other / "t", other / "mp_rank_01_000")
+        self.finding("rank", other.parent)
+        self.refused(6, "hash", other.parent)
+
+    def test_missing_rank(self):
+        other = self.copy("legacy/llama_untied_bf16/tp2pp2") / "iter_0000010"
+        import shutil
+        shutil.rmtree(other / "mp_rank_01_001")
+        self.assertIn("mp_rank_01_001", self.refused(6, "verify", other.parent))
+
+
+class Interrupted(Case):
+    def test_signals_leave_nothing(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+            for delay in (0.0, 0.002, 0.005, 0.01, 0.02):
+                target = self.tmp / "t"
+                p = subprocess.Popen([SHARDKIT, "reshard", str(LLAMA), str(target), "--tp", "4", "--pp", "1", "-q"], stderr=subprocess.DEVNULL)
+                time.sleep(delay)
+                p.send_signal(number)
+                p.wait()
+                if target.exists():
+                    self.assertEqual(digest(target), digest(LLAMA))
+                    self.assertEqual(len([f for f in target.rglob("*") if f.is_file()]), 5)
+                self.ok("reshard", LLAMA, target, "--tp", 4, "--pp", 1, "-q", "--force")
+                self.assertEqual([p.name for p in self.tmp.iterdir()], ["t"])
+
+    def test_file_size_limit_is_a_write_error(self):
+        import resource
+        status, _, err = run("reshard", LLAMA, self.tmp / "t", "--tp", 1, "--pp", 1,
+                             preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))
+        self.assertEqual(status, 7, err)
+        self.assertEqual(list(self.tmp.iterdir()), [])
+
+
+def change_one_number(run_folder, key, index, fix_sum=True):
+    """Flips the lowest bit of one bf16 element of a checkpoint that mp_rank files hold, and mends the archive's CRC."""
+    import zlib
+    _, out = run_json("verify", run_folder)
+    _, out = run_json("inspect", run_folder)
+    tensor = next(t for t in out["tensors"] if t["key"] == key)
+    for shard in tensor["shards"]:
+        lo, size = shard["box"]["lo"], shard["box"]["size"]
+        if all(l <= i < l + s for i, l, s in zip(index, lo, size)):
+            break
+    path = next(pathlib.Path(run_folder).rglob(shard["file"].split("/")[0])) / "model_optim_rng.pt"
+    data = bytearray(path.read_bytes())
+    at = shard["offset"] + 2 * ((index[0] - lo[0]) * size[1] + index[1] - lo[1])
+    old = zlib.crc32(bytes(data[shard["offset"]:shard["offset"] + shard["bytes"]]))
+    data[at] ^= 1
+    if fix_sum:
+        new = zlib.crc32(bytes(data[shard["offset"]:shard["offset"] + shard["bytes"]]))
+        data = bytearray(bytes(data).replace(old.to_bytes(4, "little"), new.to_bytes(4, "little")))
+    path.write_bytes(bytes(data))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,170 @@
+"""The real torch, safetensors and megatron-core read what shardkit writes, bit for bit. Runs itself again in the Python
+that SHARDKIT_PEERS_PYTHON names; without one the test is skipped, and says so."""
+import argparse
+import os
+import pathlib
+import sys
+import unittest
+
+PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
+if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
+    os.execv(PYTHON, [PYTHON, *sys.argv])
+if not PYTHON:
+    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch, safetensors and megatron-core")
+    sys.exit(77)
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from support import DATA, Case, digest, run_json  # noqa: E402
+
+import torch  # noqa: E402
+
+torch.serialization.add_safe_globals([argparse.Namespace])
+LEGACY = DATA / "legacy"
+DIST = DATA / "mcore"
+
+
+def iteration(folder):
+    return next(pathlib.Path(folder).glob("iter_*"))
+
+
+class Opaque:
+    """Stands for classes of Megatron's that the reference files name."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def lenient_pickle():
+    """Unpickles what Megatron itself wrote; its own classes become Opaque."""
+    import pickle
+    import types
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            try:
+                return super().find_class(module, name)
+            except Exception:
+                return Opaque
+
+    module = types.ModuleType("lenient_pickle")
+    module.Unpickler = Unpickler
+    return module
+
+
+def reference(path):
+    return torch.load(path, weights_only=False, pickle_module=lenient_pickle())
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
+class TorchLoadsRankFiles(Case):
+    def test_against_megatrons_own(self):
+        pairs = (("gpt_tied_bf16_te_names", "tp1pp1", "tp2pp2vpp2", ["--tp", 2, "--pp", 2, "--vpp", 2]), ("llama_untied_bf16", "tp2pp2vpp2", "tp1pp1", ["--tp", 1, "--pp", 1]),
+                 ("llama_tied_bf16", "tp1pp2", "tp2pp2", ["--tp", 2, "--pp", 2]))
+        for family, source, wanted, flags in pairs:
+            self.ok("reshard", LEGACY / family / source, self.tmp / family, *flags)
+            theirs = sorted((LEGACY / family / wanted).rglob("model_optim_rng.pt"))
+            ours = sorted((self.tmp / family).rglob("model_optim_rng.pt"))
+            self.assertEqual([f.parent.name for f in ours], [f.parent.name for f in theirs])
+            for a, b in zip(ours, theirs):
+                x, y = torch.load(a, weights_only=True), reference(b)
+                rank = int(a.parent.name.split("_")[2])
+                self.assertEqual(x["args"].rank, y["args"].rank)
+                self.assertEqual(x["args"].tensor_model_parallel_size, y["args"].tensor_model_parallel_size)
+                for part in (k for k in y if k.startswith("model")):
+                    self.assertEqual(list(x[part]), list(y[part]), "keys, in the order of the modules")
+                    for key, tensor in y[part].items():
+                        if not isinstance(tensor, torch.Tensor):
+                            self.assertEqual(x[part][key], tensor)
+                            continue
+                        keep = max(0, min(tensor.shape[0], 250 - rank * tensor.shape[0])) if "word_embeddings" in key or key.startswith("output_layer") else None
+                        self.assertTrue(same(x[part][key][:keep], tensor[:keep]), f"{a.parent.name} {key}")
+
+    def test_mmap(self):
+        self.ok("reshard", LEGACY / "llama_untied_bf16/tp2pp2", self.tmp / "a", "--tp", 1, "--pp", 1)
+        torch.load(next((self.tmp / "a").rglob("*.pt")), weights_only=True, mmap=True)
+
+
+class TorchLoadsDistributed(Case):
+    def load(self, folder):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+        reader = dcp.FileSystemReader(str(folder))
+        entries = reader.read_metadata().state_dict_metadata
+        state = {k: torch.empty(tuple(v.size), dtype=v.properties.dtype) for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        return state
+
+    def test_against_megatrons_own(self):
+        for family, source, wanted, flags in (("llama_untied_bf16", "tp1pp1", "tp2pp2", ["--tp", 2, "--pp", 2]), ("gpt_tied_bf16_div128", "tp2pp2", "tp1pp1", ["--tp", 1, "--pp", 1])):
+            self.ok("reshard", DIST / family / source, self.tmp / family, *flags)
+            ours, theirs = self.load(iteration(self.tmp / family)), self.load(iteration(DIST / family / wanted))
+            self.assertEqual(set(ours), set(theirs))
+            for key in theirs:
+                keep = 250 if "word_embeddings" in key or key.startswith("output_layer") else None
+                self.assertTrue(same(ours[key][:keep], theirs[key][:keep]), key)
+
+    def test_plain(self):
+        from safetensors.torch import load_file
+        values = load_file(DATA / "dcp/dtensor_2x2.reference.safetensors")
+        self.ok("convert", DATA / "dcp/dtensor_2x2", self.tmp / "again", "--to", "dcp")
+        state = self.load(self.tmp / "again")
+        compared = [k for k in values if k in state]
+        self.assertGreater(len(compared), 5)
+        for key in compared:
+            self.assertTrue(same(state[key], values[key]), key)
+
+
+class SafetensorsLoads(Case):
+    def test_same_keys(self):
+        from safetensors.torch import load_file
+        self.ok("convert", DATA / "dcp/fsdp2_adamw_4", self.tmp / "hf", "--to", "hf")
+        state = load_file(self.tmp / "hf/model.safetensors")
+        _, out = run_json("inspect", DATA / "dcp/fsdp2_adamw_4")
+        self.assertEqual(set(state), {t["key"] for t in out["tensors"]})
+
+
+class MegatronLoads(Case):
+    def test_strict_load_into_given_tensors(self):
+        """megatron-core 0.16.1 reads our torch_dist: keys, boxes, objects and common.pt, without a GPU."""
+        for name in ("current_device", "synchronize", "set_device"):
+            setattr(torch.cuda, name, lambda *a, **k: torch.device("cpu"))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29677", RANK="0", WORLD_SIZE="1")
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        try:
+            from megatron.core import dist_checkpointing
+            from megatron.core.dist_checkpointing import ShardedTensor
+            from megatron.core.dist_checkpointing.mapping import ShardedObject
+            from torch.distributed.checkpoint import FileSystemReader
+            from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+            source = LEGACY / "llama_untied_bf16/tp2pp2"
+            self.ok("convert", source, self.tmp / "d", "--to", "torch_dist", "--tp", 4, "--pp", 1)
+            folder = iteration(self.tmp / "d")
+            wanted, state = {}, {}
+            for key, entry in FileSystemReader(str(folder)).read_metadata().state_dict_metadata.items():
+                if isinstance(entry, TensorStorageMetadata):
+                    wanted[key] = entry
+                    state[key] = ShardedTensor.from_rank_offsets(key, torch.empty(tuple(entry.size), dtype=entry.properties.dtype))
+            layers = wanted["decoder.layers.self_attention.linear_qkv.weight"].size[0]
+            for module in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
+                for layer in range(layers):
+                    key = f"decoder.layers.{module}._extra_state"
+                    state[f"{key}{layer}"] = ShardedObject(key, None, (layers,), (layer,))
+            loaded = dist_checkpointing.load(state, str(folder))
+            self.assertEqual(loaded["args"].tensor_model_parallel_size, 4)
+            whole = reference(next((LEGACY / "llama_untied_bf16/tp1pp1").rglob("*.pt")))["model"]
+            for layer in range(layers):
+                self.assertTrue(same(loaded["decoder.layers.mlp.linear_fc1.weight"][layer], whole[f"decoder.layers.{layer}.mlp.linear_fc1.weight"]))
+                self.assertTrue(same(loaded["decoder.layers.self_attention.linear_qkv.weight"][layer], whole[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"]))
+        finally:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    unittest.main()
