@@ -2,6 +2,7 @@
 // imports anything; refuses a pickle that names what no checkpoint needs.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -114,10 +115,20 @@ class Graph {
   std::optional<std::string> bytes_value(Ref ref) const;
 
   Ref none() const { return 0; }
-  Ref boolean(bool value) const { return value ? 2 : 1; }
+  // Templates, so that a Ref never passes for a value: std::uint32_t always means a node.
+  template <std::same_as<bool> Value>
+  Ref boolean(Value value) const {
+    return value ? 2 : 1;
+  }
   Ref empty_tuple() const { return 3; }
-  Ref integer(std::int64_t value);
-  Ref real(double value);
+  template <std::integral Value>
+  requires(!std::same_as<Value, Ref> && !std::same_as<Value, bool>) Ref integer(Value value) {
+    return add_integer(static_cast<std::int64_t>(value));
+  }
+  template <std::floating_point Value>
+  Ref real(Value value) {
+    return add_real(value);
+  }
   Ref text(std::string_view value);
   Ref word(std::string_view value);  ///< a text that several nodes share: the same Ref for the same text
   Ref bytes(std::string_view value);
@@ -172,6 +183,8 @@ class Graph {
   const Node& expect(Ref ref, Kind kind) const;
   const ObjectPart& object_part(Ref ref) const { return *expect(ref, Kind::Object).object; }
   Ref add(const Node& node);
+  Ref add_integer(std::int64_t value);
+  Ref add_real(double value);
   Ref add_text(Kind kind, std::string_view bytes);
   Ref add_items(Kind kind, std::span<const Ref> items);
   Ref add_symbol(std::string_view module, std::string_view name);

@@ -232,8 +232,8 @@ Ref Graph::add_symbol(std::string_view module, std::string_view name) {
               .text = kept});
 }
 
-Ref Graph::integer(std::int64_t value) { return add({.kind = Kind::Int, .integer = value}); }
-Ref Graph::real(double value) { return add({.kind = Kind::Float, .real = value}); }
+Ref Graph::add_integer(std::int64_t value) { return add({.kind = Kind::Int, .integer = value}); }
+Ref Graph::add_real(double value) { return add({.kind = Kind::Float, .real = value}); }
 Ref Graph::text(std::string_view value) { return add_text(Kind::Text, value); }
 Ref Graph::bytes(std::string_view value) { return add_text(Kind::Bytes, value); }
 Ref Graph::list(std::span<const Ref> items) { return add_items(Kind::List, items); }

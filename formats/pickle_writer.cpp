@@ -1,5 +1,7 @@
 // Writing a graph as a pickle: a flat loop over what is still to be written; a node that is met twice is
 // memoised. Refuses cycles that only an endless pickle could hold.
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <limits>
 
@@ -17,9 +19,11 @@ constexpr std::size_t kReentries = 100;  // of nodes that are being written alre
 
 class Writer {
  public:
-  Writer(const Graph& graph, int protocol)
+  /// `memoise_all`: every container that is filled after it is made, shared or not.
+  Writer(const Graph& graph, int protocol, bool memoise_all)
       : graph_(graph),
         new_(protocol >= 4),
+        all_(memoise_all),
         uses_(graph.size()),
         memo_(graph.size(), kUnset),
         open_(graph.size()) {
@@ -27,13 +31,15 @@ class Writer {
     out_ += static_cast<char>(protocol);
   }
 
-  std::string run(Ref root) {
+  /// nullopt where a cycle can only be written with `memoise_all`.
+  std::optional<std::string> run(Ref root) {
     count_uses(root);
     todo_.push_back({&Writer::visit, root});
     while (!todo_.empty()) {
       const Todo next = todo_.back();
       todo_.pop_back();
       (this->*next.step)(next.ref);
+      if (reentries_ && !all_) return std::nullopt;
     }
     out_ += '.';
     return std::move(out_);
@@ -56,6 +62,7 @@ class Writer {
     while (!open.empty()) {
       const Ref ref = open.back();
       open.pop_back();
+      ++kinds_[static_cast<std::size_t>(graph_.kind(ref))];
       if (graph_.kind(ref) < Kind::List || graph_.kind(ref) == Kind::Symbol) continue;
       for (const Ref item : graph_.items(ref)) meet(item);
       if (graph_.kind(ref) == Kind::Object) meet_parts(ref, meet);
@@ -130,8 +137,13 @@ class Writer {
     if (slot < 256) return op('h'), number(slot, 1);
     op('j'), number(slot, 4);
   }
+  bool shared(Ref ref) const {
+    if (uses_[ref] > 1) return true;
+    const Kind kind = graph_.kind(ref);
+    return all_ && (kind == Kind::List || kind == Kind::Dict || kind == Kind::Set || kind == Kind::Object);
+  }
   void memoise_if_shared(Ref ref) {
-    if (uses_[ref] > 1) memoise(memo_[ref]);
+    if (shared(ref)) memoise(memo_[ref]);
   }
   /// For nodes that are made from their parts: a part that leads back has written the node meanwhile.
   void memoise_made(Ref ref) {
@@ -261,13 +273,14 @@ class Writer {
   }
 
   // Protocol 2 has no opcodes for sets and bytes: they are calls.
-  void put_known_name(std::string_view module, std::string_view name, std::uint32_t& slot) {
+  bool several(Kind kind) const { return kinds_[static_cast<std::size_t>(kind)] > 1; }
+  void put_known_name(std::string_view module, std::string_view name, std::uint32_t& slot, Kind kind) {
     if (slot != kUnset) return recall(slot);
     put_name(module, name);
-    memoise(slot);
+    if (several(kind)) memoise(slot);
   }
   void visit_old_set(Ref ref, std::string_view name, std::uint32_t& slot) {
-    put_known_name("builtins", name, slot);
+    put_known_name("builtins", name, slot, graph_.kind(ref));
     op(']');
     later(&Writer::finish_set, ref);
     later_appends(graph_.items(ref));
@@ -280,21 +293,22 @@ class Writer {
       if (value >= 0x80) text += static_cast<char>(0xC0 | value >> 6);
       text += static_cast<char>(value < 0x80 ? value : 0x80 | (value & 0x3F));
     }
-    put_known_name("_codecs", "encode", encode_name_);
+    put_known_name("_codecs", "encode", encode_name_, Kind::Bytes);
     put_text(text);
     if (latin1_ != kUnset) {
       recall(latin1_);
     } else {
       put_text("latin1");
-      memoise(latin1_);
+      if (several(Kind::Bytes)) memoise(latin1_);
     }
     op(0x86), op('R');
   }
 
   const Graph& graph_;
-  const bool new_;
+  const bool new_, all_;
   std::vector<std::uint8_t> uses_;
   std::vector<std::uint32_t> memo_;
+  std::array<std::size_t, 16> kinds_{};  // how many nodes of each are reached
   std::uint32_t memoised_ = 0;
   std::uint32_t set_name_ = kUnset, frozenset_name_ = kUnset, encode_name_ = kUnset, latin1_ = kUnset;
   std::size_t reentries_ = 0;
@@ -308,7 +322,9 @@ class Writer {
 std::string write(const Graph& graph, Ref root, int protocol) {
   shard::require(protocol == 2 || protocol == 4, shard::Code::Usage,
                  [&] { return fmt::format("pickle protocol {}; 2 or 4", protocol); });
-  return Writer(graph, protocol).run(root);
+  auto written = Writer(graph, protocol, false).run(root);
+  if (!written) written = Writer(graph, protocol, true).run(root);
+  return std::move(*written);
 }
 
 }  // namespace formats::pickle

@@ -30,6 +30,7 @@ std::vector<std::size_t> number_bands(std::vector<End> ends, std::vector<Band>& 
   for (const auto& end : ends) {
     const auto run = copies[end.copy].run;
     const bool same = first && first->stream == end.stream && first->stride == end.stride && first->rows == end.rows &&
+                      end.offset <= bands.back().start + bands.back().width &&  // a hole between belongs to others
                       end.offset + run <= first->offset + first->stride;
     if (!same) {
       bands.push_back({end.stream, end.offset, end.stride, 0});
