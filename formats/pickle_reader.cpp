@@ -4,163 +4,40 @@
 #include <array>
 #include <bit>
 #include <charconv>
-#include <cstring>
 #include <limits>
 #include <set>
 
 #include "formats/pickle.h"
+#include "formats/pickle_input.h"
 #include "libshard/error.h"
 
 namespace formats::pickle {
 namespace {
 
-using shard::Code;
-
 constexpr Ref kUnset = std::numeric_limits<Ref>::max();
-constexpr std::size_t kLine = 1 << 16;  // of a text opcode's argument
-constexpr std::size_t kDigits = 4300;   // of a decimal integer, as in Python
-
-/// The bytes end within the pickle.
-struct Truncated : shard::Error {
-  using Error::Error;
-};
-
-/// For error texts: names are input from a stranger.
-std::string printable(std::string_view text) {
-  std::string shown(text.substr(0, 100));
-  std::replace_if(
-      shown.begin(), shown.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; },
-      '?');
-  return shown;
-}
-
-std::size_t utf8_length(unsigned char lead) {
-  if (lead < 0x80) return 1;
-  if (lead >= 0xC2 && lead < 0xE0) return 2;
-  if (lead >= 0xE0 && lead < 0xF0) return 3;
-  return lead >= 0xF0 && lead < 0xF5 ? 4 : 0;
-}
-
-/// As Python's "surrogatepass": lone surrogates are legal, overlong forms are not.
-bool is_utf8(std::string_view text) {
-  const auto* at = reinterpret_cast<const unsigned char*>(text.data());
-  const auto* const end = at + text.size();
-  while (at < end) {
-    std::uint64_t eight = 0;
-    while (end - at >= 8 && (std::memcpy(&eight, at, 8), (eight & 0x8080808080808080u) == 0)) at += 8;
-    if (at == end) break;
-    if (*at < 0x80) {
-      ++at;
-      continue;
-    }
-    const std::size_t length = utf8_length(*at);
-    if (length == 0 || static_cast<std::size_t>(end - at) < length) return false;
-    for (std::size_t i = 1; i < length; ++i) {
-      if ((at[i] & 0xC0) != 0x80) return false;
-    }
-    if (*at == 0xE0 && at[1] < 0xA0) return false;
-    if (*at == 0xF0 && at[1] < 0x90) return false;
-    if (*at == 0xF4 && at[1] >= 0x90) return false;
-    at += length;
-  }
-  return true;
-}
-
-/// Two's complement, little endian, of decimal digits.
-std::string binary(std::string_view digits, bool negative) {
-  std::string bytes(1, '\0');
-  for (const char digit : digits) {
-    unsigned carry = static_cast<unsigned>(digit - '0');
-    for (char& byte : bytes) {
-      carry += static_cast<unsigned char>(byte) * 10u;
-      byte = static_cast<char>(carry);
-      carry >>= 8;
-    }
-    if (carry) bytes.push_back(static_cast<char>(carry));
-  }
-  bytes.push_back('\0');
-  unsigned carry = 1;
-  for (char& byte : bytes) {
-    if (!negative) break;
-    carry += static_cast<unsigned char>(~byte);
-    byte = static_cast<char>(carry);
-    carry >>= 8;
-  }
-  return bytes;
-}
+constexpr std::size_t kDigits = 400;  // of a decimal integer: converting takes their square
 
 }  // namespace
 
-class Reader {
+class Reader : Input {
  public:
   Reader(std::span<const std::byte> bytes, const Limits& limits, std::vector<Name>* names)
-      : graph_(bytes.size()),
-        start_(reinterpret_cast<const unsigned char*>(bytes.data())),
-        at_(start_),
-        end_(start_ + bytes.size()),
-        limits_(limits),
-        names_(names) {
+      : Input(bytes), graph_(bytes.size()), limits_(limits), names_(names) {
     small_.fill(kUnset);
   }
 
+  /// Returns how many bytes the pickle has.
   std::size_t run() {
     while (!stopped_) {
-      op_ = at_;
       if (graph_.size() >= limits_.nodes) [[unlikely]]
         refuse("more than {} values", limits_.nodes);
-      step(byte());
+      step(opcode());
     }
-    return static_cast<std::size_t>(at_ - start_);
+    return used();
   }
   Graph take() { return std::move(graph_); }
 
  private:
-  template <typename... Args>
-  [[noreturn]] void refuse(fmt::format_string<Args...> format, Args&&... args) const {
-    throw shard::Error(Code::BadFormat, where() + fmt::format(format, std::forward<Args>(args)...));
-  }
-  std::string where() const { return fmt::format("pickle byte {}: ", op_ - start_); }
-
-  // Bytes.
-  std::size_t left() const { return static_cast<std::size_t>(end_ - at_); }
-  void need(std::uint64_t bytes) const {
-    if (bytes > left()) [[unlikely]]
-      throw Truncated(Code::BadFormat,
-                      where() + fmt::format("ends within a value: {} bytes left, {} needed", left(), bytes));
-  }
-  unsigned byte() {
-    need(1);
-    return *at_++;
-  }
-  std::uint64_t number(std::size_t bytes) {
-    need(bytes);
-    std::uint64_t value = 0;
-    for (std::size_t i = bytes; i-- > 0;) value = value << 8 | at_[i];
-    at_ += bytes;
-    return value;
-  }
-  std::string_view take(std::uint64_t bytes) {
-    need(bytes);
-    const auto* const from = reinterpret_cast<const char*>(at_);
-    at_ += bytes;
-    return {from, static_cast<std::size_t>(bytes)};
-  }
-  std::string_view line() {
-    const std::size_t window = std::min(left(), kLine);
-    const void* const found = window ? std::memchr(at_, '\n', window) : nullptr;
-    if (!found) {
-      if (window == kLine) refuse("a line of more than {} bytes", kLine);
-      need(std::uint64_t{left()} + 1);
-    }
-    const auto text = take(static_cast<std::size_t>(static_cast<const unsigned char*>(found) - at_));
-    ++at_;
-    return text;
-  }
-  std::string_view checked_text(std::string_view text) const {
-    if (!is_utf8(text)) refuse("text that is no UTF-8");
-    return text;
-  }
-
   // Stack. Nothing below the last MARK may be taken.
   std::size_t floor() const { return marks_.empty() ? 0 : marks_.back(); }
   void push(Ref ref) { stack_.push_back(ref); }
@@ -198,8 +75,7 @@ class Reader {
   // Memo.
   void put(std::uint64_t number) {
     // Picklers number from 0 and every number costs two bytes or more.
-    if (number >= static_cast<std::uint64_t>(end_ - start_))
-      refuse("memo number {} is out of bounds", number);
+    if (number >= size()) refuse("memo number {} is out of bounds", number);
     if (number >= memo_.size()) memo_.resize(std::max<std::size_t>(number + 1, memo_.size() * 2), kUnset);
     Ref& slot = memo_[number];
     memoised_ += slot == kUnset;
@@ -559,7 +435,6 @@ class Reader {
   }
 
   Graph graph_;
-  const unsigned char *start_, *at_, *end_, *op_ = nullptr;
   const Limits& limits_;
   std::vector<Ref> stack_, memo_;
   std::vector<std::size_t> marks_;
@@ -573,7 +448,7 @@ class Reader {
 Graph parse(std::span<const std::byte> pickle, const Limits& limits) {
   Reader reader(pickle, limits, nullptr);
   const std::size_t used = reader.run();
-  shard::require(used == pickle.size(), Code::BadFormat, [&] {
+  shard::require(used == pickle.size(), shard::Code::BadFormat, [&] {
     return fmt::format("pickle byte {}: {} bytes after its end", used, pickle.size() - used);
   });
   return reader.take();

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Builds, and prints the table of the README's section "Speed". Takes some minutes and 10 GB of disk.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+samples/install.sh python3
+cmake -S . -B build/release -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null
+cmake --build build/release --target shardkit | tail -n 1
+exec python3 bench/run.py "$@"
