@@ -1,15 +1,15 @@
 // System calls on files, with every failure as one sentence that names the file.
 #include "formats/file.h"
 
-#include "libshard/error.h"
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include "libshard/error.h"
 
 namespace formats {
 namespace {
@@ -22,9 +22,10 @@ using shard::Code;
 }
 
 std::uint64_t regular_size(int fd, const std::string& name) {
-  struct stat info{};
+  struct stat info {};
   if (fstat(fd, &info) != 0) fail_with_errno(name, "cannot stat");
-  shard::require(S_ISREG(info.st_mode), Code::BadFormat, [&] { return fmt::format("{}: is no regular file", name); });
+  shard::require(S_ISREG(info.st_mode), Code::BadFormat,
+                 [&] { return fmt::format("{}: is no regular file", name); });
   return static_cast<std::uint64_t>(info.st_size);
 }
 
@@ -42,7 +43,8 @@ File::File(const fs::path& path) : name_(path.string()) {
   }
 }
 
-File::File(int descriptor, std::string name) : name_(std::move(name)), fd_(descriptor), size_(regular_size(descriptor, name_)) {}
+File::File(int descriptor, std::string name)
+    : name_(std::move(name)), fd_(descriptor), size_(regular_size(descriptor, name_)) {}
 
 File::~File() {
   if (fd_ >= 0) ::close(fd_);
@@ -50,10 +52,13 @@ File::~File() {
 
 void File::read(std::uint64_t offset, std::span<std::byte> into) const {
   while (!into.empty()) {
-    const auto n = ::pread(fd_, into.data(), std::min<std::size_t>(into.size(), 1 << 30), static_cast<off_t>(offset));
+    const auto n =
+        ::pread(fd_, into.data(), std::min<std::size_t>(into.size(), 1 << 30), static_cast<off_t>(offset));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) fail_with_errno(name_, "cannot read");
-    shard::require(n > 0, Code::BadFormat, [&] { return fmt::format("{}: ends at byte {}; {} more were expected", name_, offset, into.size()); });
+    shard::require(n > 0, Code::BadFormat, [&] {
+      return fmt::format("{}: ends at byte {}; {} more were expected", name_, offset, into.size());
+    });
     offset += static_cast<std::uint64_t>(n);
     into = into.subspan(static_cast<std::size_t>(n));
   }
@@ -78,7 +83,8 @@ OutFile::~OutFile() {
 
 void OutFile::write(std::uint64_t offset, std::span<const std::byte> from) {
   while (!from.empty()) {
-    const auto n = ::pwrite(fd_, from.data(), std::min<std::size_t>(from.size(), 1 << 30), static_cast<off_t>(offset));
+    const auto n =
+        ::pwrite(fd_, from.data(), std::min<std::size_t>(from.size(), 1 << 30), static_cast<off_t>(offset));
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) shard::fail(Code::Io, "{}: cannot write: {}", name_, std::strerror(n == 0 ? ENOSPC : errno));
     offset += static_cast<std::uint64_t>(n);
@@ -87,20 +93,25 @@ void OutFile::write(std::uint64_t offset, std::span<const std::byte> from) {
 }
 
 void OutFile::resize(std::uint64_t size) {
-  if (::ftruncate(fd_, static_cast<off_t>(size)) != 0) shard::fail(Code::Io, "{}: cannot resize: {}", name_, std::strerror(errno));
+  if (::ftruncate(fd_, static_cast<off_t>(size)) != 0)
+    shard::fail(Code::Io, "{}: cannot resize: {}", name_, std::strerror(errno));
 }
 
 fs::path inside(const fs::path& folder, std::string_view name) {
-  const auto refuse = [&](const char* why) { shard::fail(Code::BadFormat, "{}: the name '{}' {}", folder.string(), name, why); };
+  const auto refuse = [&](const char* why) {
+    shard::fail(Code::BadFormat, "{}: the name '{}' {}", folder.string(), name, why);
+  };
   if (name.empty()) refuse("is empty");
   if (name.front() == '/') refuse("is absolute; should lie inside the checkpoint");
-  if (name.find('\\') != name.npos || name.find('\0') != name.npos) refuse("holds a character that no file here has");
+  if (name.find('\\') != name.npos || name.find('\0') != name.npos)
+    refuse("holds a character that no file here has");
   for (const auto& part : fs::path(name))
     if (part == ".." || part == ".") refuse("leaves the folder; should lie inside the checkpoint");
   const auto path = folder / name;
   std::error_code error;
   const auto real = fs::weakly_canonical(path, error);
-  if (error) refuse("is a link that goes in a circle");
+  if (error == std::errc::too_many_symbolic_link_levels) refuse("is a link that goes in a circle");
+  if (error) shard::fail(Code::Io, "{}: cannot resolve: {}", path.string(), error.message());
   const auto home = fs::weakly_canonical(folder, error);
   const auto [at_home, unused] = std::mismatch(home.begin(), home.end(), real.begin(), real.end());
   if (at_home != home.end()) refuse("is a link that leads out of the checkpoint");
@@ -109,7 +120,9 @@ fs::path inside(const fs::path& folder, std::string_view name) {
 
 std::string read_text(const fs::path& path, std::uint64_t cap) {
   const File file(path);
-  shard::require(file.size() <= cap, Code::BadFormat, [&] { return fmt::format("{}: {} bytes; at most {} make sense", path.string(), file.size(), cap); });
+  shard::require(file.size() <= cap, Code::BadFormat, [&] {
+    return fmt::format("{}: {} bytes; at most {} make sense", path.string(), file.size(), cap);
+  });
   return file.text(0, file.size());
 }
 

@@ -1,4 +1,5 @@
-// Local files: reading ranges of regular files inside one folder, and publishing a folder at once or not at all.
+// Local files: reading ranges of regular files inside one folder, and publishing a folder at once or not at
+// all.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +24,8 @@ class File {
   std::uint64_t size() const { return size_; }
   int descriptor() const { return fd_; }
   const std::string& name() const { return name_; }
-  /// Fills `into` from `offset`; BadFormat where the file ends before, Io where the system fails. Thread safe.
+  /// Fills `into` from `offset`; BadFormat where the file ends before, Io where the system fails. Thread
+  /// safe.
   void read(std::uint64_t offset, std::span<std::byte> into) const;
   /// The bytes [offset, offset + length) as text.
   std::string text(std::uint64_t offset, std::uint64_t length) const;
@@ -52,7 +54,8 @@ class OutFile {
   int fd_ = -1;
 };
 
-/// `folder/name` after checking that the name, which came from a stranger, stays inside `folder`: not absolute, no
+/// `folder/name` after checking that the name, which came from a stranger, stays inside `folder`: not
+/// absolute, no
 /// "..", backslash or NUL, no link that leads out. Throws BadFormat; does not open.
 std::filesystem::path inside(const std::filesystem::path& folder, std::string_view name);
 

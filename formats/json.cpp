@@ -1,31 +1,54 @@
-// nlohmann's parser with a callback that watches depth and keys.
+// nlohmann's parser, which does not recurse, with a callback that watches depth and keys.
 #include "formats/json.h"
-
-#include "libshard/error.h"
 
 #include <set>
 #include <string>
 #include <vector>
 
+#include "libshard/error.h"
+
 namespace formats {
+
+using shard::Code;
+
+std::string json_problem(const nlohmann::json::exception& error) {
+  constexpr std::size_t kLongest = 300;
+  std::string out;
+  for (const char c : std::string_view(error.what()).substr(0, kLongest))
+    out += c >= ' ' && c <= '~' ? c : '?';
+  return out;
+}
+
+void check_json_text(std::string_view text, std::string_view where) {
+  // The parser takes NUL for the end and would not look at what follows.
+  const auto nul = text.find('\0');
+  shard::require(nul == text.npos, Code::BadFormat,
+                 [&] { return fmt::format("{}: JSON: byte {} is NUL; should be text", where, nul); });
+}
 
 nlohmann::json parse_json(std::string_view text, std::string_view where) {
   constexpr int kDeepest = 256;
-  std::vector<std::set<std::string>> keys;
+  constexpr std::size_t kLongest = 256u << 20;
+  shard::require(text.size() <= kLongest, Code::BadFormat, [&] {
+    return fmt::format("{}: {} bytes of JSON; should be at most {}", where, text.size(), kLongest);
+  });
+  check_json_text(text, where);
+  std::vector<std::set<std::string, std::less<>>> keys;
   const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
     using Event = nlohmann::json::parse_event_t;
-    shard::require(depth < kDeepest, shard::Code::BadFormat, [&] { return fmt::format("{}: JSON is nested deeper than {}", where, kDeepest); });
+    shard::require(depth < kDeepest, Code::BadFormat,
+                   [&] { return fmt::format("{}: JSON is nested deeper than {}", where, kDeepest); });
     if (event == Event::object_start) keys.emplace_back();
     if (event == Event::object_end) keys.pop_back();
     if (event == Event::key)
-      shard::require(keys.back().insert(value.get<std::string>()).second, shard::Code::BadFormat,
-                     [&] { return fmt::format("{}: key '{}' stands twice", where, value.get<std::string>()); });
+      shard::require(keys.back().insert(value.get_ref<const std::string&>()).second, Code::BadFormat,
+                     [&] { return fmt::format("{}: key {} stands twice", where, value.dump()); });
     return true;
   };
   try {
     return nlohmann::json::parse(text, watch);
   } catch (const nlohmann::json::exception& error) {
-    shard::fail(shard::Code::BadFormat, "{}: {}", where, error.what());
+    shard::fail(Code::BadFormat, "{}: {}", where, json_problem(error));
   }
 }
 

@@ -1,6 +1,9 @@
 // Taking apart what a pickle holds as text. Refuses lines without an end.
 #include "formats/pickle_input.h"
 
+#include <algorithm>
+#include <cstring>
+
 namespace formats::pickle {
 namespace {
 

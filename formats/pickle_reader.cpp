@@ -35,7 +35,7 @@ class Reader : Input {
     }
     return used();
   }
-  Graph take() { return std::move(graph_); }
+  Graph release() { return std::move(graph_); }
 
  private:
   // Stack. Nothing below the last MARK may be taken.
@@ -451,14 +451,14 @@ Graph parse(std::span<const std::byte> pickle, const Limits& limits) {
   shard::require(used == pickle.size(), shard::Code::BadFormat, [&] {
     return fmt::format("pickle byte {}: {} bytes after its end", used, pickle.size() - used);
   });
-  return reader.take();
+  return reader.release();
 }
 
 std::optional<Prefix> parse_prefix(std::span<const std::byte> bytes, const Limits& limits) {
   try {
     Reader reader(bytes, limits, nullptr);
     const std::size_t used = reader.run();
-    return Prefix{reader.take(), used};
+    return Prefix{reader.release(), used};
   } catch (const Truncated&) {
     return std::nullopt;
   }

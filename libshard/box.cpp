@@ -1,11 +1,12 @@
 // Box algebra, dimension by dimension.
 #include "libshard/box.h"
 
-#include "libshard/error.h"
-
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <limits>
+
+#include "libshard/error.h"
 
 namespace shard {
 
@@ -13,7 +14,8 @@ Index volume(const Shape& shape) {
   Index out = 1;
   bool none = false;
   for (const auto size : shape) {
-    require(size >= 0, Code::BadFormat, [&] { return fmt::format("shape {}: a size is negative", to_string(shape)); });
+    require(size >= 0, Code::BadFormat,
+            [&] { return fmt::format("shape {}: a size is negative", to_string(shape)); });
     none |= size == 0;
   }
   if (none) return 0;
@@ -96,8 +98,11 @@ void add_range(const Shape& shape, std::size_t d, Index lo, Index hi, Shape& lea
 }  // namespace
 
 std::vector<Box> flat_range(const Shape& shape, Index lo, Index hi) {
+  const auto all = volume(shape);
+  require(0 <= lo && lo <= hi && hi <= all, Code::BadFormat,
+          [&] { return fmt::format("range [{}, {}) of {} elements", lo, hi, all); });
   if (shape.empty()) return lo < hi ? std::vector<Box>{Box{}} : std::vector<Box>{};
-  if (volume(shape) == 0) return {};
+  if (all == 0) return {};
   std::vector<Box> out;
   Shape leading;
   add_range(shape, 0, lo, hi, leading, out);
@@ -105,11 +110,15 @@ std::vector<Box> flat_range(const Shape& shape, Index lo, Index hi) {
 }
 
 Shape row_major(const Shape& shape) {
+  constexpr auto kLargest = std::numeric_limits<Index>::max() / 16;  // in bytes it is an Index as well
   Shape out(shape.size());
   Index step = 1;
   for (auto d = shape.size(); d-- > 0;) {
     out[d] = step;
-    step *= shape[d];
+    if (d == 0 || (!__builtin_mul_overflow(step, shape[d], &step) && step <= kLargest)) continue;
+    require(empty({shape, shape}), Code::BadFormat,
+            [&] { return fmt::format("shape {}: strides beyond 64 bits", to_string(shape)); });
+    step = 0;  // where nothing is, nothing is stepped over
   }
   return out;
 }

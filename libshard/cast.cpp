@@ -56,7 +56,8 @@ constexpr std::array kLoops{
 };
 
 const Loops* loops(DType dtype) {
-  const auto found = std::find_if(kLoops.begin(), kLoops.end(), [&](const Loops& one) { return one.dtype == dtype; });
+  const auto found =
+      std::find_if(kLoops.begin(), kLoops.end(), [&](const Loops& one) { return one.dtype == dtype; });
   return found == kLoops.end() ? nullptr : &*found;
 }
 
@@ -69,7 +70,8 @@ void cast(std::span<const std::byte> from, DType from_type, std::span<std::byte>
           [&] { return fmt::format("cannot cast {} to {}", name(from_type), name(to_type)); });
   const auto from_size = size_of(from_type), to_size = size_of(to_type), n = from.size() / from_size;
   require(to.size() / to_size >= n, Code::Mismatch, [&] {
-    return fmt::format("{} elements of {} do not fit {} bytes of {}", n, name(from_type), to.size(), name(to_type));
+    return fmt::format("{} elements of {} do not fit {} bytes of {}", n, name(from_type), to.size(),
+                       name(to_type));
   });
   if (n == 0) return;
   if (from_type == to_type) return static_cast<void>(std::memcpy(to.data(), from.data(), n * from_size));

@@ -8,8 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 
-// One function for several instruction sets, picked when the program loads. It takes glibc; sanitizers are not
-// up yet when it picks.
+// One function for several instruction sets, picked when the program loads. It takes glibc; sanitizers are
+// not up yet when it picks.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SHARD_SANITIZED
 #elif defined(__has_feature)
@@ -29,11 +29,13 @@ namespace shard {
 /// Widths of exponent and mantissa beside one bit of sign.
 struct Form {
   int exponent, mantissa;
-  bool no_infinity = false;                ///< only all ones is NaN; its neighbours are numbers
+  bool no_infinity = false;  ///< only all ones is NaN; its neighbours are numbers
   constexpr int bias() const { return (1 << (exponent - 1)) - 1; }
   constexpr std::uint32_t magnitude() const { return (1u << (exponent + mantissa)) - 1; }
   constexpr std::uint32_t infinity() const { return ((1u << exponent) - 1) << mantissa; }
-  constexpr std::uint32_t nan() const { return no_infinity ? magnitude() : infinity() | 1u << (mantissa - 1); }
+  constexpr std::uint32_t nan() const {
+    return no_infinity ? magnitude() : infinity() | 1u << (mantissa - 1);
+  }
   /// What a number too large becomes.
   constexpr std::uint32_t overflow() const { return no_infinity ? nan() : infinity(); }
 };
@@ -50,7 +52,8 @@ SHARD_INLINE void store(std::byte* to, T value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-/// `yes` where the condition holds. As masks: a branch around floating point would keep loops from vectorising.
+/// `yes` where the condition holds. As masks: a branch around floating point would keep loops from
+/// vectorising.
 SHARD_INLINE std::uint32_t pick(bool condition, std::uint32_t yes, std::uint32_t no) {
   const auto mask = -static_cast<std::uint32_t>(condition);
   return (yes & mask) | (no & ~mask);
@@ -86,6 +89,7 @@ SHARD_INLINE std::uint32_t narrow(std::uint32_t bits) {
     out = pick(magnitude < (rebias + 1) << 23, subnormal, out);
     out = pick(out >= form.overflow(), form.overflow(), out);
   }
+  if constexpr (form.exponent == 8) return magnitude > 0x7f800000u ? sign | form.nan() : sign | out;
   return sign | pick(magnitude > 0x7f800000u, form.nan(), out);
 }
 
@@ -95,7 +99,8 @@ SHARD_INLINE std::uint32_t to_odd_float(double value) {
   const auto back = static_cast<double>(near);
   const auto bits = std::bit_cast<std::uint32_t>(near);
   constexpr std::uint64_t magnitude = ~std::uint64_t{0} >> 1;
-  const bool above = (std::bit_cast<std::uint64_t>(back) & magnitude) > (std::bit_cast<std::uint64_t>(value) & magnitude);
+  const bool above =
+      (std::bit_cast<std::uint64_t>(back) & magnitude) > (std::bit_cast<std::uint64_t>(value) & magnitude);
   const std::uint32_t odd = pick(bits & 1, bits, pick(above, bits - 1, bits + 1));
   return pick((back < value) | (back > value), odd, bits);
 }

@@ -170,8 +170,9 @@ std::vector<Wanted> spell_out(const ShardedStateDict& logical, const Table& tabl
                             parts.front()->dtype}});
       return true;
     });
-  for (const auto& [name, tensor] : logical.tensors)
-    require(claimed.contains(name), Code::Mismatch, [&] { return fmt::format("{}: has no place in the target; --drop drops it", name); });
+  for (const auto& entry : logical.tensors)
+    require(claimed.contains(entry.first), Code::Mismatch,
+            [&] { return fmt::format("{}: has no place in the target; --drop drops it", entry.first); });
   std::stable_sort(chosen.begin(), chosen.end(), [](const Choice& a, const Choice& b) {
     const auto order = [](const Choice& c) {
       return std::tuple(c.wanted.row->stage, c.wanted.match.layer, c.wanted.match.depth);

@@ -1,15 +1,16 @@
-// The header of a safetensors file, both ways: u64 length, JSON, then the bytes it describes without gap or overlap.
+// The header of a safetensors file, both ways: u64 length, JSON, then the bytes it describes without gap or
+// overlap.
 #pragma once
-
-#include "formats/file.h"
-#include "libshard/box.h"
-#include "libshard/dtype.h"
 
 #include <map>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "formats/file.h"
+#include "libshard/box.h"
+#include "libshard/dtype.h"
 
 namespace formats::safetensors {
 

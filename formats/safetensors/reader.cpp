@@ -25,9 +25,10 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
   shard::require(json.is_object() && json.contains("weight_map") && json["weight_map"].is_object(), Code::BadFormat,
                  [&] { return fmt::format("{}: holds no weight_map", path.string()); });
   std::map<std::string, std::string> out;
-  for (const auto& [name, file] : json["weight_map"].items()) {
-    shard::require(file.is_string(), Code::BadFormat, [&] { return fmt::format("{}: '{}' names no file", path.string(), name); });
-    out[name] = file.get<std::string>();
+  for (const auto& entry : json["weight_map"].items()) {
+    shard::require(entry.value().is_string(), Code::BadFormat,
+                   [&] { return fmt::format("{}: '{}' names no file", path.string(), entry.key()); });
+    out[entry.key()] = entry.value().get<std::string>();
   }
   return out;
 }
@@ -69,8 +70,10 @@ class Folder {
     out_.stored.files = names_;
     for (std::uint32_t i = 0; i < names_.size(); ++i) add_file(i);
     if (index_)
-      for (const auto& [name, file] : *index_)
-        shard::require(out_.stored.tensors.contains(name), Code::Mismatch, [&] { return fmt::format("{}: the index places '{}' here; the file does not hold it", file, name); });
+      for (const auto& placed : *index_)
+        shard::require(out_.stored.tensors.contains(placed.first), Code::Mismatch, [&] {
+          return fmt::format("{}: the index places '{}' here; the file does not hold it", placed.second, placed.first);
+        });
     for (auto& [key, tensor] : out_.stored.tensors) {
       if (sharded_) settle(tensor);
       check_cover(tensor, out_.findings);

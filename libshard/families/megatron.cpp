@@ -75,7 +75,7 @@ void attention(Rows& rows) {
   rows.one("dlt", "self_attention.linear_proj.weight", "hidden | heads value_head", "attention.out.weight", kColumns);
   rows.one("dlt", "self_attention.linear_proj.bias", "hidden", "attention.out.bias", kWhole, "mlp_bias");
   for (const auto& [suffix, tail, biased] : {std::tuple{"weight", " | hidden", ""}, std::tuple{"bias", "", " qkv_bias"}}) {
-    const auto name = [&](const char* which) { return std::string("attention.") + which + "." + suffix; };
+    const auto name = [end = std::string(suffix)](const char* which) { return std::string("attention.") + which + "." + end; };
     rows.add("dlt", qkv + suffix, std::string("groups ratio+2 head") + tail,
              {{name("q"), 1, "0", "ratio", {}}, {name("k"), 1, "ratio", "1", {}}, {name("v"), 1, "ratio+1", "1", {}}}, kRows,
              std::string("!mla") + biased);

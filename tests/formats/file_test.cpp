@@ -1,0 +1,92 @@
+#include "formats/file.h"
+
+#include <doctest/doctest.h>
+#include <sys/stat.h>
+
+#include <array>
+#include <optional>
+
+#include "libshard/error.h"
+#include "tests/formats/temporary_folder.h"
+
+using namespace formats;
+using shard::Code;
+namespace fs = std::filesystem;
+
+namespace {
+
+template <typename Call>
+std::optional<Code> code_of(Call&& call) {
+  try {
+    call();
+  } catch (const shard::Error& error) {
+    return error.code;
+  }
+  return std::nullopt;
+}
+
+void write(const fs::path& path, std::string_view text) {
+  OutFile(path).write(0, std::as_bytes(std::span(text.data(), text.size())));
+}
+
+}  // namespace
+
+TEST_CASE("ranges are read, and a file that is too short says so") {
+  const TemporaryFolder folder;
+  write(folder.path() / "a", "0123456789");
+  const File file(folder.path() / "a");
+  CHECK(file.size() == 10);
+  CHECK(file.text(3, 4) == "3456");
+  CHECK(code_of([&] { file.text(8, 3); }) == Code::BadFormat);
+  CHECK(code_of([&] { file.text(UINT64_MAX, 2); }) == Code::BadFormat);
+  std::array<std::byte, 4> room;
+  CHECK(code_of([&] { file.read(8, room); }) == Code::BadFormat);
+  CHECK(code_of([&] { read_text(folder.path() / "a", 9); }) == Code::BadFormat);
+}
+
+TEST_CASE("only regular files open; a FIFO does not block") {
+  const TemporaryFolder folder;
+  REQUIRE(mkfifo((folder.path() / "fifo").c_str(), 0600) == 0);
+  fs::create_symlink("loop", folder.path() / "loop");
+  CHECK(code_of([&] { File(folder.path() / "fifo"); }) == Code::BadFormat);
+  CHECK(code_of([&] { File(folder.path() / "loop"); }) == Code::BadFormat);
+  CHECK(code_of([&] { File{folder.path()}; }) == Code::BadFormat);
+  CHECK(code_of([&] { File(folder.path() / "none"); }) == Code::NotFound);
+}
+
+TEST_CASE("names from strangers stay inside the folder") {
+  using namespace std::string_view_literals;
+  const TemporaryFolder folder;
+  const auto home = folder.path() / "home";
+  fs::create_directories(home / "sub");
+  write(folder.path() / "outside", "x");
+  fs::create_symlink("../outside", home / "out");
+  fs::create_symlink("b", home / "a");
+  fs::create_symlink("a", home / "b");
+  fs::create_symlink("sub", home / "in");
+  for (const auto name : {""sv, "/etc/passwd"sv, "../outside"sv, "sub/../../outside"sv, "./x"sv, "sub/."sv,
+                          ".."sv, "a\\b"sv, "x\0y"sv, "out"sv, "a"sv}) {
+    CAPTURE(std::string(name));
+    CHECK(code_of([&] { inside(home, name); }) == Code::BadFormat);
+  }
+  for (const auto name : {"x"sv, "sub/x"sv, "in/x"sv, "..x"sv, "x..y"sv})
+    CHECK(inside(home, name) == home / name);
+  // A folder that is reached through a link is as good as any other.
+  fs::create_symlink("home", folder.path() / "link");
+  CHECK_NOTHROW(inside(folder.path() / "link", "sub/x"));
+}
+
+TEST_CASE("writing by range; what cannot be written is an Io error that names the file") {
+  const TemporaryFolder folder;
+  {
+    OutFile out(folder.path() / "a");
+    out.resize(8);
+    const std::string_view text = "xy";
+    out.write(3, std::as_bytes(std::span(text.data(), text.size())));
+  }
+  CHECK(read_text(folder.path() / "a") == std::string("\0\0\0xy\0\0\0", 8));
+  CHECK(code_of([&] { OutFile(folder.path() / "none" / "a"); }) == Code::Io);
+  if (fs::exists("/dev/full"))
+    CHECK_THROWS_WITH_AS(write("/dev/full", "x"), doctest::Contains("/dev/full: cannot write: No space"),
+                         shard::Error);
+}

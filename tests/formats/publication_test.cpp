@@ -1,0 +1,119 @@
+#include "formats/publication.h"
+
+#include <doctest/doctest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <fstream>
+
+#include "formats/file.h"
+#include "libshard/error.h"
+#include "tests/formats/temporary_folder.h"
+
+using formats::Publication;
+namespace fs = std::filesystem;
+
+namespace {
+
+std::size_t entries(const fs::path& folder) {
+  return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
+}
+
+void publish(const fs::path& path, std::string_view text, bool force) {
+  Publication publication(path, force);
+  fs::create_directories(publication.staging() / "sub");
+  std::ofstream(publication.staging() / "sub" / "x") << text;
+  CHECK(publication.staging().parent_path() == path.parent_path());
+  publication.commit(true);
+}
+
+}  // namespace
+
+TEST_CASE("nothing shows before commit and nothing stays without it") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "out";
+  {
+    Publication publication(path, false);
+    std::ofstream(publication.staging() / "x") << "x";
+    CHECK_FALSE(fs::exists(path));
+  }
+  CHECK(entries(folder.path()) == 0);
+  publish(path, "new", false);
+  CHECK(formats::read_text(path / "sub" / "x") == "new");
+  CHECK(entries(folder.path()) == 1);
+}
+
+TEST_CASE("what exists is replaced only by force, in one step, whatever it is") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "out";
+  publish(path, "old", false);
+  CHECK_THROWS_WITH_AS(Publication(path, false), doctest::Contains("exists; --force replaces it"),
+                       shard::Error);
+  publish(path, "new", true);
+  CHECK(formats::read_text(path / "sub" / "x") == "new");
+  fs::remove_all(path);
+  std::ofstream(path) << "a file";
+  publish(path, "newer", true);
+  CHECK(formats::read_text(path / "sub" / "x") == "newer");
+  CHECK(entries(folder.path()) == 1);
+}
+
+TEST_CASE("what appeared meanwhile is not replaced without force") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "out";
+  {
+    Publication publication(path, false);
+    fs::create_directory(path);
+    CHECK_THROWS_AS(publication.commit(false), shard::Error);
+  }
+  CHECK(fs::is_empty(path));
+  CHECK(entries(folder.path()) == 1);
+}
+
+TEST_CASE("a single file") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "out.bin";
+  Publication publication(path, false, Publication::Kind::File);
+  std::ofstream(publication.staging()) << "bytes";
+  publication.commit(true);
+  CHECK(formats::read_text(path) == "bytes");
+  CHECK(entries(folder.path()) == 1);
+}
+
+TEST_CASE("leavings of a killed process go, those of a living one stay") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "out";
+  int ready[2];
+  REQUIRE(pipe(ready) == 0);
+  const auto child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    const Publication publication(path, false);
+    std::ofstream(publication.staging() / "x") << "x";
+    if (write(ready[1], "r", 1) == 1) pause();
+    _exit(0);
+  }
+  char byte;
+  REQUIRE(read(ready[0], &byte, 1) == 1);
+  { const Publication second(path, false); }
+  CHECK(entries(folder.path()) == 1);
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+  CHECK(entries(folder.path()) == 1);
+  { const Publication third(path, false); }
+  CHECK(entries(folder.path()) == 0);
+  close(ready[0]);
+  close(ready[1]);
+}
+
+TEST_CASE("where nothing can be made the system's reason comes back") {
+  const TemporaryFolder folder;
+  std::ofstream(folder.path() / "file") << "x";
+  try {
+    Publication(folder.path() / "file" / "out", false);
+    FAIL("accepted");
+  } catch (const shard::Error& error) {
+    CHECK(error.code == shard::Code::Io);
+  }
+}
