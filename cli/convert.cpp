@@ -1,6 +1,7 @@
 // shardkit reshard, convert and plan: open → describe → plan → execute → commit.
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/parts.h"
 #include "cli/print.h"
 #include "formats/kernels.h"
 #include "formats/target.h"
@@ -16,7 +17,7 @@ namespace cli {
 namespace {
 
 struct Ask {
-  std::string from, to, format, dtype, max_shard_size = "50GB", pad = "zeros", report;
+  std::string from, to, format, dtype, max_shard_size = "50GB", pad = "zeros", report, part;
   std::optional<std::int64_t> tp, pp, vpp, ep, etp, first, last;
   std::optional<std::string> pp_layout;
   bool force = false, no_sync = false, weights_only = false, dry_run = false, merge_lora = false;
@@ -162,14 +163,17 @@ int run(const Ask& ask) {
   shard::require(!source.needs_weights_only || ask.weights_only, shard::Code::BadFormat,
                  [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });
   refuse(source.findings);
-  const auto options = target_options(ask, source);
+  auto options = target_options(ask, source);
   const auto path = ask.dry_run ? std::filesystem::temp_directory_path() / fmt::format("shardkit-plan-{}", ::getpid()) : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
     shard::require(ask.to.empty() || !std::filesystem::exists(ask.to), shard::Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", ask.to); });
-  auto target = formats::create(path, source, options);                                                  // describe
+  const auto part = ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
+  if (part) options.joint = true;
+  auto target = formats::create(part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
   const formats::LocalReader reader(source.logical, source.files);
-  const auto plan = make_plan(source.logical, target.logical,                                            // plan
+  auto plan = make_plan(source.logical, target.logical,                                            // plan
                               {wanted_pad(ask.pad), options.dtype.has_value(), [&](const auto& tensor) { return mean_row(reader, tensor, source.vocab); }});
+  if (part) plan = part_of(plan, part->index, part->count);
   shard::Report report;
   if (ask.dry_run) {
     report.bytes_read = planned_bytes(plan, false);
@@ -178,7 +182,8 @@ int run(const Ask& ask) {
     ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json);
     report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());          // execute
     refuse(report.findings);
-    target.writer->commit(report.crc32, !ask.no_sync);                                                   // commit
+    if (!part) target.writer->commit(report.crc32, !ask.no_sync);                                        // commit
+    else if (!finish_part(path, *part, report, *target.writer, ask.force, !ask.no_sync)) target.notes.push_back("other parts are not done yet; the last one publishes");
   }
   const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), report,
                         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
@@ -209,6 +214,7 @@ void add_options(CLI::App& command, Ask& ask) {
   command.add_flag("--weights-only", ask.weights_only, "Drop optimizer state");
   command.add_flag("--force", ask.force, "Replace DST");
   command.add_flag("--no-sync", ask.no_sync, "Leave syncing to the system");
+  command.add_option("--part", ask.part, "This process does the I-th of N parts, on storage shared with the others")->type_name("I/N");
   command.add_option("--report", ask.report, "Write the summary as JSON")->type_name("FILE.json");
   ask.model.add_to(command);
   ask.run.add_to(command);

@@ -15,7 +15,7 @@ std::span<const std::byte> bytes_of(std::string_view text) { return std::as_byte
 
 std::uint32_t OutputFolder::add(const std::string& name) {
   const std::lock_guard lock(mutex_);
-  const auto path = publication_.staging() / name;
+  const auto path = root_ / name;
   std::error_code error;
   std::filesystem::create_directories(path.parent_path(), error);
   shard::require(!error, shard::Code::Io, [&] { return fmt::format("{}: {}", path.parent_path().string(), error.message()); });
@@ -32,7 +32,7 @@ std::shared_ptr<OutFile> OutputFolder::open(std::uint32_t file) const {
     order_.erase(order_.begin(), order_.begin() + kMostOpen / 2);
   }
   order_.push_back(file);
-  return open_[file] = std::make_shared<OutFile>(publication_.staging() / names_[file]);
+  return open_[file] = std::make_shared<OutFile>(root_ / names_[file]);
 }
 
 void OutputFolder::write(std::uint32_t file, std::uint64_t offset, std::span<const std::byte> from) {
@@ -44,7 +44,7 @@ void OutputFolder::write(std::uint32_t file, std::uint64_t offset, std::string_v
 }
 
 void OutputFolder::read(std::uint32_t file, std::uint64_t offset, std::span<std::byte> into) const {
-  File(publication_.staging() / names_[file]).read(offset, into);
+  File(root_ / names_[file]).read(offset, into);
 }
 
 void OutputFolder::resize(std::uint32_t file, std::uint64_t size) { open(file)->resize(size); }
@@ -56,7 +56,7 @@ shard::FileRange OutputFolder::range(std::uint32_t file, std::uint64_t offset) {
 
 void OutputFolder::commit(bool sync) {
   open_.clear();
-  publication_.commit(sync);
+  if (publication_) publication_->commit(sync);
 }
 
 std::uint32_t LocalWriter::add_stream(std::uint32_t file, std::uint64_t offset, std::uint64_t size, bool summed) {
@@ -95,10 +95,10 @@ std::optional<shard::FileRange> LocalWriter::file_range(std::uint32_t stream) {
   return folder_.range(range.file, range.offset);
 }
 
-void LocalWriter::commit(std::span<const std::uint32_t> crc32, bool sync) {
+void LocalWriter::commit(std::span<const std::optional<std::uint32_t>> crc32, bool sync) {
   for (const auto& archive : archives_) {
     auto crcs = archive.small_crcs;
-    for (std::size_t i = 0; i < archive.storages; ++i) crcs[archive.first_storage + i] = crc32[archive.first_stream + i];
+    for (std::size_t i = 0; i < archive.storages; ++i) crcs[archive.first_storage + i] = crc32[archive.first_stream + i].value();
     for (const auto& [offset, bytes] : archive.zip.frame(crcs)) folder_.write(archive.file, archive.base + offset, bytes);
   }
   folder_.commit(sync);

@@ -5,8 +5,8 @@
 #include "formats/publication.h"
 #include "formats/torch_save.h"
 
-#include <map>
 #include <mutex>
+#include <optional>
 
 namespace formats {
 
@@ -14,7 +14,9 @@ namespace formats {
 class OutputFolder {
  public:
   /// A target at `path`; see Publication.
-  OutputFolder(const std::filesystem::path& path, bool force) : publication_(path, force) {}
+  OutputFolder(const std::filesystem::path& path, bool force) : publication_(std::in_place, path, force), root_(publication_->staging()) {}
+  /// A folder that several processes write together; commit() leaves its name to them.
+  explicit OutputFolder(const std::filesystem::path& joint) : root_(joint) {}
   std::uint32_t add(const std::string& name);  ///< a file below the folder; its folders are made
   void write(std::uint32_t file, std::uint64_t offset, std::span<const std::byte> from);
   void write(std::uint32_t file, std::uint64_t offset, std::string_view from);
@@ -27,7 +29,8 @@ class OutputFolder {
  private:
   std::shared_ptr<OutFile> open(std::uint32_t file) const;
 
-  Publication publication_;
+  std::optional<Publication> publication_;
+  std::filesystem::path root_;
   std::vector<std::string> names_;
   mutable std::mutex mutex_;
   mutable std::vector<std::shared_ptr<OutFile>> open_;
@@ -39,6 +42,7 @@ class OutputFolder {
 class LocalWriter final : public shard::Writer {
  public:
   LocalWriter(const std::filesystem::path& path, bool force) : folder_(path, force) {}
+  explicit LocalWriter(const std::filesystem::path& joint) : folder_(joint) {}
 
   OutputFolder& folder() { return folder_; }
   shard::ShardedStateDict& described() { return described_; }
@@ -57,7 +61,7 @@ class LocalWriter final : public shard::Writer {
   void write(std::uint32_t stream, std::uint64_t offset, std::span<const std::byte> from) override;
   void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const override;
   std::optional<shard::FileRange> file_range(std::uint32_t stream) override;
-  void commit(std::span<const std::uint32_t> crc32, bool sync) override;
+  void commit(std::span<const std::optional<std::uint32_t>> crc32, bool sync) override;
 
  private:
   struct Archive {

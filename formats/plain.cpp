@@ -139,7 +139,7 @@ void drop_tensors(Checkpoint& checkpoint, const OpenOptions& options) {
 
 void create_dcp(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
   const auto all = same_keys(source, options);
-  target.writer = std::make_unique<LocalWriter>(path, options.force);
+  target.writer = make_writer(path, options);
   auto& writer = *target.writer;
   torch_dcp::Metadata metadata;
   std::uint32_t file = 0;
@@ -181,7 +181,7 @@ void create_dcp(const std::filesystem::path& path, const Checkpoint& source, con
 
 void create_safetensors(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
   const auto all = same_keys(source, options);
-  target.writer = std::make_unique<LocalWriter>(path, options.force);
+  target.writer = make_writer(path, options);
   auto& writer = *target.writer;
   std::vector<std::vector<const Same*>> shards(1);
   std::uint64_t filled = 0, total = 0;

@@ -112,6 +112,11 @@ Publication::Publication(const fs::path& final_path, bool force, Kind kind) : fo
   stage(kind);
 }
 
+Publication::Publication(Adopted adopted, const fs::path& final_path, bool force) : staging_(std::move(adopted.folder)), force_(force) {
+  final_ = fs::absolute(final_path).lexically_normal();
+  if (final_.filename().empty()) final_ = final_.parent_path();
+}
+
 void Publication::stage(Kind kind) {
   for (unsigned n = 0;; ++n) {
     staging_ = final_.parent_path() / fmt::format("{}{}-{}", prefix_of(final_), ::getpid(), n);

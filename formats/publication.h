@@ -13,6 +13,11 @@ class Publication {
   /// An existing `final_path` is refused (Usage) unless `force`. Leavings of dead processes beside it are
   /// removed.
   Publication(const std::filesystem::path& final_path, bool force, Kind kind = Kind::Folder);
+  /// Takes over a folder on the same file system that is complete already.
+  struct Adopted {
+    std::filesystem::path folder;
+  };
+  Publication(Adopted adopted, const std::filesystem::path& final_path, bool force);
   Publication(const Publication&) = delete;
   Publication& operator=(const Publication&) = delete;
   ~Publication();

@@ -84,6 +84,10 @@ Checkpoint open(const fs::path& path, const OpenOptions& options) {
   return out;
 }
 
+std::unique_ptr<LocalWriter> make_writer(const fs::path& path, const TargetOptions& options) {
+  return options.joint ? std::make_unique<LocalWriter>(path) : std::make_unique<LocalWriter>(path, options.force);
+}
+
 Target create(const fs::path& path, const Checkpoint& source, const TargetOptions& options) {
   for (const auto& format : kTargets) {
     if (options.format != format.name) continue;

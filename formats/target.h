@@ -16,6 +16,7 @@ struct TargetOptions {
   std::uint64_t max_shard_size = 50'000'000'000;
   bool keep_spelling = false;               ///< reshard: the source's keys
   bool force = false;
+  bool joint = false;                       ///< `path` is a folder that several processes write together
 };
 
 struct Target {
@@ -30,5 +31,8 @@ struct Target {
 /// Lays out `path` for everything that `source` holds. Files are created in a staging folder; nothing is moved yet.
 /// Throws BadLayout where the model cannot be cut so, Mismatch where something has no place.
 Target create(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options);
+
+/// The writer that the options ask for.
+std::unique_ptr<LocalWriter> make_writer(const std::filesystem::path& path, const TargetOptions& options);
 
 }  // namespace formats

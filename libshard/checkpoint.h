@@ -35,8 +35,8 @@ struct Writer {
   /// Reads back what was written.
   virtual void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const = 0;
   virtual std::optional<FileRange> file_range(std::uint32_t stream) = 0;
-  /// Publishes; `crc32` has one sum per stream, right for those that ask for it (`Stream::summed`).
-  virtual void commit(std::span<const std::uint32_t> crc32, bool sync) = 0;
+  /// Publishes; `crc32` has a sum for every stream that asks for one (`Stream::summed`).
+  virtual void commit(std::span<const std::optional<std::uint32_t>> crc32, bool sync) = 0;
 };
 
 }  // namespace shard

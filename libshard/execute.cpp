@@ -238,9 +238,11 @@ class Execution {
 
   void finish_target() {
     report_.crc32.resize(target_.size());
+    std::vector<char> mine(target_.size(), !plan_.partial);
+    for (const auto& copy : plan_.copies) mine[copy.to_stream] = true;
     run_tasks(target_.size(), budget_.threads, [&](std::size_t i, unsigned worker) {
       const auto s = static_cast<std::uint32_t>(i);
-      if (!target_[s].summed) return;
+      if (!target_[s].summed || !mine[s]) return;
       for (auto [offset, length] : target_sums_[s].gaps(target_[s].size))
         for (; length > 0;) {
           const auto block = Buffers::need(buffers_[worker].a, std::min(block_, length));

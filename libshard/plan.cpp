@@ -253,7 +253,7 @@ Plan part_of(const Plan& plan, std::size_t index, std::size_t count) {
     mine[stream] = all == 0 ? index == 0 : std::min<std::uint64_t>(count - 1, before * count / all) == index;
     before += size;
   }
-  Plan out{plan.tensors, {}, {}, plan.memory, plan.filled};
+  Plan out{plan.tensors, {}, {}, plan.memory, plan.filled, true};
   for (const auto& copy : plan.copies)
     if (mine[copy.to_stream]) out.copies.push_back(copy);
   for (std::size_t i = index; i < plan.comparisons.size(); i += count) out.comparisons.push_back(plan.comparisons[i]);

@@ -43,6 +43,7 @@ struct Plan {
   std::vector<Comparison> comparisons;
   std::vector<std::vector<std::byte>> memory;     ///< constants that fill new padding rows
   std::vector<std::string> filled;                ///< what was filled, for the report
+  bool partial = false;                           ///< one of several parts: other processes write the other streams
 };
 
 enum class Pad { Zeros, Last, Mean };

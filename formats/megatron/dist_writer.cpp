@@ -193,7 +193,7 @@ class DistWriter {
 void create_torch_dist(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
   const auto model = model_for(source, options, "d");
   target.padded_vocab = model.params.at("vocab");
-  target.writer = std::make_unique<LocalWriter>(path, options.force);
+  target.writer = make_writer(path, options);
   DistWriter(source, model, target).write();
   target.carried = {"args", "checkpoint_version", "iteration"};
   for (const auto& [key, value] : source.megatron->items) target.carried.push_back(key);

@@ -194,7 +194,7 @@ void create_mp_rank(const std::filesystem::path& path, const Checkpoint& source,
   const bool local = source.format == "mp_rank" && options.keep_spelling ? false : !source.megatron->te;
   const auto model = model_for(source, options, options.keep_spelling ? "lt" : local ? "l" : "t");
   target.padded_vocab = model.params.at("vocab");
-  target.writer = std::make_unique<LocalWriter>(path, options.force);
+  target.writer = make_writer(path, options);
   LegacyWriter(source, model, target).write();
   target.carried = {"args", "checkpoint_version", "iteration"};
   for (const auto& [key, value] : source.megatron->items)

@@ -129,6 +129,27 @@ class SameBytes(Case):
             self.assertEqual(both, first)
 
 
+class Parts(Case):
+    def test_processes_together_write_the_same_bytes(self):
+        for to in ("mp_rank", "torch_dist"):
+            common = ["--to", to, "--tp", 4, "--pp", 2, "-q"]
+            self.ok("convert", LLAMA, self.tmp / "whole", *common)
+            running = [subprocess.Popen([SHARDKIT, "convert", str(LLAMA), str(self.tmp / "parts"), *map(str, common), "--part", f"{i}/3"]) for i in (1, 2, 3)]
+            self.assertEqual([p.wait() for p in running], [0, 0, 0])
+            self.assertEqual(files_below(self.tmp / "parts"), files_below(self.tmp / "whole"))
+            self.assertEqual(sorted(p.name for p in self.tmp.iterdir()), ["parts", "whole"])
+            for name in ("parts", "whole"):
+                import shutil
+                shutil.rmtree(self.tmp / name)
+
+    def test_unfinished_parts_publish_nothing(self):
+        self.ok("convert", LLAMA, self.tmp / "parts", "--to", "torch_dist", "--part", "2/2", "-q")
+        self.assertFalse((self.tmp / "parts").exists())
+        self.ok("convert", LLAMA, self.tmp / "parts", "--to", "torch_dist", "--part", "1/2", "-q")
+        self.assertEqual(digest(self.tmp / "parts"), digest(LLAMA))
+        self.refused(2, "convert", LLAMA, self.tmp / "x", "--to", "torch_dist", "--part", "3/2")
+
+
 class Plain(Case):
     def test_dcp_round_trip_and_safetensors(self):
         source = DATA / "dcp/fsdp2_adamw_4"

@@ -90,18 +90,19 @@ TEST_CASE("a plan cut into parts gives the same bytes") {
   Memory whole(random_dict(random, true)), parts(whole.describe());
   const auto plan = make_plan(source.describe(), whole.describe());
   const auto report = execute(plan, source, whole, formats::kernels(), budget_of(1, 1 << 20));
-  std::vector<std::uint32_t> sums(report.crc32.size());
+  std::vector<std::optional<std::uint32_t>> sums(report.crc32.size());
   std::size_t copies = 0;
   for (std::size_t i = 0; i < 3; ++i) {
     const auto part = part_of(plan, i, 3);
     copies += part.copies.size();
     const auto done = execute(part, source, parts, formats::kernels(), budget_of(1, 1 << 20));
-    for (const auto& copy : part.copies) sums[copy.to_stream] = done.crc32[copy.to_stream];
+    for (std::size_t s = 0; s < sums.size(); ++s)
+      if (done.crc32[s]) sums[s] = done.crc32[s];
   }
   CHECK(copies == plan.copies.size());
   CHECK(parts.bytes() == whole.bytes());
   for (std::size_t s = 0; s < sums.size(); ++s)
-    if (whole.describe().streams[s].summed && sums[s]) CHECK(sums[s] == report.crc32[s]);
+    if (whole.describe().streams[s].summed && whole.describe().streams[s].size > 0) CHECK(sums[s] == report.crc32[s]);
 }
 
 TEST_CASE("a flipped byte is found, wherever the shards lie") {

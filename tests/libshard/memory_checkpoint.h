@@ -24,7 +24,7 @@ class Memory final : public shard::Reader, public shard::Writer {
   }
   std::optional<shard::FileRange> file_range(std::uint32_t) const override { return std::nullopt; }
   std::optional<shard::FileRange> file_range(std::uint32_t) override { return std::nullopt; }
-  void commit(std::span<const std::uint32_t>, bool) override {}
+  void commit(std::span<const std::optional<std::uint32_t>>, bool) override {}
 
   std::vector<std::vector<std::byte>>& bytes() { return bytes_; }
   /// Fills every stream with noise and records its sums.
