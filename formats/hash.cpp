@@ -1,12 +1,21 @@
 // XXH3 is as fast as memory; it finds accidents, not forgers.
 #include "formats/hash.h"
 
+#include "formats/hash_avx2.h"
+
 #include <fmt/format.h>
 #include <xxhash.h>
 
 namespace formats {
 
 shard::Digest hash_bytes(std::span<const std::byte> bytes) {
+#ifdef __x86_64__
+  static const bool wide = __builtin_cpu_supports("avx2");
+  if (wide) {
+    const auto hash = xxh3_128_avx2(bytes.data(), bytes.size());
+    return {hash.high, hash.low};
+  }
+#endif
   const auto hash = XXH3_128bits(bytes.data(), bytes.size());
   return {hash.high64, hash.low64};
 }

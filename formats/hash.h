@@ -7,7 +7,7 @@
 
 namespace formats {
 
-constexpr const char* kHashAlgorithm = "xxh3-128-1MiB";
+constexpr const char* kHashAlgorithm = "xxh3-128-256KiB";
 shard::Digest hash_bytes(std::span<const std::byte> bytes);
 std::string hex(const shard::Digest& digest);
 /// The digest of a whole model: of its tensors' names and digests in order of name.

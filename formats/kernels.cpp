@@ -1,15 +1,13 @@
-// libdeflate sums several times faster than zlib; only zlib joins sums.
+// Where sums and casts come from.
 #include "formats/kernels.h"
 
+#include "formats/crc32.h"
 #include "libshard/numeric.h"
 
-#include <libdeflate.h>
 #include <zlib.h>
 
 namespace formats {
 namespace {
-
-std::uint32_t crc32_of(std::span<const std::byte> bytes) { return libdeflate_crc32(0, bytes.data(), bytes.size()); }
 
 std::uint32_t join(std::uint32_t a, std::uint32_t b, std::uint64_t length_of_b) {
   return static_cast<std::uint32_t>(crc32_combine(a, b, static_cast<z_off_t>(length_of_b)));
@@ -18,7 +16,7 @@ std::uint32_t join(std::uint32_t a, std::uint32_t b, std::uint64_t length_of_b) 
 }  // namespace
 
 const shard::Kernels& kernels() {
-  static const shard::Kernels kernels{crc32_of, join, shard::cast};
+  static const shard::Kernels kernels{crc32, join, shard::cast};
   return kernels;
 }
 

@@ -5,7 +5,7 @@
 
 namespace formats {
 
-/// libdeflate's CRC-32, zlib's way to join two sums, and our casts.
+/// The CRC-32 of zip files, zlib's way to join two sums, and our casts.
 const shard::Kernels& kernels();
 
 }  // namespace formats

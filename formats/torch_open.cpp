@@ -1,10 +1,10 @@
 // Opening a torch.save file: which container it is, its records and its pickle. Refuses other containers by
 // name, and a file whose storages are shorter than its pickle says.
-#include <libdeflate.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "formats/crc32.h"
 #include "formats/torch_legacy.h"
 #include "formats/torch_save.h"
 #include "formats/torch_storage.h"
@@ -58,7 +58,7 @@ pickle::Graph read_pickle(Windows& part, const ZipDirectory& zip) {
   if (record.size > kLargestPickle) refuse("data.pkl has {} bytes; at most {}", record.size, kLargestPickle);
   const Bytes bytes = part.at(record.offset - part.begin(), record.size);
   if (zip.crcs_recorded) {
-    const std::uint32_t crc = libdeflate_crc32(0, bytes.data(), bytes.size());
+    const auto crc = crc32(std::as_bytes(std::span(bytes)));
     if (crc != record.crc32) refuse("data.pkl: CRC-32 is {:08x}; {:08x} is recorded", crc, record.crc32);
   }
   return pickle::parse(bytes);

@@ -13,7 +13,7 @@
 namespace shard {
 namespace {
 
-constexpr std::uint64_t kLeaf = 1 << 20;  // part of the digest's definition
+constexpr std::uint64_t kLeaf = 1 << 18;  // part of the digest's definition
 
 /// A copy whose target is row-major memory of `box`.
 Copy to_memory(const Shard& shard, const Box& box, const Box& common, DType dtype) {

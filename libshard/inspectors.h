@@ -25,7 +25,7 @@ std::vector<Finding> scan_bytes(const Reader& from, const ShardedStateDict& stor
 Index rows_that_count(const ShardedTensor& tensor, std::optional<Index> vocab);
 
 /// A digest per logical tensor that does not depend on how it is sharded: its type, natural shape and the digests of
-/// its bytes in row-major order, in leaves of 1 MiB. Checksums that do not match come back as findings.
+/// its bytes in row-major order, in leaves of 256 KiB. Checksums that do not match come back as findings.
 std::map<std::string, Digest> digest_tensors(const Reader& from, std::optional<Index> vocab, HashBytes hash, const Kernels& kernels,
                                              const Budget& budget, std::vector<Finding>& findings, const Progress& tell = {});
 

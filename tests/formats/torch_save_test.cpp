@@ -2,11 +2,11 @@
 #include "formats/torch_save.h"
 
 #include <doctest/doctest.h>
-#include <libdeflate.h>
 
 #include <limits>
 #include <string>
 
+#include "formats/crc32.h"
 #include "formats/torch_storage.h"
 #include "libshard/error.h"
 #include "tests/formats/temporary_file.h"
@@ -25,7 +25,7 @@ constexpr DType kAll[] = {DType::F64,    DType::F32,    DType::F16,        DType
                           DType::U32,    DType::U16,    DType::U8,         DType::Bool,       DType::C64,
                           DType::C128};
 
-std::uint32_t crc_of(std::string_view bytes) { return libdeflate_crc32(0, bytes.data(), bytes.size()); }
+std::uint32_t crc_of(std::string_view bytes) { return crc32(std::as_bytes(std::span(bytes))); }
 
 /// A whole file; storage i is filled with the letter 'a' + i.
 std::string torch_file(const Graph& graph, Ref root, const std::vector<std::uint64_t>& sizes) {
