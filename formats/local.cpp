@@ -28,16 +28,29 @@ std::uint32_t FilePool::add(std::shared_ptr<const File> file) {
   return static_cast<std::uint32_t>(open_.size() - 1);
 }
 
+std::uint32_t FilePool::add(std::shared_ptr<const ComputedBytes> bytes) {
+  const auto index = add(std::shared_ptr<const File>());
+  computed_[index] = std::move(bytes);
+  return index;
+}
+
+const ComputedBytes* FilePool::computed(std::uint32_t file) const {
+  const auto found = computed_.find(file);
+  return found == computed_.end() ? nullptr : found->second.get();
+}
+
 void LocalReader::read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const {
   const auto& range = described_.streams[stream];
   shard::require(offset <= range.size && into.size() <= range.size - offset, shard::Code::BadFormat, [&] {
     return fmt::format("{}: bytes {}+{} reach past a stream of {}", described_.files[range.file], offset, into.size(), range.size);
   });
-  files_->get(range.file)->read(range.offset + offset, into);
+  if (const auto* computed = files_->computed(range.file)) computed->read(range.offset + offset, into);
+  else files_->get(range.file)->read(range.offset + offset, into);
 }
 
 std::optional<shard::FileRange> LocalReader::file_range(std::uint32_t stream) const {
   const auto& range = described_.streams[stream];
+  if (files_->computed(range.file)) return std::nullopt;
   const auto file = files_->get(range.file);
   return shard::FileRange{file->descriptor(), range.offset, file};
 }

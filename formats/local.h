@@ -4,11 +4,19 @@
 #include "formats/file.h"
 #include "libshard/checkpoint.h"
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 namespace formats {
+
+/// Bytes that no file holds as they are read: decompressed chunks, dequantised or merged weights.
+struct ComputedBytes {
+  virtual ~ComputedBytes() = default;
+  /// Thread safe. Throws as a file's read would.
+  virtual void read(std::uint64_t offset, std::span<std::byte> into) const = 0;
+};
 
 /// Open files by index, the least recently opened closed first when there are too many. Thread safe.
 class FilePool {
@@ -17,12 +25,16 @@ class FilePool {
   std::shared_ptr<const File> get(std::uint32_t file) const;
   /// A file that is open already and has no path to be opened by again.
   std::uint32_t add(std::shared_ptr<const File> file);
+  /// Bytes that are computed when asked for; a stream names their index as its file.
+  std::uint32_t add(std::shared_ptr<const ComputedBytes> bytes);
+  const ComputedBytes* computed(std::uint32_t file) const;
 
  private:
   mutable std::mutex mutex_;
   mutable std::vector<std::shared_ptr<const File>> open_;
   mutable std::vector<std::uint32_t> order_;  ///< those that may be closed
   std::vector<std::filesystem::path> paths_;
+  std::map<std::uint32_t, std::shared_ptr<const ComputedBytes>> computed_;  ///< complete before the first read
 };
 
 class LocalReader final : public shard::Reader {
