@@ -1,3 +1,4 @@
+// CRC-32, as fast as the CPU allows.
 #pragma once
 
 #include <cstddef>

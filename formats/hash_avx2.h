@@ -1,3 +1,4 @@
+// XXH3 built for one kind of CPU, apart from all other code.
 #pragma once
 
 #include <cstddef>
