@@ -85,8 +85,10 @@ std::vector<PlainTensor> same_keys(const Checkpoint& source, const TargetOptions
   const bool one = options.parallel.tp == 1 && options.parallel.pp == 1 && options.parallel.ep == 1;
   shard::require(one, Code::BadLayout, [&] { return fmt::format("layout: {} is not cut among ranks", options.format); });
   std::vector<PlainTensor> out;
-  for (const auto& [key, tensor] : (source.hf ? source.stored : source.logical).tensors)
-    out.push_back({key, options.dtype && is_floating(tensor.dtype) ? *options.dtype : tensor.dtype, tensor.natural});
+  for (const auto& [key, tensor] : (source.hf ? source.stored : source.logical).tensors) {
+    const bool wide = source.hf && key.ends_with("e_score_correction_bias");  // F32 by rule
+    out.push_back({key, wide ? shard::DType::F32 : options.dtype && is_floating(tensor.dtype) ? *options.dtype : tensor.dtype, tensor.natural});
+  }
   return out;
 }
 

@@ -3,6 +3,7 @@
 #include "formats/json.h"
 #include "libshard/error.h"
 #include "libshard/families/megatron.h"
+#include "libshard/numeric.h"
 #include "libshard/translate.h"
 
 #include <algorithm>
@@ -110,6 +111,33 @@ void resolve_tie(Checkpoint& checkpoint, shard::Params& params, bool read) {
   if (tied) checkpoint.logical.ties["output.weight"] = "embedding.word.weight";
 }
 
+struct Held final : ComputedBytes {
+  std::vector<std::byte> bytes;
+  void read(std::uint64_t offset, std::span<std::byte> into) const override { std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(offset), into.size(), into.begin()); }
+};
+
+/// A router's selection bias is F32 by rule, in Megatron and when transformers loads it; a model cast as a whole stores it
+/// narrower. Its few values are widened here, so that digests and every target see one tensor.
+void widen_selection_bias(Checkpoint& checkpoint) {
+  const LocalReader reader(checkpoint.logical, checkpoint.files);
+  for (auto& [key, tensor] : checkpoint.logical.tensors) {
+    if (!key.ends_with("router.expert_bias") || tensor.dtype == shard::DType::F32 || !is_floating(tensor.dtype) || tensor.shards.size() != 1) continue;
+    const auto count = static_cast<std::size_t>(shard::volume(tensor.global_shape));
+    std::vector<std::byte> narrow(count * size_of(tensor.dtype));
+    const auto& place = tensor.shards[0].place;
+    reader.read(place.stream, place.offset, narrow);
+    auto held = std::make_shared<Held>();
+    held->bytes.resize(count * sizeof(float));
+    shard::cast(narrow, tensor.dtype, held->bytes, shard::DType::F32);
+    const auto file = checkpoint.files->add(std::shared_ptr<const ComputedBytes>(held));
+    checkpoint.logical.files.resize(file + 1);
+    checkpoint.logical.files[file] = key;
+    tensor.dtype = shard::DType::F32;
+    tensor.shards[0].place = {static_cast<std::uint32_t>(checkpoint.logical.streams.size()), 0, {static_cast<Index>(sizeof(float))}};
+    checkpoint.logical.streams.push_back({file, 0, held->bytes.size(), std::nullopt, false});
+  }
+}
+
 }  // namespace
 
 void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
@@ -132,6 +160,7 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   checkpoint.logical = std::move(translation.logical);
   drop(checkpoint, checkpoint.logical, options.drop, "--drop");
   resolve_tie(checkpoint, params, options.places);
+  if (options.places) widen_selection_bias(checkpoint);
   const Index layers = translation.layers, experts = translation.experts, depths = translation.depths;
   for (const auto& [name, what, held] : {std::tuple{"layers", "layers", layers}, std::tuple{"experts", "experts", experts}, std::tuple{"mtp", "MTP layers", depths}})
     if (const auto told = params.contains(name) ? params.at(name) : 0; told != held)
