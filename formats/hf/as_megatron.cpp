@@ -42,6 +42,8 @@ void add_zero_biases(Checkpoint& model, const shard::SpellOptions& sizes, std::v
 }  // namespace
 
 Checkpoint as_megatron(const Checkpoint& source, std::vector<std::string>& notes) {
+  shard::require(!shard::holds("rope_halves", source.params), shard::Code::BadFormat,
+                 [&] { return fmt::format("{}: rope_interleave is false: rotary rows stored as halves have no rule for Megatron yet", source.path.string()); });
   auto out = source;
   auto& params = out.params;
   if (shard::holds("out_bias", params) || shard::holds("mlp_bias", params)) params["mlp_bias"] = params["qkv_bias"] = 1;

@@ -96,11 +96,11 @@ bool same_bytes(const Checkpoint& checkpoint, const shard::ShardedTensor& a, con
 }
 
 /// transformers' rule: the flag ties where no head is stored or the stored one is equal; a head that differs wins.
-void resolve_tie(Checkpoint& checkpoint, shard::Params& params, bool read) {
+void resolve_tie(Checkpoint& checkpoint, shard::Params& params) {
   const auto head = checkpoint.logical.tensors.find("output.weight"), embedding = checkpoint.logical.tensors.find("embedding.word.weight");
   bool tied = shard::holds("tied", params);
   if (tied && head != checkpoint.logical.tensors.end() && embedding != checkpoint.logical.tensors.end()) {
-    tied = !read || same_bytes(checkpoint, head->second, embedding->second);
+    tied = same_bytes(checkpoint, head->second, embedding->second);
     if (tied) {
       checkpoint.not_carried.push_back({"output.weight", "equals the embedding that it is tied to"});
       checkpoint.logical.tensors.erase(head);
@@ -159,9 +159,13 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   auto translation = to_logical(checkpoint.stored, table, params, {}, findings);
   checkpoint.logical = std::move(translation.logical);
   drop(checkpoint, checkpoint.logical, options.drop, "--drop");
-  resolve_tie(checkpoint, params, options.places);
+  resolve_tie(checkpoint, params);
   if (options.places) widen_selection_bias(checkpoint);
   const Index layers = translation.layers, experts = translation.experts, depths = translation.depths;
+  if (params.contains("mtp") && params.at("mtp") > 0 && depths == 0) {
+    findings.push_back({"missing", Finding::Severity::Warning, "mtp.0", fmt::format("config.json says {} MTP layers; none is stored, as transformers saves such models", params.at("mtp"))});
+    params["mtp"] = 0;
+  }
   for (const auto& [name, what, held] : {std::tuple{"layers", "layers", layers}, std::tuple{"experts", "experts", experts}, std::tuple{"mtp", "MTP layers", depths}})
     if (const auto told = params.contains(name) ? params.at(name) : 0; told != held)
       findings.push_back({told > held ? "missing" : "unexpected", Finding::Severity::Error, fmt::format("{}.{}", name, std::min(told, held)),
