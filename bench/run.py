@@ -35,15 +35,20 @@ def main():
     ask = parser.parse_args()
     work = pathlib.Path(ask.work)
     work.mkdir(parents=True, exist_ok=True)
-    ranks, dist, out = work / "mp_rank", work / "torch_dist", work / "out"
+    ranks, dist, hf, out = work / "mp_rank", work / "torch_dist", work / "hf", work / "out"
     if not ranks.exists():
         subprocess.run([PYTHON, ROOT / "bench/make_model.py", ranks], check=True)
     if not dist.exists():
         subprocess.run([SHARDKIT, "convert", ranks, dist, "--to", "torch_dist", "-q"], check=True)
+    if not hf.exists():
+        subprocess.run([SHARDKIT, "convert", ranks, hf, "--to", "hf", "-q"], check=True)
     jobs = {
         "reshard mp_rank TP4 → TP2·PP2": (ranks, ["reshard", ranks, out, "--tp", "2", "--pp", "2"], "reshard"),
         "mp_rank → torch_dist": (ranks, ["convert", ranks, out, "--to", "torch_dist"], "to_dist"),
         "torch_dist → mp_rank TP2·PP2": (dist, ["convert", dist, out, "--to", "mp_rank", "--tp", "2", "--pp", "2"], "from_dist"),
+        "mp_rank → Hugging Face": (ranks, ["convert", ranks, out, "--to", "hf"], "to_hf"),
+        "Hugging Face → mp_rank TP2·PP2": (hf, ["convert", hf, out, "--to", "mp_rank", "--tp", "2", "--pp", "2"], "from_hf"),
+        "Hugging Face → torch_dist": (hf, ["convert", hf, out, "--to", "torch_dist"], "hf_to_dist"),
     }
     print(f"{platform.machine()}, {os.cpu_count()} cores; best of {ask.rounds} rounds (torch: one); page cache warm; two threads, --no-sync\n")
     print("| job | shardkit | peak | cp -r | ratio | torch | ratio |\n|---|---|---|---|---|---|---|")
@@ -61,12 +66,12 @@ def main():
         s, c, t = rows["shardkit"], rows["cp"], rows["torch"]
         print(f"| {name} | {s[0]:.2f} s | {s[1]:.0f} MiB | {c[0]:.2f} s | {s[0] / c[0]:.2f} × | {t[0]:.1f} s, {t[1] / 1024:.1f} GiB | {t[0] / s[0]:.1f} × |", flush=True)
     print("\n| read-only | shardkit | peak | cat > /dev/null | ratio |\n|---|---|---|---|---|")
-    for source in (ranks, dist):
+    for source in (ranks, dist, hf):
         for command in ("hash", "verify"):
             rows = {}
             for _ in range(ask.rounds):
                 best(rows, "cat", timed(["sh", "-c", f"cat $(find {source} -type f) > /dev/null"]))
-                best(rows, "shardkit", timed([SHARDKIT, command, source, "-q", "--threads", "2"]))
+                best(rows, "shardkit", timed(["sh", "-c", f"{SHARDKIT} {command} {source} -q --threads 2 > /dev/null"]))
             s, c = rows["shardkit"], rows["cat"]
             print(f"| {command} {source.name} | {s[0]:.2f} s | {s[1]:.0f} MiB | {c[0]:.2f} s | {s[0] / c[0]:.2f} × |", flush=True)
         rows = {}

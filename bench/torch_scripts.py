@@ -1,5 +1,5 @@
 """The best single-process torch scripts we could write for the same jobs: mapped reads, slices without copies where torch allows them.
-usage: torch_scripts.py reshard|to_dist|from_dist SRC DST    (the model of make_model.py; TP 4 in, TP 2 x PP 2 out)"""
+usage: torch_scripts.py reshard|to_dist|from_dist|to_hf|from_hf|hf_to_dist SRC DST    (the model of make_model.py; TP 4 in, TP 2 x PP 2 out)"""
 import argparse
 import os
 import pathlib
@@ -98,6 +98,66 @@ def from_dist(source, target):
         else:
             whole[name] = tensor
     write_ranks(whole, args, target, 2, 2)
+
+
+def hf_names(layer):
+    m, h = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    return {m + "self_attention.linear_proj.weight": h + "self_attn.o_proj.weight", m + "self_attention.linear_qkv.layer_norm_weight": h + "input_layernorm.weight",
+            m + "mlp.linear_fc1.layer_norm_weight": h + "post_attention_layernorm.weight", m + "mlp.linear_fc2.weight": h + "mlp.down_proj.weight"}
+
+
+ENDS = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight", "output_layer.weight": "lm_head.weight"}
+
+
+def to_hf(source, target):
+    from safetensors.torch import save_file
+    ranks = load(source)
+    args = ranks[0]["args"]
+    groups, head, ratio = args.num_query_groups, args.kv_channels, args.num_attention_heads // args.num_query_groups
+    out = {theirs: merged(ranks, ours) for ours, theirs in ENDS.items()}
+    for i in range(args.num_layers):
+        out.update({theirs: merged(ranks, ours) for ours, theirs in hf_names(i).items()})
+        qkv = merged(ranks, f"decoder.layers.{i}.self_attention.linear_qkv.weight").view(groups, ratio + 2, head, -1)
+        for letter, part in zip("qkv", (qkv[:, :ratio], qkv[:, ratio], qkv[:, ratio + 1])):
+            out[f"model.layers.{i}.self_attn.{letter}_proj.weight"] = part.reshape(-1, args.hidden_size).contiguous()
+        gate, up = merged(ranks, f"decoder.layers.{i}.mlp.linear_fc1.weight").chunk(2)
+        out[f"model.layers.{i}.mlp.gate_proj.weight"], out[f"model.layers.{i}.mlp.up_proj.weight"] = gate, up
+    pathlib.Path(target).mkdir()
+    save_file(out, pathlib.Path(target) / "model.safetensors", {"format": "pt"})
+
+
+def megatron_weights(source):
+    import json
+    from safetensors import safe_open
+    config = json.loads((pathlib.Path(source) / "config.json").read_text())
+    groups, heads = config["num_key_value_heads"], config["num_attention_heads"]
+    head = config["hidden_size"] // heads
+    tensors = {}
+    for file in sorted(pathlib.Path(source).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            tensors.update({key: opened.get_tensor(key) for key in opened.keys()})
+    whole = {ours: tensors[theirs] for ours, theirs in ENDS.items()}
+    for i in range(config["num_hidden_layers"]):
+        whole.update({ours: tensors[theirs] for ours, theirs in hf_names(i).items()})
+        q, k, v = (tensors[f"model.layers.{i}.self_attn.{x}_proj.weight"].view(groups, -1, head, config["hidden_size"]) for x in "qkv")
+        whole[f"decoder.layers.{i}.self_attention.linear_qkv.weight"] = torch.cat([q, k, v], 1).view(-1, config["hidden_size"])
+        whole[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = torch.cat([tensors[f"model.layers.{i}.mlp.gate_proj.weight"], tensors[f"model.layers.{i}.mlp.up_proj.weight"]])
+    return whole, argparse.Namespace(num_layers=config["num_hidden_layers"])
+
+
+def from_hf(source, target):
+    whole, args = megatron_weights(source)
+    write_ranks(whole, args, target, 2, 2)
+
+
+def hf_to_dist(source, target):
+    import torch.distributed.checkpoint as dcp
+    whole, args = megatron_weights(source)
+    state = {name: tensor for name, tensor in whole.items() if not name.startswith("decoder.layers.")}
+    for name in [n for n in whole if n.startswith("decoder.layers.0.")]:
+        suffix = name[len("decoder.layers.0."):]
+        state["decoder.layers." + suffix] = torch.stack([whole[f"decoder.layers.{i}.{suffix}"] for i in range(args.num_layers)])
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(target, thread_count=2, sync_files=False), no_dist=True)
 
 
 if __name__ == "__main__":

@@ -112,11 +112,13 @@ struct Outcome {
   double seconds;
 };
 
+bool is_cut(const formats::TargetOptions& options) { return options.format == "torch_dist" || options.format == "mp_rank"; }
+
 Json outcome_json(const Ask& ask, const Outcome& outcome) {
   auto ties = Json::array();
   for (const auto& [alias, owner] : outcome.source.logical.ties) ties.push_back({{"alias", alias}, {"owner", owner}});
   Json out{{"source", {{"path", ask.from}, {"format", outcome.source.format}, {"layout", layout_json(outcome.source.parallel)}}},
-           {"target", {{"path", ask.to}, {"format", outcome.options.format}, {"layout", outcome.source.megatron ? layout_json(outcome.options.parallel) : Json(nullptr)}, {"files", outcome.files}}},
+           {"target", {{"path", ask.to}, {"format", outcome.options.format}, {"layout", is_cut(outcome.options) ? layout_json(outcome.options.parallel) : Json(nullptr)}, {"files", outcome.files}}},
            {"bytes_read", outcome.report.bytes_read},
            {"bytes_written", outcome.report.bytes_written},
            {"bytes_copied_in_kernel", outcome.report.bytes_copied_in_kernel},
@@ -137,7 +139,7 @@ void print_summary(const Ask& ask, const Outcome& outcome) {
   fmt::print(stderr, "{} {} → {}: {} tensors, {} in {:.2f} s ({}/s), {} files\n", ask.dry_run ? "would write" : "wrote", outcome.source.format, outcome.options.format,
              outcome.target.logical.tensors.size(), human_bytes(report.bytes_written), outcome.seconds,
              human_bytes(static_cast<std::uint64_t>(static_cast<double>(report.bytes_written) / std::max(outcome.seconds, 1e-6))), outcome.files.size());
-  if (outcome.source.megatron) fmt::print(stderr, "layout: {} → {}\n", outcome.source.parallel ? layout_line(*outcome.source.parallel) : "unknown", layout_line(outcome.options.parallel));
+  if (is_cut(outcome.options)) fmt::print(stderr, "layout: {} → {}\n", outcome.source.parallel ? layout_line(*outcome.source.parallel) : "unknown", layout_line(outcome.options.parallel));
   for (const auto& [alias, owner] : outcome.source.logical.ties) fmt::print(stderr, "tied: {} is {}\n", alias, owner);
   for (const auto& key : outcome.filled) fmt::print(stderr, "padded: new rows of {} are {}\n", key, ask.pad == "zeros" ? "zero" : ask.pad == "last" ? "copies of its last row" : "its mean row");
   for (const auto& note : outcome.target.notes) fmt::print(stderr, "note: {}\n", note);
@@ -170,8 +172,9 @@ int run(const Ask& ask) {
   const auto part = ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
   if (part) options.joint = true;
   auto target = formats::create(part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
-  const formats::LocalReader reader(source.logical, source.files);
-  auto plan = make_plan(source.logical, target.logical,                                            // plan
+  const auto& filled_source = target.source ? *target.source : source;
+  const formats::LocalReader reader(filled_source.logical, filled_source.files);
+  auto plan = make_plan(filled_source.logical, target.logical,                                            // plan
                               {wanted_pad(ask.pad), options.dtype.has_value(), [&](const auto& tensor) { return mean_row(reader, tensor, source.vocab); }});
   if (part) plan = part_of(plan, part->index, part->count);
   shard::Report report;

@@ -22,6 +22,7 @@ void on_signal(int number) {
 void ModelOptions::add_to(CLI::App& command) {
   command.add_option("--iteration", open.iteration, "Iteration of a Megatron run folder (default: the latest)");
   command.add_option("--vocab-size", open.vocab, "True vocabulary size, where the checkpoint does not say it");
+  command.add_option("--family", open.family, "Hugging Face model family, over what config.json says (see shardkit families)")->type_name("NAME|FILE.json");
   command.add_option("--drop", open.drop, "Leave out tensors whose key fits GLOB")->type_name("GLOB");
   static constexpr std::pair<const char*, const char*> kSizes[] = {
       {"layers", "--num-layers"}, {"hidden", "--hidden-size"}, {"ffn", "--ffn-hidden-size"}, {"heads", "--num-attention-heads"},

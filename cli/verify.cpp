@@ -52,7 +52,6 @@ Result check(const Ask& ask, const formats::Checkpoint& checkpoint, const shard:
   auto logical = readable(checkpoint.logical, checkpoint.findings);
   const auto replicas = compare_replicas(logical);
   auto described = checkpoint.logical;
-  described.streams = checkpoint.stored.streams;
   const formats::LocalReader reader(described, checkpoint.files);
   ProgressBar bar("verifying", ask.run.quiet || ask.run.json);
   auto found = scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());

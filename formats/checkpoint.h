@@ -17,6 +17,10 @@
 
 namespace formats {
 
+namespace hf {
+struct State;
+}
+
 /// What a module keeps beside its weights (`_extra_state`): nothing, a byte tensor, or some pickled object.
 struct ExtraState {
   enum class Kind { None, Tensor, Object } kind = Kind::None;
@@ -59,6 +63,10 @@ struct Checkpoint {
   std::vector<Dropped> not_carried;              ///< RNG, scheduler and the like
   bool needs_weights_only = false;               ///< holds optimizer state that cannot be placed
   std::optional<MegatronState> megatron;
+  std::shared_ptr<const hf::State> hf;           ///< of a Hugging Face folder, or carried beside a Megatron one
+  struct Sizes {
+    shard::Index layers = 0, experts = 0, mtp_layers = 0;
+  } sizes;                                       ///< as numbered by the keys of a Hugging Face folder
   std::map<std::string, std::string> metadata;   ///< safetensors' __metadata__
 };
 
@@ -66,6 +74,7 @@ struct OpenOptions {
   std::optional<std::int64_t> iteration;
   std::map<std::string, shard::Index> parameters;  ///< given by hand: "heads" → 32
   std::optional<shard::Index> vocab;
+  std::string family;                              ///< a Hugging Face family by name or file, over what config.json says
   std::vector<std::string> drop;                   ///< globs over logical and stored keys
   bool places = true;                              ///< false: metadata only, payloads are not located
   unsigned threads = 1;

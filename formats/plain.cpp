@@ -1,6 +1,7 @@
 // Reading one torch file, and writing same-key targets.
 #include "formats/plain.h"
 
+#include "formats/hf/hf.h"
 #include "formats/json.h"
 #include "formats/safetensors/header.h"
 #include "formats/torch_dcp/metadata.h"
@@ -78,31 +79,33 @@ class Walk {
   std::map<std::string, std::uint32_t> streams_;
 };
 
-/// The tensors of a target, same keys as the source's logical ones, in `order`.
-struct Same {
-  std::string key;
-  const shard::ShardedTensor* source;
-  shard::DType dtype;
-  std::uint64_t bytes;
-};
-
-std::vector<Same> same_keys(const Checkpoint& source, const TargetOptions& options) {
-  shard::require(!source.megatron, Code::BadLayout, [&] { return fmt::format("--to {}: a {} checkpoint needs Hugging Face names, which are not supported yet", options.format, source.format); });
+/// The tensors of a target that keeps the source's keys.
+std::vector<PlainTensor> same_keys(const Checkpoint& source, const TargetOptions& options) {
+  shard::require(!source.megatron, Code::BadLayout, [&] { return fmt::format("--to {}: a {} checkpoint's keys are not its own there; convert it to hf first", options.format, source.format); });
   const bool one = options.parallel.tp == 1 && options.parallel.pp == 1 && options.parallel.ep == 1;
-  shard::require(one, Code::BadLayout, [] { return "layout: weights without a model family cannot be cut among ranks"; });
-  std::vector<Same> out;
-  for (const auto& [key, tensor] : source.logical.tensors) {
-    const auto dtype = options.dtype && is_floating(tensor.dtype) ? *options.dtype : tensor.dtype;
-    out.push_back({key, &tensor, dtype, static_cast<std::uint64_t>(shard::volume(tensor.natural)) * size_of(dtype)});
+  shard::require(one, Code::BadLayout, [&] { return fmt::format("layout: {} is not cut among ranks", options.format); });
+  std::vector<PlainTensor> out;
+  for (const auto& [key, tensor] : (source.hf ? source.stored : source.logical).tensors) {
+    const bool wide = source.hf && key.ends_with("e_score_correction_bias");  // F32 by rule
+    out.push_back({key, wide ? shard::DType::F32 : options.dtype && is_floating(tensor.dtype) ? *options.dtype : tensor.dtype, tensor.natural});
   }
   return out;
 }
 
-void describe(Target& target, const Same& one, std::uint32_t stream, std::uint64_t offset) {
-  auto stride = shard::row_major(one.source->natural);
+void describe(Target& target, const PlainTensor& one, std::uint32_t stream, std::uint64_t offset) {
+  auto stride = shard::row_major(one.shape);
   for (auto& step : stride) step *= static_cast<Index>(size_of(one.dtype));
-  target.writer->described().tensors[one.key] = {one.key, one.dtype, one.source->natural, one.source->natural,
-                                                 {{shard::whole(one.source->natural), {stream, offset, std::move(stride)}, {}}}, false};
+  target.writer->described().tensors[one.key] = {one.key, one.dtype, one.shape, one.shape, {{shard::whole(one.shape), {stream, offset, std::move(stride)}, {}}}, false};
+}
+
+/// The target's tensors as the plan joins them with the source's: by logical names where a family speaks for the keys.
+void join(const Checkpoint& source, Target& target) {
+  target.writer->described().files = target.writer->folder().names();
+  target.logical = target.writer->described();
+  if (!source.hf) return;
+  std::vector<shard::Finding> findings;
+  target.logical = hf::logical_of(source, target.writer->described(), findings);
+  refuse(findings);
 }
 
 /// Objects that the target cannot hold are named.
@@ -153,11 +156,12 @@ void create_dcp(const std::filesystem::path& path, const Checkpoint& source, con
   };
   const auto in_metadata = [&] { return static_cast<std::uint32_t>(metadata.files.size() - 1); };
   for (const auto& one : all) {
-    make_room(one.bytes);
+    make_room(one.bytes());
     pickle::Graph g;
-    const auto root = tensor_node(g, one.dtype, "0", one.source->natural);
-    const auto added = writer.add_archive(file, at, "archive", pickle::write(g, root, 2), std::span(&one.bytes, 1));
-    metadata.tensors[one.key] = {one.dtype, one.source->natural, {{shard::whole(one.source->natural), {in_metadata(), at, added.size, false}}}};
+    const auto root = tensor_node(g, one.dtype, "0", one.shape);
+    const auto bytes = one.bytes();
+    const auto added = writer.add_archive(file, at, "archive", pickle::write(g, root, 2), std::span(&bytes, 1));
+    metadata.tensors[one.key] = {one.dtype, one.shape, {{shard::whole(one.shape), {in_metadata(), at, added.size, false}}}};
     describe(target, one, added.first_stream, 0);
     at += added.size;
   }
@@ -175,24 +179,22 @@ void create_dcp(const std::filesystem::path& path, const Checkpoint& source, con
   }
   if (!metadata.files.empty()) writer.folder().resize(file, at);
   writer.folder().write(writer.folder().add(".metadata"), 0, torch_dcp::write_metadata(metadata, true));
-  writer.described().files = writer.folder().names();
-  target.logical = writer.described();
+  hf::carry_files(source, target, "");
+  join(source, target);
 }
 
-void create_safetensors(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
-  const auto all = same_keys(source, options);
-  target.writer = make_writer(path, options);
+void write_safetensors(Target& target, const std::vector<PlainTensor>& tensors, std::uint64_t max_shard_size, std::map<std::string, std::string> metadata) {
   auto& writer = *target.writer;
-  std::vector<std::vector<const Same*>> shards(1);
+  std::vector<std::vector<const PlainTensor*>> shards(1);
   std::uint64_t filled = 0, total = 0;
-  for (const auto& one : all) {
+  for (const auto& one : tensors) {
     shard::require(!safetensors_name(one.dtype).empty(), Code::BadFormat, [&] { return fmt::format("{}: {} has no place in safetensors", one.key, shard::name(one.dtype)); });
-    if (!shards.back().empty() && filled + one.bytes > options.max_shard_size) shards.emplace_back(), filled = 0;
+    const auto bytes = one.bytes();
+    if (!shards.back().empty() && filled + bytes > max_shard_size) shards.emplace_back(), filled = 0;
     shards.back().push_back(&one);
-    filled += one.bytes;
-    total += one.bytes;
+    filled += bytes;
+    total += bytes;
   }
-  auto metadata = source.metadata;
   metadata.erase("DCP_SHARDING_INFO");
   metadata.erase("DCP_VERSION");
   metadata["format"] = "pt";
@@ -203,8 +205,8 @@ void create_safetensors(const std::filesystem::path& path, const Checkpoint& sou
     std::vector<safetensors::Entry> entries;
     std::uint64_t at = 0;
     for (const auto* one : shards[i]) {
-      entries.push_back({one->key, one->dtype, one->source->natural, at, at + one->bytes});
-      at += one->bytes;
+      entries.push_back({one->key, one->dtype, one->shape, at, at + one->bytes()});
+      at += one->bytes();
       weight_map[one->key] = name;
     }
     const auto header = safetensors::write_header(entries, metadata);
@@ -217,9 +219,13 @@ void create_safetensors(const std::filesystem::path& path, const Checkpoint& sou
     const nlohmann::ordered_json index{{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
     writer.folder().write(writer.folder().add("model.safetensors.index.json"), 0, index.dump(2) + "\n");
   }
+}
+
+void create_safetensors(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
+  target.writer = make_writer(path, options);
+  write_safetensors(target, same_keys(source, options), options.max_shard_size, source.metadata);
   drop_objects(source, target, "safetensors hold only tensors");
-  writer.described().files = writer.folder().names();
-  target.logical = writer.described();
+  join(source, target);
 }
 
 }  // namespace formats

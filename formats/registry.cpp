@@ -1,5 +1,6 @@
 // What exists is one visible table: every format that can be opened, in the order in which content is tried.
 #include "formats/checkpoint.h"
+#include "formats/hf/hf.h"
 #include "formats/megatron/readers.h"
 #include "formats/megatron/writers.h"
 #include "formats/plain.h"
@@ -30,6 +31,11 @@ constexpr FolderFormat kFolders[] = {
     {"hf", safetensors::matches, safetensors::open},
 };
 
+/// Where no family is known, keys stay as they are.
+void create_hf(const fs::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
+  (source.hf || source.megatron ? hf::create : create_safetensors)(path, source, options, target);
+}
+
 struct TargetFormat {
   const char* name;
   void (*create)(const fs::path&, const Checkpoint&, const TargetOptions&, Target&);
@@ -38,7 +44,7 @@ constexpr TargetFormat kTargets[] = {
     {"torch_dist", megatron::create_torch_dist},
     {"mp_rank", megatron::create_mp_rank},
     {"dcp", create_dcp},
-    {"hf", create_safetensors},
+    {"hf", create_hf},
 };
 
 constexpr const char* kTracker = "latest_checkpointed_iteration.txt";
@@ -80,7 +86,9 @@ Checkpoint open(const fs::path& path, const OpenOptions& options) {
   auto out = fs::is_directory(status) ? open_folder(path, options)
              : safetensors::matches(path) ? safetensors::open(path, options) : open_torch_file(path, options);
   out.path = path;
-  if (!options.drop.empty() && !out.megatron) drop_tensors(out, options);
+  if (out.format == "hf" || out.format == "dcp") hf::interpret(out, options);
+  hf::take_up_carried(out, options);
+  if (!options.drop.empty() && !out.megatron && !out.hf) drop_tensors(out, options);
   return out;
 }
 
@@ -92,7 +100,14 @@ Target create(const fs::path& path, const Checkpoint& source, const TargetOption
   for (const auto& format : kTargets) {
     if (options.format != format.name) continue;
     Target out;
-    format.create(path, source, options, out);
+    const bool to_megatron = options.format == "torch_dist" || options.format == "mp_rank";
+    if (to_megatron && source.hf && !source.megatron) {
+      out.source = std::make_shared<Checkpoint>(hf::as_megatron(source, out.notes));
+      format.create(path, *out.source, options, out);
+    } else {
+      format.create(path, source, options, out);
+    }
+    if (to_megatron) hf::carry_files(source, out, "hf/");
     return out;
   }
   shard::fail(Code::Usage, "--to {}: is no format that can be written; torch_dist, mp_rank, dcp and hf are", options.format);

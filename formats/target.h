@@ -26,6 +26,7 @@ struct Target {
   std::vector<std::string> carried;
   shard::Index padded_vocab = 0;
   std::vector<std::string> notes;
+  std::shared_ptr<const Checkpoint> source; ///< the source with what the target needs beside it; null: as it was given
 };
 
 /// Lays out `path` for everything that `source` holds. Files are created in a staging folder; nothing is moved yet.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <limits>
 
 namespace shard {
 namespace {
@@ -133,15 +134,8 @@ Normal normalise(std::string_view key) {
   }
 }
 
-/// The pattern without the "{x}." component; the same where it has none.
-std::string without(std::string pattern, std::string_view number) {
-  const auto component = std::string(number) + ".";
-  if (const auto at = pattern.find(component); at != pattern.npos) pattern.erase(at, component.size());
-  return pattern;
-}
-
 std::string anonymous(std::string pattern) {
-  for (const auto* number : {"{l}", "{e}", "{k}"})
+  for (const auto* number : {"{l}", "{e}", "{k}", "{m}"})
     for (std::size_t at; (at = pattern.find(number)) != pattern.npos;) pattern.replace(at, 3, "{}");
   return pattern;
 }
@@ -160,6 +154,13 @@ std::string number_order(std::string_view pattern) {
   for (std::size_t at = 0; (at = pattern.find('{', at)) != pattern.npos; ++at)
     if (at + 2 < pattern.size() && pattern[at + 2] == '}') out += pattern[at + 1];
   return out;
+}
+
+/// Puts `parts` in the place of element `at`.
+template <typename T>
+void splice(std::vector<T>& list, std::size_t at, const std::vector<T>& parts) {
+  const auto where = list.erase(list.begin() + static_cast<std::ptrdiff_t>(at));
+  list.insert(where, parts.begin(), parts.end());
 }
 
 }  // namespace
@@ -183,6 +184,7 @@ Table::Table(std::vector<Row> rows, std::string_view dialects) {
     if (row.dialects.find_first_of(dialects) != std::string::npos) rows_.push_back(std::move(row));
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     const auto& key = rows_[i].key;
+    mtp_behind_layers_ |= key.find("{m}") != key.npos;
     for (const bool layers : {false, true})
       for (const bool experts : {false, true}) {
         if (layers && key.find("{l}.") == key.npos) continue;
@@ -195,29 +197,49 @@ Table::Table(std::vector<Row> rows, std::string_view dialects) {
   }
 }
 
+std::optional<Match> Table::fill(const Spelled& spelled, const std::vector<Index>& numbers, const Params& params) const {
+  const auto& row = rows_[spelled.row];
+  Match out{&row, -1, -1, -1, spelled.layers_stacked, spelled.experts_stacked};
+  const auto known = params.find("layers");
+  const auto layers = mtp_behind_layers_ && known != params.end() ? known->second : std::numeric_limits<Index>::max();
+  std::size_t next = 0;
+  for (const char letter : number_order(row.key)) {
+    if ((letter == 'l' && out.layers_stacked) || (letter == 'e' && out.experts_stacked)) continue;
+    const auto number = numbers[next++];
+    if (letter == 'e') out.expert = number;
+    else if (letter == 'k') out.depth = number;
+    else out.layer = number;
+    if (letter == 'm') out.depth = number - layers;
+    if ((letter == 'm' && number < layers) || (letter == 'l' && number >= layers)) return std::nullopt;
+  }
+  return out;
+}
+
 std::optional<Match> Table::match(std::string_view key, const Params& params) const {
   const auto normal = normalise(key);
   const auto [begin, end] = spelled_.equal_range(normal.pattern);
+  std::optional<Match> any;  // whatever args say, a key that is spelled has a place
   for (auto it = begin; it != end; ++it) {
-    const auto& row = rows_[it->second.row];
-    if (!holds(it->second.when, params) && std::next(it) != end) continue;  // the last spelling matches whatever args say
-    Match out{&row, -1, -1, -1, it->second.layers_stacked, it->second.experts_stacked};
-    std::size_t next = 0;
-    for (const char letter : number_order(row.key)) {
-      if ((letter == 'l' && out.layers_stacked) || (letter == 'e' && out.experts_stacked)) continue;
-      (letter == 'l' ? out.layer : letter == 'e' ? out.expert : out.depth) = normal.numbers[next++];
-    }
-    return out;
+    auto match = fill(it->second, normal.numbers, params);
+    if (!match) continue;
+    if (holds(it->second.when, params)) return match;
+    any = match;
   }
-  return std::nullopt;
+  return any;
 }
 
 std::string spell(std::string_view pattern, Index layer, Index expert, Index depth) {
   std::string out(pattern);
   for (const auto& [number, value] :
-       {std::pair<const char*, Index>{"{l}", layer}, {"{e}", expert}, {"{k}", depth}})
+       {std::pair<const char*, Index>{"{l}", layer}, {"{m}", layer}, {"{e}", expert}, {"{k}", depth}})
     for (std::size_t at; (at = out.find(number)) != out.npos;) out.replace(at, 3, std::to_string(value));
   return out;
+}
+
+std::string without(std::string pattern, std::string_view number) {
+  const auto component = std::string(number) + ".";
+  if (const auto at = pattern.find(component); at != pattern.npos) pattern.erase(at, component.size());
+  return pattern;
 }
 
 Shape Factors::stored() const {
@@ -250,19 +272,30 @@ std::vector<LogicalPart> logical_parts(const Row& row, const Factors& factors, c
                                        const Params& params) {
   std::vector<LogicalPart> out;
   for (const auto& part : row.parts) {
-    LogicalPart logical{spell(part.name, match.layer, match.expert, match.depth), whole(factors.sizes), part.order, {}, {}};
+    LogicalPart logical{spell(part.name, match.layer, match.expert, match.depth), whole(factors.sizes), part.order, {}, {}, -1, {}};
     if (part.factor >= 0) {
       logical.box.lo[part.factor] = evaluate(part.lo, params);
       logical.box.size[part.factor] = evaluate(part.size, params);
     }
+    auto sizes = logical.box.size;
+    auto dim = factors.dim;
+    if (!part.refine.empty()) {
+      logical.refined = part.factor;
+      for (const auto word : words(part.refine)) logical.into.push_back(evaluate(word, params));
+      const auto f = static_cast<std::size_t>(part.factor);
+      require(volume(logical.into) == sizes[f], Code::Mismatch,
+              [&] { return fmt::format("family: {}: '{}' does not give the {} rows of its part", row.key, part.refine, sizes[f]); });
+      splice(sizes, f, logical.into);
+      splice(dim, f, std::vector<int>(logical.into.size(), factors.dim[f]));
+    }
     if (logical.order.empty())
-      for (std::size_t f = 0; f < factors.sizes.size(); ++f) logical.order.push_back(static_cast<int>(f));
+      for (std::size_t f = 0; f < sizes.size(); ++f) logical.order.push_back(static_cast<int>(f));
     int previous = -1;
     for (const int f : logical.order) {
-      logical.shape.push_back(logical.box.size[f]);
-      if (factors.dim[f] == previous) logical.natural.back() *= logical.box.size[f];
-      else logical.natural.push_back(logical.box.size[f]);
-      previous = factors.dim[f];
+      logical.shape.push_back(sizes[f]);
+      if (dim[f] == previous) logical.natural.back() *= sizes[f];
+      else logical.natural.push_back(sizes[f]);
+      previous = dim[f];
     }
     out.push_back(std::move(logical));
   }
@@ -298,6 +331,16 @@ std::vector<Box> factored(const Factors& factors, const Box& stored) {
   return out;
 }
 
+void add_box(const LogicalPart& part, const Box& box, const Shape& stride, Index offset, const Shard& stored, ShardedTensor& into) {
+  Shard shard{{}, {stored.place.stream, stored.place.offset + static_cast<std::uint64_t>(offset), {}}, stored.replica_id};
+  for (const int f : part.order) {
+    shard.box.lo.push_back(box.lo[f]);
+    shard.box.size.push_back(box.size[f]);
+    shard.place.stride.push_back(stride[f]);
+  }
+  into.shards.push_back(std::move(shard));
+}
+
 }  // namespace
 
 void add_logical(const LogicalPart& part, const Factors& factors, const Shard& stored, ShardedTensor& into) {
@@ -315,16 +358,27 @@ void add_logical(const LogicalPart& part, const Factors& factors, const Shard& s
   for (const auto& box : factored(factors, stored.box)) {
     const auto common = intersect(box, part.box);
     if (!common) continue;
-    Shard shard{{}, {stored.place.stream, 0, {}}, stored.replica_id};
     Index offset = base;
     for (std::size_t f = 0; f < stride.size(); ++f) offset += common->lo[f] * stride[f];
-    shard.place.offset = stored.place.offset + static_cast<std::uint64_t>(offset);
-    for (const int f : part.order) {
-      shard.box.lo.push_back(common->lo[f] - part.box.lo[f]);
-      shard.box.size.push_back(common->size[f]);
-      shard.place.stride.push_back(stride[f]);
+    Box local = *common;
+    for (std::size_t f = 0; f < local.lo.size(); ++f) local.lo[f] -= part.box.lo[f];
+    if (part.refined < 0) {
+      add_box(part, local, stride, offset, stored, into);
+      continue;
     }
-    into.shards.push_back(std::move(shard));
+    const auto f = static_cast<std::size_t>(part.refined);
+    auto steps = row_major(part.into);
+    for (auto& step : steps) step *= stride[f];
+    auto fine = stride;
+    splice(fine, f, steps);
+    for (const auto& range : flat_range(part.into, local.lo[f], local.lo[f] + local.size[f])) {
+      auto inner = local;
+      splice(inner.lo, f, range.lo);
+      splice(inner.size, f, range.size);
+      Index at = offset - local.lo[f] * stride[f];
+      for (std::size_t d = 0; d < steps.size(); ++d) at += range.lo[d] * steps[d];
+      add_box(part, inner, fine, at, stored, into);
+    }
   }
 }
 

@@ -24,10 +24,11 @@ bool holds(std::string_view condition, const Params& params);
 
 /// One logical tensor inside a stored one.
 struct Part {
-  std::string name;        ///< "{l}" layer, "{e}" expert, "{k}" MTP depth
+  std::string name;        ///< "{l}" layer, "{e}" expert, "{k}" MTP depth, "{m}" layers + depth
   int factor = -1;         ///< the factor that it takes only a range of; -1: all of every factor
   std::string lo, size;    ///< that range
   std::vector<int> order;  ///< factors in the order of the logical dimensions (a dropped one has size 1); {}: as stored
+  std::string refine = {};  ///< factors that the range is split into; they take its place in `order`
 };
 
 enum class Stage { Embedding, Layer, FinalNorm, Mtp, Output };  // in the order in which Megatron registers them
@@ -46,6 +47,8 @@ struct Row {
   std::string when;         ///< the model has it where this holds
   bool vocabulary = false;  ///< dimension 0 is the padded vocabulary
   bool optional = false;    ///< its absence is no finding
+  bool copy = false;        ///< one more copy of tensors that another row owns
+  bool stacked = false;     ///< written with all experts in one tensor ("{e}." is not spelled)
 };
 
 /// A stored key, matched: which row, for which layer, expert and MTP depth; stacked ones carry leading index dimensions.
@@ -72,12 +75,18 @@ class Table {
     bool layers_stacked, experts_stacked;
     std::string when;  ///< the part of the row's condition that decides between equal spellings
   };
+  std::optional<Match> fill(const Spelled& spelled, const std::vector<Index>& numbers, const Params& params) const;
+
   std::vector<Row> rows_;
+  bool mtp_behind_layers_ = false;  ///< some row spells "{m}": layer numbers from `layers` on are MTP depths
   std::multimap<std::string, Spelled, std::less<>> spelled_;
 };
 
-/// "layers.{l}.x" with the numbers filled in.
+/// "layers.{l}.x" with the numbers filled in; "{m}" is `layer` too.
 std::string spell(std::string_view pattern, Index layer, Index expert, Index depth);
+
+/// The pattern without its "{x}." component; the same where it has none.
+std::string without(std::string pattern, std::string_view number);
 
 /// A row's factors for one model: sizes, and the stored dimension that each belongs to.
 struct Factors {
@@ -91,8 +100,10 @@ Factors factors(const Row& row, const Params& params);
 struct LogicalPart {
   std::string name;
   Box box;                 ///< in factors
-  std::vector<int> order;  ///< factors in the order of the logical dimensions
+  std::vector<int> order;  ///< factors, after refining, in the order of the logical dimensions
   Shape shape, natural;
+  int refined = -1;        ///< the factor whose range is split into `into`
+  Shape into;
 };
 std::vector<LogicalPart> logical_parts(const Row& row, const Factors& factors, const Match& match, const Params& params);
 

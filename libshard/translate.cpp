@@ -55,7 +55,7 @@ class Splitter {
     const auto stacked_layers = match.layers_stacked ? stored.global_shape[0] : 0;
     const auto stacked_experts = match.experts_stacked ? stored.global_shape[match.layers_stacked ? 1 : 0] : 0;
     out_.layers_stacked |= match.layers_stacked;
-    out_.layers = std::max({out_.layers, match.layer + 1, stacked_layers});
+    if (match.row->stage != Stage::Mtp) out_.layers = std::max({out_.layers, match.layer + 1, stacked_layers});
     out_.experts = std::max({out_.experts, match.expert + 1, stacked_experts});
     out_.depths = std::max(out_.depths, match.depth + 1);
   }
@@ -103,18 +103,29 @@ Params for_layer(const ShardedStateDict& logical, Params params, const Row& row,
   return params;
 }
 
+/// The logical names that one instance of a row holds.
+std::vector<std::string> names_of(const Match& match, Index experts) {
+  std::vector<std::string> out;
+  for (Index e = 0; e < (match.experts_stacked ? experts : 1); ++e)
+    for (const auto& part : match.row->parts) out.push_back(spell(part.name, match.layer, match.experts_stacked ? e : match.expert, match.depth));
+  return out;
+}
+
 /// Calls visit(row index, match) for every instance of every row that a model of these sizes can have.
 template <typename Visit>
 void for_each_instance(const Table& table, const SpellOptions& sizes, Visit&& visit) {
   const auto& rows = table.rows();
   for (std::size_t r = 0; r < rows.size(); ++r) {
     const auto has = [&](const char* number) { return rows[r].key.find(number) != std::string::npos; };
-    const Index layers = has("{l}") ? sizes.layers : 1, experts = has("{e}") ? sizes.experts : 1,
-                depths = has("{k}") ? sizes.depths : 1;
+    const bool behind = has("{m}"), stacked = rows[r].stacked;
+    const Index layers = has("{l}") ? sizes.layers : 1, depths = has("{k}") || behind ? sizes.depths : 1;
+    const Index experts = has("{e}") && !stacked ? sizes.experts : stacked ? std::min<Index>(sizes.experts, 1) : 1;
     for (Index l = 0; l < layers; ++l)
       for (Index k = 0; k < depths; ++k)
         for (Index e = 0; e < experts; ++e)
-          if (!visit(r, Match{&rows[r], has("{l}") ? l : -1, has("{e}") ? e : -1, has("{k}") ? k : -1, false, false})) break;
+          if (!visit(r, Match{&rows[r], has("{l}") ? l : behind ? sizes.layers + k : -1, has("{e}") && !stacked ? e : -1,
+                              has("{k}") || behind ? k : -1, false, stacked}))
+            break;
   }
 }
 
@@ -152,22 +163,24 @@ std::vector<Wanted> spell_out(const ShardedStateDict& logical, const Table& tabl
       const auto& row = *match.row;
       if ((pass == 0 && !options.keep->contains(row.key)) || !fits_model(row, params)) return false;
       std::vector<const ShardedTensor*> parts;
-      for (const auto& part : row.parts) {
-        const auto name = spell(part.name, match.layer, match.expert, match.depth);
+      if (row.copy && pass != 1) return true;
+      for (const auto& name : names_of(match, options.experts)) {
         const auto found = logical.tensors.find(name);
-        if (found == logical.tensors.end() || claimed.contains(name)) return true;
+        if (found == logical.tensors.end() || (!row.copy && claimed.contains(name))) return true;
         parts.push_back(&found->second);
       }
       if (pass == 1 && !holds(row.when, for_layer(logical, params, row, match.layer, match.depth))) return true;
       for (const auto* part : parts) {
-        claimed.insert(part->key);
+        if (!row.copy) claimed.insert(part->key);
         require(part->dtype == parts.front()->dtype, Code::Mismatch, [&] {
           return fmt::format("{} is {}, {} is {}; one stored tensor holds both", part->key, name(part->dtype),
                              parts.front()->key, name(parts.front()->dtype));
         });
       }
-      chosen.push_back({r, {&row, match, spell(row.key, match.layer, match.expert, match.depth), factors(row, params).stored(),
-                            parts.front()->dtype}});
+      auto shape = factors(row, params).stored();
+      if (row.stacked) shape.insert(shape.begin(), options.experts);
+      chosen.push_back({r, {&row, match, spell(row.stacked ? without(row.key, "{e}") : row.key, match.layer, match.expert, match.depth),
+                            std::move(shape), parts.front()->dtype}});
       return true;
     });
   for (const auto& entry : logical.tensors)
@@ -184,18 +197,40 @@ std::vector<Wanted> spell_out(const ShardedStateDict& logical, const Table& tabl
   return out;
 }
 
-void check_expected(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes,
-                    std::vector<Finding>& findings) {
+std::vector<LogicalPart> missing_tensors(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes) {
+  std::vector<LogicalPart> out;
   std::set<std::string> reported;
   for_each_instance(table, sizes, [&](std::size_t, const Match& match) {
     const auto& row = *match.row;
     if (row.optional || !holds(row.when, for_layer(logical, params, row, match.layer, match.depth))) return true;
-    for (const auto& part : row.parts)
-      if (const auto name = spell(part.name, match.layer, match.expert, match.depth);
-          !logical.tensors.contains(name) && reported.insert(name).second)
-        findings.push_back({"missing", Finding::Severity::Error, name, "the model's args call for it; the checkpoint does not hold it"});
+    const auto names = names_of(match, sizes.experts);
+    const bool whole = std::all_of(names.begin(), names.end(), [&](const auto& name) { return logical.tensors.contains(name) || reported.contains(name); });
+    if (whole) return true;
+    auto one = match;
+    for (Index e = 0; e < (match.experts_stacked ? sizes.experts : 1); ++e) {
+      if (match.experts_stacked) one.expert = e;
+      for (auto& part : logical_parts(row, factors(row, params), one, params))
+        if (!logical.tensors.contains(part.name) && reported.insert(part.name).second) out.push_back(std::move(part));
+    }
     return true;
   });
+  return out;
+}
+
+std::set<std::string> placed_names(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes) {
+  std::set<std::string> out;
+  for_each_instance(table, sizes, [&](std::size_t, const Match& match) {
+    if (holds(match.row->when, for_layer(logical, params, *match.row, match.layer, match.depth)))
+      for (auto& name : names_of(match, sizes.experts)) out.insert(std::move(name));
+    return true;
+  });
+  return out;
+}
+
+void check_expected(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes,
+                    std::vector<Finding>& findings) {
+  for (const auto& part : missing_tensors(logical, table, params, sizes))
+    findings.push_back({"missing", Finding::Severity::Error, part.name, "the model's settings call for it; the checkpoint does not hold it"});
 }
 
 }  // namespace shard

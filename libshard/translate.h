@@ -24,7 +24,7 @@ struct Wanted {
   const Row* row;
   Match match;
   std::string key;       ///< with its numbers
-  Shape shape;           ///< global, without stacked dimensions
+  Shape shape;           ///< global, without stacked layers; with stacked experts where the row says so
   DType dtype;
 };
 
@@ -38,7 +38,13 @@ struct SpellOptions {
 std::vector<Wanted> spell_out(const ShardedStateDict& logical, const Table& table, const Params& params,
                               const SpellOptions& options);
 
-/// The logical tensors that a model of these sizes should have but `logical` does not (rule "missing").
+/// The logical tensors that a model of these sizes should have but `logical` does not.
+std::vector<LogicalPart> missing_tensors(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes);
+
+/// The names that rows have a place for whose condition this model fulfils.
+std::set<std::string> placed_names(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes);
+
+/// missing_tensors as findings (rule "missing").
 void check_expected(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes,
                     std::vector<Finding>& findings);
 

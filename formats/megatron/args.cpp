@@ -95,6 +95,7 @@ shard::Params params_of(const Args& args, const std::map<std::string, Index>& gi
   set("qkv_bias", biased || args.flag("add_qkv_bias"));
   set("layernorm", args.text("normalization").value_or("LayerNorm") == "LayerNorm");
   set("gated", args.flag("swiglu") || args.flag("quick_geglu") || args.flag("gated_linear_unit"));
+  set("squared_relu", args.flag("squared_relu"));
   set("qk_norm", args.flag("qk_layernorm"));
   set("tied", !args.flag("untie_embeddings_and_output_weights"));
   set("learned_positions", args.text("position_embedding_type").value_or("learned_absolute") == "learned_absolute");

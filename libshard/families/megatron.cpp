@@ -104,6 +104,12 @@ void latent_attention(Rows& rows) {
   rows.one("dl", a + "kv_layernorm.weight", "kv_lora", "attention.kv_norm.weight", kWhole, "mla");
 }
 
+/// Norms behind the sublayers, as Megatron-Bridge's Gemma layers name them.
+void post_norms(Rows& rows) {
+  rows.one("dlt", "self_attention.linear_proj.post_layernorm.weight", "hidden", "attention.post_norm.weight", kWhole, "post_norms");
+  rows.one("dlt", "mlp.linear_fc2.post_layernorm.weight", "hidden", "mlp.post_norm.weight", kWhole, "post_norms");
+}
+
 void dense_mlp(Rows& rows) {
   rows.fc1("dlt", "mlp.linear_fc1.", "mlp.", "ffn", Ways::Tensor, "!moe");
   rows.norm("dt", "mlp.linear_fc1.layer_norm", "mlp.norm", "!moe");
@@ -136,6 +142,7 @@ void layer(std::vector<Row>& all, const std::string& key, const std::string& log
   latent_attention(rows);
   rows.norm("l", "pre_mlp_layernorm", "mlp.norm");
   rows.norm("dt", "pre_mlp_layernorm", "mlp.norm", "moe");
+  post_norms(rows);
   dense_mlp(rows);
   rows.norm("d", "mlp.linear_fc1.layer_norm", "mlp.norm", "moe");  // the local spec's spelling in torch_dist
   rows.norm("d", "pre_mlp_layernorm", "mlp.norm", "!moe");         // MLA's

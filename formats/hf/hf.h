@@ -1,0 +1,36 @@
+// Between Hugging Face folders and everything else.
+#pragma once
+
+#include "formats/hf/state.h"
+#include "formats/target.h"
+
+namespace formats::hf {
+
+/// Reads config.json beside the weights; the checkpoint's keys become logical tensors where a family speaks for them.
+/// Without config.json, or where no family knows its model_type, keys stay their own names.
+void interpret(Checkpoint& checkpoint, const OpenOptions& options);
+
+/// The logical tensors of `stored`, whose keys are spelled as in the source's Hugging Face folder.
+shard::ShardedStateDict logical_of(const Checkpoint& source, const shard::ShardedStateDict& stored, std::vector<shard::Finding>& findings);
+
+/// Takes up the folder `hf/` that a conversion left beside `iter_*`, so that the way back is exact.
+void take_up_carried(Checkpoint& checkpoint, const OpenOptions& options);
+
+/// The source as a Megatron model: args made from config.json, biases that Megatron has and config lacks as zeros.
+/// `notes` gets what Megatron's own forward cannot express. Throws Mismatch where a weight has no place.
+Checkpoint as_megatron(const Checkpoint& source, std::vector<std::string>& notes);
+
+/// argparse.Namespace for the source's model in `graph`; see docs/formats/families.md.
+pickle::Ref args_of(const Checkpoint& source, pickle::Graph& graph, std::vector<std::string>& notes);
+
+/// config.json for a Megatron model that brings none, in the spelling of transformers 4 that 5 reads as well.
+nlohmann::ordered_json config_of(const Family& family, const Checkpoint& source);
+
+/// A Hugging Face folder: sharded safetensors, config.json, the carried files. Throws Mismatch where the true vocabulary
+/// size is not known or a tensor has no place.
+void create(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target);
+
+/// Copies config.json and the small files below `below` ("hf/" in a Megatron run), all but `except`.
+void carry_files(const Checkpoint& source, Target& target, const std::string& below, const std::string& except = "");
+
+}  // namespace formats::hf

@@ -1,0 +1,194 @@
+// What a Hugging Face folder's config.json says of its tensors.
+#include "formats/hf/hf.h"
+#include "formats/json.h"
+#include "libshard/error.h"
+#include "libshard/families/megatron.h"
+#include "libshard/numeric.h"
+#include "libshard/translate.h"
+
+#include <algorithm>
+
+namespace formats::hf {
+namespace {
+
+namespace fs = std::filesystem;
+using shard::Code;
+using shard::Finding;
+using shard::Index;
+
+constexpr std::uint64_t kLargestSmallFile = 256u << 20;
+constexpr std::uint64_t kCompareBlock = 1 << 20;
+
+/// Names that travel with a model; anything else in the folder may be a weight in another format, or a stranger's.
+constexpr const char* kSmallFiles[] = {"config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+                                       "merges.txt", "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model", "preprocessor_config.json"};
+
+std::vector<std::string> small_files(const fs::path& folder) {
+  std::vector<std::string> out;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const auto name = entry.path().filename().string();
+    const bool known = std::any_of(std::begin(kSmallFiles), std::end(kSmallFiles), [&](const char* pattern) { return glob(pattern, name); });
+    if (known && entry.is_regular_file() && entry.file_size() <= kLargestSmallFile) out.push_back(name);
+  }
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+/// The folder's state; null where it has no config.json or no family speaks for it.
+std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& options) {
+  if (!fs::exists(folder / "config.json")) {
+    shard::require(options.family.empty(), Code::Mismatch, [&] { return fmt::format("{}: --family needs a config.json beside the weights", folder.string()); });
+    return nullptr;
+  }
+  const auto where = (folder / "config.json").string();
+  const auto text = read_text(folder / "config.json", 16 << 20);
+  parse_json(text, where);  // refuses duplicates and depth
+  auto out = std::make_shared<State>();
+  out->config = nlohmann::ordered_json::parse(text);
+  shard::require(out->config.is_object(), Code::BadFormat, [&] { return fmt::format("{}: is no JSON object", where); });
+  if (!options.family.empty()) out->family = family_named(options.family);
+  else {
+    const auto type = out->config.contains("model_type") && out->config["model_type"].is_string() ? out->config["model_type"].get<std::string>() : std::string();
+    const auto* family = family_of_model_type(type);
+    if (!family) return nullptr;
+    out->family = *family;
+  }
+  out->folder = folder;
+  out->files = small_files(folder);
+  return out;
+}
+
+bool dropped(const std::vector<std::string>& patterns, const std::string& key) {
+  return std::any_of(patterns.begin(), patterns.end(), [&](const auto& pattern) { return glob(pattern, key); });
+}
+
+void drop(Checkpoint& checkpoint, shard::ShardedStateDict& dict, const std::vector<std::string>& patterns, const char* why) {
+  std::erase_if(dict.tensors, [&](const auto& entry) {
+    const bool gone = dropped(patterns, entry.first);
+    if (gone) checkpoint.not_carried.push_back({entry.first, why});
+    return gone;
+  });
+}
+
+/// Files of before the prefix: its rows without it, where no key has it.
+std::vector<shard::Row> rows_for(const Family& family, const shard::ShardedStateDict& stored) {
+  auto rows = family.rows;
+  const bool prefixed = std::any_of(stored.tensors.begin(), stored.tensors.end(), [&](const auto& entry) { return entry.first.starts_with(family.prefix); });
+  if (!family.prefix.empty() && !prefixed)
+    for (auto& row : rows)
+      if (row.key.starts_with(family.prefix)) row.key.erase(0, family.prefix.size());
+  return rows;
+}
+
+/// Whether two tensors of one shard each, as safetensors hold them, have the same bytes.
+bool same_bytes(const Checkpoint& checkpoint, const shard::ShardedTensor& a, const shard::ShardedTensor& b) {
+  if (a.dtype != b.dtype || a.natural != b.natural || a.shards.size() != 1 || b.shards.size() != 1) return false;
+  const LocalReader reader(checkpoint.stored, checkpoint.files);
+  std::vector<std::byte> left(kCompareBlock), right(kCompareBlock);
+  const auto bytes = static_cast<std::uint64_t>(shard::volume(a.natural)) * size_of(a.dtype);
+  for (std::uint64_t at = 0; at < bytes; at += kCompareBlock) {
+    const auto size = std::min(kCompareBlock, bytes - at);
+    reader.read(a.shards[0].place.stream, a.shards[0].place.offset + at, std::span(left).first(size));
+    reader.read(b.shards[0].place.stream, b.shards[0].place.offset + at, std::span(right).first(size));
+    if (!std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(size), right.begin())) return false;
+  }
+  return true;
+}
+
+/// transformers' rule: the flag ties where no head is stored or the stored one is equal; a head that differs wins.
+void resolve_tie(Checkpoint& checkpoint, shard::Params& params) {
+  const auto head = checkpoint.logical.tensors.find("output.weight"), embedding = checkpoint.logical.tensors.find("embedding.word.weight");
+  bool tied = shard::holds("tied", params);
+  if (tied && head != checkpoint.logical.tensors.end() && embedding != checkpoint.logical.tensors.end()) {
+    tied = same_bytes(checkpoint, head->second, embedding->second);
+    if (tied) {
+      checkpoint.not_carried.push_back({"output.weight", "equals the embedding that it is tied to"});
+      checkpoint.logical.tensors.erase(head);
+    }
+  }
+  params["tied"] = tied;
+  checkpoint.tied = tied;
+  if (tied) checkpoint.logical.ties["output.weight"] = "embedding.word.weight";
+}
+
+struct Held final : ComputedBytes {
+  std::vector<std::byte> bytes;
+  void read(std::uint64_t offset, std::span<std::byte> into) const override { std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(offset), into.size(), into.begin()); }
+};
+
+/// A router's selection bias is F32 by rule, in Megatron and when transformers loads it; a model cast as a whole stores it
+/// narrower. Its few values are widened here, so that digests and every target see one tensor.
+void widen_selection_bias(Checkpoint& checkpoint) {
+  const LocalReader reader(checkpoint.logical, checkpoint.files);
+  for (auto& [key, tensor] : checkpoint.logical.tensors) {
+    if (!key.ends_with("router.expert_bias") || tensor.dtype == shard::DType::F32 || !is_floating(tensor.dtype) || tensor.shards.size() != 1) continue;
+    const auto count = static_cast<std::size_t>(shard::volume(tensor.global_shape));
+    std::vector<std::byte> narrow(count * size_of(tensor.dtype));
+    const auto& place = tensor.shards[0].place;
+    reader.read(place.stream, place.offset, narrow);
+    auto held = std::make_shared<Held>();
+    held->bytes.resize(count * sizeof(float));
+    shard::cast(narrow, tensor.dtype, held->bytes, shard::DType::F32);
+    const auto file = checkpoint.files->add(std::shared_ptr<const ComputedBytes>(held));
+    checkpoint.logical.files.resize(file + 1);
+    checkpoint.logical.files[file] = key;
+    tensor.dtype = shard::DType::F32;
+    tensor.shards[0].place = {static_cast<std::uint32_t>(checkpoint.logical.streams.size()), 0, {static_cast<Index>(sizeof(float))}};
+    checkpoint.logical.streams.push_back({file, 0, held->bytes.size(), std::nullopt, false});
+  }
+}
+
+}  // namespace
+
+void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
+  if (checkpoint.metadata.contains("DCP_SHARDING_INFO")) return;
+  const auto state = state_of(checkpoint.folder, options);
+  if (!state) return;
+  const auto& family = state->family;
+  checkpoint.hf = state;
+  checkpoint.family = family.name;
+  auto& params = checkpoint.params;
+  params = params_of(family, state->config);
+  for (const auto& [name, value] : options.parameters) params[name] = value;
+  if (const auto vocab = params.find("vocab"); vocab != params.end()) checkpoint.vocab = vocab->second;
+  if (options.vocab) checkpoint.vocab = options.vocab;
+  drop(checkpoint, checkpoint.stored, family.drop, "a buffer, computed when a model is built");
+  drop(checkpoint, checkpoint.stored, options.drop, "--drop");
+  const shard::Table table(rows_for(family, checkpoint.stored), "h");
+  std::vector<Finding> findings;
+  auto translation = to_logical(checkpoint.stored, table, params, {}, findings);
+  checkpoint.logical = std::move(translation.logical);
+  drop(checkpoint, checkpoint.logical, options.drop, "--drop");
+  resolve_tie(checkpoint, params);
+  if (options.places) widen_selection_bias(checkpoint);
+  const Index layers = translation.layers, experts = translation.experts, depths = translation.depths;
+  if (params.contains("mtp") && params.at("mtp") > 0 && depths == 0) {
+    findings.push_back({"missing", Finding::Severity::Warning, "mtp.0", fmt::format("config.json says {} MTP layers; none is stored, as transformers saves such models", params.at("mtp"))});
+    params["mtp"] = 0;
+  }
+  for (const auto& [name, what, held] : {std::tuple{"layers", "layers", layers}, std::tuple{"experts", "experts", experts}, std::tuple{"mtp", "MTP layers", depths}})
+    if (const auto told = params.contains(name) ? params.at(name) : 0; told != held)
+      findings.push_back({told > held ? "missing" : "unexpected", Finding::Severity::Error, fmt::format("{}.{}", name, std::min(told, held)),
+                          fmt::format("the checkpoint holds {} {}; config.json says {}", held, what, told)});
+  check_expected(checkpoint.logical, table, params, {nullptr, layers, experts, depths}, findings);
+  for (const auto& [key, tensor] : checkpoint.logical.tensors) check_cover(tensor, findings, 2);
+  checkpoint.findings.insert(checkpoint.findings.end(), findings.begin(), findings.end());
+  checkpoint.sizes = {layers, experts, depths};
+}
+
+shard::ShardedStateDict logical_of(const Checkpoint& source, const shard::ShardedStateDict& stored, std::vector<Finding>& findings) {
+  const shard::Table table(rows_for(source.hf->family, stored), "h");
+  return to_logical(stored, table, source.params, {}, findings).logical;
+}
+
+void take_up_carried(Checkpoint& checkpoint, const OpenOptions& options) {
+  if (!checkpoint.megatron) return;
+  const auto folder = checkpoint.folder.parent_path() / "hf";
+  if (fs::is_directory(folder)) checkpoint.hf = state_of(folder, options);
+  else if (!options.family.empty()) checkpoint.hf = std::make_shared<State>(State{family_named(options.family), {}, {}, {}});
+  if (!checkpoint.hf || checkpoint.hf->config.is_null()) return;
+  if (!checkpoint.vocab)
+    if (const auto params = params_of(checkpoint.hf->family, checkpoint.hf->config); params.contains("vocab")) checkpoint.vocab = params.at("vocab");
+}
+
+}  // namespace formats::hf

@@ -1,0 +1,101 @@
+// Writing a Hugging Face folder: which tensors, in which spelling, and the config that explains them.
+#include "formats/hf/hf.h"
+#include "formats/plain.h"
+#include "formats/safetensors/header.h"
+#include "libshard/error.h"
+#include "libshard/families/megatron.h"
+
+#include <algorithm>
+
+namespace formats::hf {
+namespace {
+
+using shard::Code;
+
+/// All bytes of a tensor are zero.
+bool zero(const Checkpoint& source, const shard::ShardedTensor& tensor) {
+  const LocalReader reader(source.logical, source.files);
+  for (const auto& shard : tensor.shards) {
+    const auto& range = source.logical.streams[shard.place.stream];
+    const auto item = size_of(tensor.dtype);
+    std::vector<std::byte> bytes(item);
+    auto at = std::vector<shard::Index>(shard.box.size.size());
+    for (shard::Index n = shard::volume(shard.box.size); n-- > 0;) {
+      auto offset = shard.place.offset;
+      for (std::size_t d = 0; d < at.size(); ++d) offset += static_cast<std::uint64_t>(at[d] * shard.place.stride[d]);
+      if (offset + item > range.size) return false;
+      reader.read(shard.place.stream, offset, bytes);
+      if (std::any_of(bytes.begin(), bytes.end(), [](std::byte b) { return b != std::byte{}; })) return false;
+      for (auto d = at.size(); d-- > 0;) {
+        if (++at[d] < shard.box.size[d]) break;
+        at[d] = 0;
+      }
+    }
+  }
+  return true;
+}
+
+const Family& family_for(const Checkpoint& source) {
+  if (source.hf) return source.hf->family;
+  const auto* found = recognise(source.params);
+  shard::require(found != nullptr, Code::Mismatch, [&] { return fmt::format("{}: fits no Hugging Face family by its args; --family names one", source.path.string()); });
+  return *found;
+}
+
+/// Biases that only Megatron has: dropped where they are zeros.
+void drop_zero_biases(const Checkpoint& source, shard::ShardedStateDict& logical, const std::set<std::string>& placed, Target& target) {
+  std::erase_if(logical.tensors, [&](const auto& entry) {
+    if (!entry.first.ends_with(".bias") || placed.contains(entry.first)) return false;
+    shard::require(zero(source, entry.second), Code::Mismatch, [&] { return fmt::format("{}: is not zero, and config.json has no place for it", entry.first); });
+    target.dropped.push_back({entry.first, "zeros that only Megatron needs"});
+    return true;
+  });
+}
+
+}  // namespace
+
+void create(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
+  const auto& family = family_for(source);
+  shard::require(source.vocab.has_value(), Code::Mismatch, [&] { return fmt::format("{}: the true vocabulary size is not known; give --vocab-size", source.path.string()); });
+  const bool configured = source.hf && !source.hf->config.is_null();
+  auto params = configured ? params_of(family, source.hf->config) : source.params;
+  if (!configured) params["out_bias"] = shard::holds("mlp_bias", params);
+  params["tied"] = source.tied.value_or(false);
+  params["vocab"] = *source.vocab;
+  const auto sizes = source.megatron ? shard::SpellOptions{nullptr, source.megatron->layers, source.megatron->experts, source.megatron->mtp_layers}
+                                     : shard::SpellOptions{nullptr, source.sizes.layers, source.sizes.experts, source.sizes.mtp_layers};
+  params["layers"] = sizes.layers;
+  params["mtp"] = sizes.depths;
+  const shard::Table table(family.rows, "h");
+  auto logical = source.logical;
+  drop_zero_biases(source, logical, placed_names(logical, table, params, sizes), target);
+  auto wanted = spell_out(logical, table, params, sizes);
+  std::vector<PlainTensor> tensors;
+  for (const auto& one : wanted) {
+    const auto dtype = options.dtype && is_floating(one.dtype) && !one.key.ends_with("e_score_correction_bias") ? *options.dtype : one.dtype;
+    tensors.push_back({one.key, dtype, one.shape});
+  }
+  target.writer = make_writer(path, options);
+  write_safetensors(target, tensors, options.max_shard_size, source.megatron ? std::map<std::string, std::string>{} : source.metadata);
+  auto& stored = target.writer->described();
+  for (const auto& one : wanted) stored.tensors.at(one.key).vocabulary = one.row->vocabulary;
+  std::vector<shard::Finding> findings;
+  target.logical = to_logical(stored, table, params, {}, findings).logical;
+  refuse(findings);
+  auto& folder = target.writer->folder();
+  if (!configured) {
+    folder.write(folder.add("config.json"), 0, config_of(family, source).dump(2) + "\n");
+  } else if (options.dtype) {
+    auto config = source.hf->config;
+    const auto name = *options.dtype == shard::DType::BF16 ? "bfloat16" : *options.dtype == shard::DType::F16 ? "float16" : "float32";
+    config[config.contains("dtype") ? "dtype" : "torch_dtype"] = name;
+    folder.write(folder.add("config.json"), 0, config.dump(2) + "\n");
+    carry_files(source, target, "", "config.json");
+  } else {
+    carry_files(source, target, "");
+  }
+  stored.files = folder.names();
+  target.logical.files = stored.files;
+}
+
+}  // namespace formats::hf

@@ -1,0 +1,132 @@
+"""Hugging Face folders and Megatron checkpoints: to every layout and back, byte for byte; genuine pairs; families as files."""
+import json
+import pathlib
+import struct
+import sys
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from support import DATA, Case, digest, run_json  # noqa: E402
+
+HF, PAIRS = DATA / "hf", DATA / "pairs"
+GRIDS = (["--tp", 4, "--pp", 2], ["--tp", 2, "--pp", 2, "--vpp", 2], ["--tp", 1, "--pp", 4])
+EXPERT_GRIDS = (["--tp", 2, "--ep", 2], ["--tp", 2, "--pp", 2, "--ep", 4, "--etp", 1])
+F32_BY_RULE = "e_score_correction_bias"
+
+
+def tensors(folder):
+    """Key → dtype, shape, bytes, of all .safetensors of a folder."""
+    out = {}
+    for file in sorted(pathlib.Path(folder).glob("model*.safetensors")):
+        raw = file.read_bytes()
+        size = struct.unpack("<Q", raw[:8])[0]
+        for key, entry in json.loads(raw[8 : 8 + size]).items():
+            if key != "__metadata__":
+                begin, end = entry["data_offsets"]
+                out[key] = entry["dtype"], entry["shape"], raw[8 + size + begin : 8 + size + end]
+    return out
+
+
+def widened(value):
+    dtype, shape, raw = value
+    if dtype != "BF16":
+        return value
+    return "F32", shape, b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
+
+
+class Families(Case):
+    def same(self, a, b):
+        a, b = tensors(a), tensors(b)
+        self.assertEqual(sorted(a), sorted(b))
+        for key in a:
+            if key.endswith(F32_BY_RULE):
+                self.assertEqual(widened(a[key]), widened(b[key]), key)
+            else:
+                self.assertEqual(a[key], b[key], key)
+
+    def test_to_every_layout_and_back(self):
+        for model in sorted(HF.iterdir()):
+            config = json.loads((model / "config.json").read_text())
+            grids = [*GRIDS, *(EXPERT_GRIDS if "num_experts_per_tok" in config else ())]
+            for number, grid in enumerate(grids):
+                with self.subTest(model.name, grid=grid):
+                    first, second, back = (self.tmp / f"{model.name}.{number}.{x}" for x in "abc")
+                    formats = ("torch_dist", "mp_rank") if number % 2 else ("mp_rank", "torch_dist")
+                    self.ok("convert", model, first, "--to", formats[0], *grid, "-q")
+                    self.ok("convert", first, second, "--to", formats[1], "--tp", 1, "--pp", 1, "-q")
+                    self.ok("convert", second, back, "--to", "hf", "-q")
+                    self.same(model, back)
+                    self.assertEqual((model / "config.json").read_bytes(), (back / "config.json").read_bytes())
+                    self.assertEqual({digest(x) for x in (model, first, second, back)}, {digest(model)})
+                    self.ok("verify", first, "-q")
+
+    def test_genuine_pairs(self):
+        for family in sorted(PAIRS.iterdir()):
+            for layout in family.iterdir():
+                with self.subTest(family.name):
+                    self.assertEqual(digest(layout), digest(HF / family.name))
+                    out = self.tmp / family.name
+                    self.ok("convert", layout, out, "--to", "hf", "-q")
+                    self.same(HF / family.name, out)
+                    self.ok("diff", layout, HF / family.name, "-q")
+
+    def test_shards_of_a_size_and_an_index(self):
+        out = self.tmp / "out"
+        self.ok("convert", HF / "qwen3_moe_bf16", out, "--to", "hf", "--max-shard-size", "60KB", "-q")
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        self.assertEqual(set(index["weight_map"]), set(tensors(out)))
+        self.assertEqual(index["metadata"]["total_size"], sum(len(t[2]) for t in tensors(out).values()))
+        self.assertEqual(digest(out), digest(HF / "qwen3_moe_bf16"))
+
+    def test_plain_dcp_keeps_keys_and_digest(self):
+        for name in ("gpt_oss_bf16", "deepseek_v3_mtp_bf16"):
+            out = self.tmp / name
+            self.ok("convert", HF / name, out, "--to", "dcp", "-q")
+            self.assertEqual(digest(out), digest(HF / name))
+
+    def test_impossible_layouts(self):
+        self.refused(5, "convert", HF / "gpt2_tied_f32", self.tmp / "x", "--to", "mp_rank", "--tp", 3)
+        self.refused(5, "convert", HF / "qwen3_moe_bf16", self.tmp / "x", "--to", "mp_rank", "--ep", 3)
+
+    def test_every_missing_tensor_is_found(self):
+        source = self.copy("hf/qwen3_moe_bf16")
+        file = source / "model.safetensors"
+        raw = file.read_bytes()
+        size = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8 : 8 + size])
+        for gone in ("model.layers.2.mlp.experts.3.up_proj.weight", "model.norm.weight", "model.layers.3.self_attn.k_norm.weight", "model.layers.1.mlp.gate.weight"):
+            with self.subTest(gone):
+                renamed = {("extra" if key == gone else key): value for key, value in header.items()}
+                text = json.dumps(renamed).encode()
+                file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+                status, out = run_json("verify", source)
+                self.assertEqual(status, 1)
+                self.assertTrue({"missing", "unexpected"} <= {f["rule"] for f in out["findings"] if f["severity"] == "error"}, out)
+                self.refused(6, "convert", source, self.tmp / "out", "--to", "torch_dist")
+
+    def test_a_family_of_ones_own(self):
+        source = self.copy("hf/llama_untied_bf16")
+        config = json.loads((source / "config.json").read_text())
+        config["model_type"] = "house_llama"
+        (source / "config.json").write_text(json.dumps(config))
+        self.assertIsNone(run_json("inspect", source)[1]["family"])
+        mine = self.tmp / "mine.json"
+        mine.write_text(self.ok("families", "llama", "--json"))
+        self.ok("convert", source, self.tmp / "a", "--to", "torch_dist", "--tp", 2, "--family", mine, "-q")
+        self.assertEqual(digest(self.tmp / "a"), digest(HF / "llama_untied_bf16"))
+        short = self.tmp / "short.json"
+        short.write_text('{"family": "house", "extends": "llama"}')
+        self.ok("convert", source, self.tmp / "b", "--to", "mp_rank", "--pp", 2, "--family", short, "-q")
+        for bad in ('{"family": "x"}', '{"family": "x", "extends": "none"}', "[]", '{"family": "x", "rows": [{"key": "a", "dims": "b", "factor": 3}]}', "{"):
+            short.write_text(bad)
+            self.refused(4, "convert", source, self.tmp / "c", "--to", "mp_rank", "--family", short)
+        self.refused(3, "families", "nobody")
+
+    def test_list(self):
+        names = {f["family"] for f in json.loads(self.ok("families", "--json"))["families"]}
+        self.assertTrue({"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "nemotron", "mixtral", "qwen2_moe",
+                         "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"} <= names)
+
+
+if __name__ == "__main__":
+    unittest.main()
