@@ -246,15 +246,15 @@ void Comparer::on_logits(const lm::LogitsBlock& block) {
 void Comparer::losses(const Arrays::Array* wanted, const std::vector<float>& found, Figures& into, std::size_t length, std::size_t rolled) {
   if (!wanted || wanted->values.size() != found.size() || found.empty()) return;
   into.loss = true;
-  double want_sum = 0, found_sum = 0, count = 0;
+  double sum = 0, count = 0;
   for (std::size_t i = 0; i < found.size(); ++i) {
-    into.max_abs_loss = std::max(into.max_abs_loss, distance(wanted->values[i], static_cast<double>(found[i])));
+    const auto off = distance(wanted->values[i], static_cast<double>(found[i]));
+    into.max_abs_loss = std::max(into.max_abs_loss, off);
     if (i % length + rolled >= length) continue;  // a label rolled in from nowhere
-    want_sum += wanted->values[i];
-    found_sum += static_cast<double>(found[i]);
+    sum += off;
     ++count;
   }
-  into.mean_abs_loss = count > 0 ? distance(want_sum / count, found_sum / count) : 0;
+  into.mean_abs_loss = count > 0 ? sum / count : 0;
 }
 
 void Comparer::finish(const lm::ForwardResult& result) {
