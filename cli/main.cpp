@@ -58,6 +58,7 @@ int main(int argc, char** argv) {
   cli::add_hash(app, action);
   cli::add_diff(app, action);
   cli::add_families(app, action);
+  cli::add_validate(app, action);
   cli::add_scan(app, action);
   try {
     app.parse(argc, argv);

@@ -1,0 +1,62 @@
+// Tokens and reference values for validate: safetensors, .npy and text files in, plain vectors out.
+#pragma once
+
+#include "lm/language_module.h"
+
+#include <map>
+#include <optional>
+#include <string>
+
+namespace cli {
+
+/// Named tensors of a safetensors file, widened.
+struct Arrays {
+  struct Array {
+    shard::Shape shape;
+    std::vector<double> values;
+  };
+  std::map<std::string, Array> arrays;
+  const Array* find(const std::string& name) const;
+};
+/// Only names that `wanted` accepts are read. Throws NotFound, BadFormat.
+Arrays read_arrays(const std::string& path, bool (*wanted)(const std::string& name));
+
+struct Reference {
+  lm::Batch batch;
+  std::vector<lm::MtpStep> steps;
+  Arrays arrays;
+  shard::Index vocab = 0;  ///< columns of its logits; 0 where it has none
+};
+/// Throws BadFormat where names or shapes are not those of a reference file.
+Reference read_reference(const std::string& path, shard::Index hidden);
+
+/// Ids from text, .npy or safetensors as rows: inputs are all but the last of a row, labels all but the first.
+lm::Batch read_tokens(const std::string& path);
+lm::Batch batch_of(const std::vector<std::vector<shard::Index>>& rows, const std::string& where);
+
+/// How far this run's values lie from a reference's.
+class Comparer {
+ public:
+  Comparer(const Reference& reference, shard::Index depths);
+  void on_logits(const lm::LogitsBlock& block);
+  struct Figures {
+    double max_abs_logits = 0, max_abs_loss = 0, mean_abs_loss = 0, peak = 0;
+    bool logits = false, loss = false;
+  };
+  struct Step {
+    double max_abs_hidden = 0, max_abs_logits = 0;
+    bool hidden = false, logits = false;
+  };
+  /// After the pass.
+  void finish(const lm::ForwardResult& result);
+  Figures main;
+  std::vector<Figures> mtp;
+  std::vector<Step> steps;  ///< as Reference::steps
+  std::vector<std::string> skipped;
+
+ private:
+  static void losses(const Arrays::Array* wanted, const std::vector<float>& found, Figures& into, std::size_t length, std::size_t rolled);
+  const Reference& reference_;
+};
+
+}  // namespace cli

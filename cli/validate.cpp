@@ -1,0 +1,251 @@
+// shardkit validate: runs the model that a checkpoint describes and judges what comes out.
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "cli/validate_report.h"
+#include "formats/kernels.h"
+#include "formats/model_config.h"
+#include "libshard/error.h"
+#include "libshard/inspectors.h"
+#include "libshard/source.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+namespace cli {
+namespace {
+
+using shard::Code;
+using shard::Finding;
+using shard::Index;
+
+struct Ask {
+  std::string path, reference, against, tokens, text, compute = "f32", html, junit;
+  std::optional<double> max_loss;
+  int tp = 1, pp = 1;
+  ModelOptions model;
+  RunOptions run;
+};
+
+double since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
+
+struct Opened {
+  formats::Checkpoint checkpoint;
+  shard::TransformerConfig config;
+  Index stored_vocab = 0, vocab = 0;
+};
+
+Opened open_model(const Ask& ask, const std::string& path, unsigned threads) {
+  auto options = ask.model.open;
+  options.threads = threads;
+  Opened out{formats::open(path, options), {}, 0, 0};
+  refuse(out.checkpoint.findings);
+  out.config = formats::model_config(out.checkpoint);
+  const auto& table = out.checkpoint.logical.tensors.find("embedding.word.weight");
+  shard::require(table != out.checkpoint.logical.tensors.end(), Code::Mismatch, [&] { return fmt::format("{}: holds no embedding.word.weight; a language model has one", path); });
+  out.stored_vocab = table->second.natural.empty() ? 0 : table->second.natural[0];
+  out.vocab = std::min(out.checkpoint.vocab.value_or(out.config.vocab_size ? out.config.vocab_size : out.stored_vocab), out.stored_vocab);
+  return out;
+}
+
+/// Ids that look like nothing in particular, the same on every machine.
+lm::Batch built_in_tokens(Index vocab, Index positions) {
+  const auto length = std::clamp<Index>(positions, 2, 128);
+  std::vector<Index> row;
+  std::uint64_t state = 0x9e3779b97f4a7c15ull;
+  for (Index i = 0; i <= length; ++i) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    row.push_back(static_cast<Index>(state % static_cast<std::uint64_t>(vocab)));
+  }
+  return batch_of({row}, "built-in tokens");
+}
+
+/// Copies of one tensor that a checkpoint stores several times must agree.
+void refuse_differing_copies(const formats::Checkpoint& checkpoint) {
+  const auto plan = compare_replicas(checkpoint.logical);
+  const formats::LocalReader reader(checkpoint.logical, checkpoint.files);
+  shard::SummedSource source(reader, formats::kernels());
+  shard::Buffers buffers;
+  std::vector<Finding> findings;
+  for (const auto& comparison : plan.comparisons) {
+    const auto difference = shard::compare_places(source, comparison, shard::kBlock, buffers);
+    if (difference.count) findings.push_back(shard::describe_difference(source, plan.tensors[comparison.copy.tensor], comparison, difference));
+  }
+  shard::refuse(findings);
+}
+
+double mean(const std::vector<float>& losses, const std::vector<Index>& labels, Index length, Index rolled) {
+  double sum = 0;
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    if (labels[i] < 0 || static_cast<Index>(i) % length + rolled >= length) continue;
+    sum += static_cast<double>(losses[i]);
+    ++count;
+  }
+  return count ? sum / static_cast<double>(count) : NAN;
+}
+
+/// How far two correct forward passes lie apart grows with the largest logit: in f32 2.2e-6 of it over 30 layers.
+double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(1e-5, 3e-6 * peak) : std::max(0.05, 0.02 * peak); }
+
+void judge(Validation& v, const std::string& name, double value, double most) {
+  v.checks.push_back({name, fmt::format("{:.2e}, at most {:.2e}", value, most), value <= most});
+}
+
+void judge_reference(Validation& v, const Comparer& compared, const Reference& reference, lm::Compute compute, Index stored_vocab) {
+  const bool loss_fits = reference.vocab <= stored_vocab;
+  if (!loss_fits) v.notes.push_back(fmt::format("the reference's loss runs over {} columns, {} are stored here; only logits are compared", reference.vocab, stored_vocab));
+  const auto figures = [&](const std::string& name, const Comparer::Figures& f) {
+    const auto most = tolerance(compute, f.logits ? f.peak : v.peak_logit);
+    if (f.logits) judge(v, name + " logits", f.max_abs_logits, most);
+    if (f.loss && loss_fits) judge(v, name + " loss", f.max_abs_loss, most);
+  };
+  figures("reference", compared.main);
+  v.reference = compared.main;
+  for (auto& m : v.mtp) {
+    m.figures = compared.mtp[static_cast<std::size_t>(m.depth)];
+    figures(fmt::format("reference mtp.{}", m.depth), *m.figures);
+    for (std::size_t s = 0; s < reference.steps.size(); ++s)
+      if (reference.steps[s].depth == m.depth) {
+        m.step = compared.steps[s];
+        const auto most = tolerance(compute, v.peak_logit);
+        if (m.step->hidden) judge(v, fmt::format("reference mtp_step.{} hidden", m.depth), m.step->max_abs_hidden, most);
+        if (m.step->logits) judge(v, fmt::format("reference mtp_step.{} logits", m.depth), m.step->max_abs_logits, most);
+      }
+  }
+  if (!compared.main.logits && !compared.main.loss) v.notes.push_back("the reference holds neither logits nor a loss that fits; nothing was compared");
+}
+
+void judge_against(Validation& v, const Ask& ask, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, const shard::Budget& budget) {
+  const auto other = open_model(ask, ask.against, budget.threads);
+  const formats::LocalReader reader(other.checkpoint.logical, other.checkpoint.files);
+  const std::vector<lm::MtpStep> none;
+  const auto theirs = run_model(reader, formats::kernels(), other.config, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options);
+  shard::refuse(theirs.findings);
+  std::size_t different = 0;
+  double most = 0;
+  const auto &a = mine.result.main.limited, &b = theirs.result.main.limited;
+  for (std::size_t i = 0; i < a.size(); ++i)
+    if (std::memcmp(&a[i], &b[i], sizeof a[i]) != 0) {
+      ++different;
+      most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
+    }
+  std::string where;
+  for (std::size_t i = 0; i < mine.result.hidden.size() && i < theirs.result.hidden.size(); ++i)
+    if (mine.result.hidden[i].digest != theirs.result.hidden[i].digest) {
+      where = fmt::format("; activations first part ways at {} (rms {:.6g} and {:.6g})", mine.result.hidden[i].name, mine.result.hidden[i].rms, theirs.result.hidden[i].rms);
+      break;
+    }
+  if (different && where.empty()) where = "; activations are the same up to the head";
+  v.checks.push_back({"against " + ask.against,
+                      different ? fmt::format("{} of {} losses differ, by up to {:.2e}{}", different, a.size(), most, where) : fmt::format("{} losses are the same bits", a.size()),
+                      different == 0});
+}
+
+int run(const Ask& ask) {
+  const auto start = std::chrono::steady_clock::now();
+  const int given = !ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty();
+  shard::require(given <= 1 && (ask.reference.empty() || ask.against.empty()), Code::Usage, [] { return "command line: give one of --reference, --tokens and --text; --against goes with tokens or text"; });
+  shard::require(ask.compute == "f32" || ask.compute == "bf16", Code::Usage, [&] { return fmt::format("--compute {}: f32 and bf16 are known", ask.compute); });
+  const auto budget = ask.run.budget();
+  const auto model = open_model(ask, ask.path, budget.threads);
+  refuse_differing_copies(model.checkpoint);
+
+  Validation v;
+  v.path = ask.path;
+  v.family = model.checkpoint.family.empty() ? model.config.family : model.checkpoint.family;
+  v.layout = model.checkpoint.parallel;
+  v.compute = ask.compute;
+  v.tp = ask.tp;
+  v.pp = ask.pp;
+  v.vocab = model.vocab;
+  v.notes = model.config.notes;
+
+  std::optional<Reference> reference;
+  lm::Batch batch;
+  if (!ask.reference.empty()) {
+    reference = read_reference(ask.reference, model.config.hidden_size);
+    batch = reference->batch;
+    v.input = ask.reference;
+  } else if (!ask.tokens.empty()) {
+    batch = read_tokens(ask.tokens);
+    v.input = ask.tokens;
+  } else {
+    shard::require(ask.text.empty(), Code::Usage, [] { return "--text: is not there yet; --tokens is"; });
+    batch = built_in_tokens(model.vocab, model.config.max_position_embeddings);
+    v.input = "built-in pseudo-random tokens";
+  }
+  for (const auto id : batch.input_ids)
+    shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: token {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
+
+  const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop};
+  const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
+  std::optional<Comparer> comparer;
+  if (reference) comparer.emplace(*reference, model.config.mtp_num_layers);
+  static const std::vector<lm::MtpStep> kNone;
+  const auto reference_vocab = reference && reference->vocab ? std::min(reference->vocab, model.stored_vocab) : model.stored_vocab;
+  lm::ForwardRequest request{batch, reference ? reference->steps : kNone, model.vocab, reference_vocab, {}, true};
+  if (comparer) request.on_logits = [&](const lm::LogitsBlock& block) { comparer->on_logits(block); };
+  v.load_seconds = since(start);
+  const auto report = run_model(reader, formats::kernels(), model.config, request, options);
+  v.forward_seconds = report.seconds;
+  v.bytes_read = report.bytes_read;
+  for (const auto& finding : report.findings)
+    if (finding.rule == "checksum") shard::refuse({finding});
+  v.findings = report.findings;
+
+  const auto& result = report.result;
+  v.tokens = batch.batch * batch.length;
+  v.loss = mean(result.main.all, batch.labels, batch.length, 0);
+  v.loss_true_vocab = mean(result.main.limited, batch.labels, batch.length, 0);
+  v.token_loss = result.main.limited;
+  v.peak_logit = result.peak_logit;
+  v.hidden = result.hidden;
+  bool finite = result.nonfinite_logits == 0 && std::isfinite(v.loss);
+  for (std::size_t k = 0; k < result.mtp.size(); ++k) {
+    v.mtp.push_back({static_cast<Index>(k), mean(result.mtp[k].all, result.mtp_labels[k], batch.length, static_cast<Index>(k) + 1), std::nullopt, std::nullopt});
+    finite = finite && std::isfinite(v.mtp.back().loss);
+  }
+  std::string first_bad;
+  for (const auto& stats : result.hidden)
+    if (stats.nonfinite && first_bad.empty()) first_bad = fmt::format("{} has {} numbers that are not finite", stats.name, stats.nonfinite);
+  v.checks.push_back({"finite", finite ? "losses and logits are finite" : first_bad.empty() ? fmt::format("{} logits are not finite", result.nonfinite_logits) : first_bad, finite});
+  if (comparer) {
+    comparer->finish(result);
+    judge_reference(v, *comparer, *reference, options.compute, model.stored_vocab);
+  }
+  if (ask.max_loss) v.checks.push_back({"max loss", fmt::format("{:.6f}, at most {:g}", v.loss_true_vocab, *ask.max_loss), v.loss_true_vocab <= *ask.max_loss});
+  if (!ask.against.empty()) judge_against(v, ask, batch, report, options, budget);
+  v.all_seconds = since(start);
+
+  if (!ask.html.empty()) write_validation_html(ask.html, v);
+  if (!ask.junit.empty()) write_validation_junit(ask.junit, v);
+  if (ask.run.json) print_json(validation_json(v));
+  else if (!ask.run.quiet || !v.ok()) print_validation(v);
+  return v.ok() ? 0 : 1;
+}
+
+}  // namespace
+
+void add_validate(CLI::App& app, Action& action) {
+  auto ask = std::make_shared<Ask>();
+  auto* command = app.add_subcommand("validate", "Run the model and judge its logits and losses");
+  command->add_option("CKPT", ask->path, "Checkpoint folder or file")->required();
+  command->add_option("--reference", ask->reference, "Inputs with the logits and losses that should come out (safetensors)")->type_name("FILE");
+  command->add_option("--against", ask->against, "Another checkpoint that should compute the same bits")->type_name("CKPT");
+  command->add_option("--tokens", ask->tokens, "Token ids: text, .npy or safetensors, [n] or [b,n]")->type_name("FILE");
+  command->add_option("--text", ask->text, "Text for the checkpoint's tokenizer.json")->type_name("FILE");
+  command->add_option("--tp", ask->tp, "Tensor parallel ranks, as threads (default 1)");
+  command->add_option("--pp", ask->pp, "Pipeline stages, as threads (default 1)");
+  command->add_option("--compute", ask->compute, "f32 or bf16 (default f32)");
+  command->add_option("--max-loss", ask->max_loss, "Fail above this mean loss");
+  command->add_option("--html", ask->html, "Write a report as one HTML page")->type_name("FILE");
+  command->add_option("--junit", ask->junit, "Write the checks as JUnit XML")->type_name("FILE");
+  ask->model.add_to(*command);
+  ask->run.add_to(*command);
+  command->callback([ask, &action] { action = [ask] { return run(*ask); }; });
+}
+
+}  // namespace cli

@@ -1,0 +1,51 @@
+// What validate found, and its forms: JSON, JUnit XML, one HTML page, text.
+#pragma once
+
+#include "cli/print.h"
+#include "cli/reference.h"
+#include "lm/model_run.h"
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace cli {
+
+struct Check {
+  std::string name, figure;   ///< "reference logits", "1.2e-05 ≤ 2.5e-05"
+  bool ok = true;
+};
+
+struct MtpReport {
+  shard::Index depth = 0;
+  double loss = 0;
+  std::optional<Comparer::Figures> figures;
+  std::optional<Comparer::Step> step;
+};
+
+struct Validation {
+  std::string path, device = "cpu", family, input, compute;
+  std::optional<shard::Parallel> layout;
+  int tp = 1, pp = 1;
+  shard::Index tokens = 0, vocab = 0;
+  double loss = 0, loss_true_vocab = 0;
+  double load_seconds = 0, forward_seconds = 0, all_seconds = 0;
+  double peak_logit = 0;
+  std::optional<Comparer::Figures> reference;
+  std::vector<MtpReport> mtp;
+  std::vector<lm::HiddenStats> hidden;
+  std::vector<float> token_loss;             ///< over the true vocabulary
+  std::vector<shard::Finding> findings;
+  std::vector<Check> checks;
+  std::vector<std::string> notes;
+  std::uint64_t bytes_read = 0;
+  bool ok() const;
+};
+
+Json validation_json(const Validation& validation);
+void print_validation(const Validation& validation);
+/// Throw Io.
+void write_validation_junit(const std::string& path, const Validation& validation);
+void write_validation_html(const std::string& path, const Validation& validation);
+
+}  // namespace cli

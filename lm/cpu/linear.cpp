@@ -1,0 +1,124 @@
+// y = x·Wᵀ + b. Weights stay row-major as stored and are broadcast; activations are packed once, since they are the smaller side.
+#include "lm/cpu/kernel.h"
+#include "lm/cpu/numbers.h"
+#include "lm/ops.h"
+#include "libshard/error.h"
+#include "libshard/parallel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace lm {
+namespace {
+
+using cpu::kPanel;
+
+constexpr Index kRowBlock = 48;    // output features that one task takes: a multiple of every kernel's rows
+constexpr Index kDepth = 256;      // of a panel that stays in L1 while the rows of a block pass
+constexpr Index kTokenBlock = 512;
+
+SHARD_CLONES void widen_row(const std::byte* from, float* to, Index count) {
+  for (Index i = 0; i < count; ++i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, from + 2 * i, 2);
+    to[i] = std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+  }
+}
+
+/// rows × depth of `w` from (row, at) as f32 in `into`, depth apart.
+void load_f32(const Weight& w, Index row, Index rows, Index at, Index depth, float* into) {
+  for (Index r = 0; r < rows; ++r) {
+    const auto* from = w.data + static_cast<std::size_t>((row + r) * w.stride + at) * size_of(w.dtype);
+    if (w.dtype == shard::DType::BF16) widen_row(from, into + r * depth, depth);
+    else std::memcpy(into + r * depth, from, static_cast<std::size_t>(depth) * 4);
+  }
+}
+
+/// The same as bf16 pairs, an odd end filled with zero.
+void load_pairs(const Weight& w, Index row, Index rows, Index at, Index depth, std::uint32_t* into) {
+  const auto pairs = (depth + 1) / 2;
+  for (Index r = 0; r < rows; ++r) {
+    const auto* from = w.data + static_cast<std::size_t>((row + r) * w.stride + at) * 2;
+    if (depth % 2) into[r * pairs + pairs - 1] = 0;
+    std::memcpy(into + r * pairs, from, static_cast<std::size_t>(depth) * 2);
+  }
+}
+
+struct Scratch {
+  std::vector<float> w, c;
+  std::vector<std::uint32_t> pairs;
+};
+
+}  // namespace
+
+Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features_(x.columns()) {
+  const auto panels = (tokens_ + kPanel - 1) / kPanel;
+  const bool pairs = on.compute == Compute::Bf16 && cpu::products().bf16;
+  const auto depth = pairs ? (features_ + 1) / 2 : features_;
+  if (pairs) pairs_.resize(static_cast<std::size_t>(panels * depth * kPanel));
+  else f32_.resize(static_cast<std::size_t>(panels * depth * kPanel));
+  parallel_ranges(on, panels, 1, [&](Index lo, Index hi) {
+    for (Index p = lo; p < hi; ++p)
+      for (Index t = 0; t < std::min(kPanel, tokens_ - p * kPanel); ++t) {
+        const auto* from = x.row(p * kPanel + t);
+        if (pairs) {
+          auto* to = pairs_.data() + p * depth * kPanel + t;
+          for (Index i = 0; i < features_ / 2; ++i)
+            to[i * kPanel] = shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[2 * i])) |
+                             shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[2 * i + 1])) << 16;
+          if (features_ % 2) to[features_ / 2 * kPanel] = shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[features_ - 1]));
+        } else {
+          auto* to = f32_.data() + p * depth * kPanel + t;
+          for (Index i = 0; i < features_; ++i) to[i * kPanel] = from[i];
+        }
+      }
+  });
+}
+
+void linear(const Context& on, const Packed& x, const Weight& w, const Weight& bias, Tensor& out, Index column) {
+  shard::require(w.columns == x.features_, shard::Code::Mismatch,
+                 [&] { return fmt::format("model: a weight takes {} features; its input has {}", w.columns, x.features_); });
+  const auto& kernel = cpu::products();
+  const bool pairs = !x.pairs_.empty() && w.dtype == shard::DType::BF16;
+  shard::require(pairs || x.pairs_.empty(), shard::Code::Mismatch, [] { return "model: an f32 weight in a bf16 product"; });
+  const auto features = x.features_, step = kDepth, token_blocks = (x.tokens_ + kTokenBlock - 1) / kTokenBlock;
+  const auto row_blocks = (w.rows + kRowBlock - 1) / kRowBlock;
+  std::vector<Scratch> scratch(on.threads);
+  shard::run_tasks(static_cast<std::size_t>(row_blocks * token_blocks), on.threads, [&](std::size_t task, unsigned worker) {
+    const auto row = static_cast<Index>(task) % row_blocks * kRowBlock, first = static_cast<Index>(task) / row_blocks * kTokenBlock;
+    const auto rows = std::min(kRowBlock, w.rows - row), tokens = std::min(kTokenBlock, x.tokens_ - first);
+    const auto panels = (tokens + kPanel - 1) / kPanel, width = panels * kPanel;
+    auto& mine = scratch[worker];
+    mine.c.resize(static_cast<std::size_t>(kRowBlock * kTokenBlock));
+    mine.w.resize(pairs ? 0 : static_cast<std::size_t>(kRowBlock * step));
+    mine.pairs.resize(pairs ? static_cast<std::size_t>(kRowBlock * step) : 0);
+    const auto block = pairs ? 2 * step : step;
+    for (Index at = 0; at < features; at += block) {
+      const auto depth = std::min(block, features - at);
+      const auto deep = (depth + 1) / 2;
+      if (pairs) load_pairs(w, row, rows, at, depth, mine.pairs.data());
+      else load_f32(w, row, rows, at, depth, mine.w.data());
+      for (Index p = 0; p < panels; ++p) {
+        const auto panel = first / kPanel + p;
+        if (pairs)
+          kernel.bf16(mine.pairs.data(), deep, x.pairs_.data() + (panel * ((features + 1) / 2) + at / 2) * kPanel, kPanel,
+                      mine.c.data() + p * kPanel, width, rows, kPanel, deep, at > 0);
+        else
+          kernel.f32(mine.w.data(), depth, x.f32_.data() + (panel * features + at) * kPanel, kPanel, mine.c.data() + p * kPanel, width, rows,
+                     kPanel, depth, at > 0);
+      }
+    }
+    float added[kRowBlock];
+    for (Index r = 0; r < rows; ++r) added[r] = bias ? bias.at(0, row + r) : 0.0f;
+    const bool rounded = on.compute == Compute::Bf16;
+    for (Index t = 0; t < tokens; ++t) {
+      auto* to = out.row(first + t) + column + row;
+      for (Index r = 0; r < rows; ++r) {
+        const auto value = mine.c[static_cast<std::size_t>(r * width + t)] + added[r];
+        to[r] = rounded ? cpu::round_bf16(value) : value;
+      }
+    }
+  });
+}
+
+}  // namespace lm

@@ -1,0 +1,54 @@
+// Products in 512-bit vectors, and of bf16 pairs where the processor multiplies those; compiled for AVX-512 only here.
+#include "lm/cpu/tile_product.h"
+
+#include <immintrin.h>
+
+namespace lm::cpu {
+namespace {
+
+constexpr int kRows = 12;
+
+template <int Rows, int Vectors>
+void pairs_tile(const std::uint32_t* a, Index lda, const std::uint32_t* b, Index ldb, float* c, Index ldc, Index pairs, bool add) {
+  __m512 sum[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = add ? _mm512_loadu_ps(c + r * ldc + v * 16) : _mm512_setzero_ps();
+  for (Index i = 0; i < pairs; ++i) {
+    __m512i right[Vectors];
+    for (int v = 0; v < Vectors; ++v) right[v] = _mm512_loadu_si512(b + i * ldb + v * 16);
+    for (int r = 0; r < Rows; ++r) {
+      const auto left = _mm512_set1_epi32(static_cast<int>(a[r * lda + i]));
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)left, (__m512bh)right[v]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(c + r * ldc + v * 16, sum[r][v]);
+}
+
+template <int Rows, int Vectors>
+void pairs_rows(const std::uint32_t* a, Index lda, const std::uint32_t* b, Index ldb, float* c, Index ldc, Index rows, Index pairs, bool add) {
+  if (rows == Rows) return pairs_tile<Rows, Vectors>(a, lda, b, ldb, c, ldc, pairs, add);
+  if constexpr (Rows > 1) pairs_rows<Rows - 1, Vectors>(a, lda, b, ldb, c, ldc, rows, pairs, add);
+}
+
+void pairs_product(const std::uint32_t* a, Index lda, const std::uint32_t* b, Index ldb, float* c, Index ldc, Index rows, Index columns,
+                   Index pairs, bool add) {
+  for (Index j = 0; j < columns;) {
+    const bool wide = columns - j >= 32;
+    for (Index r = 0; r < rows; r += kRows) {
+      const auto left = rows - r < kRows ? rows - r : kRows;
+      if (wide) pairs_rows<kRows, 2>(a + r * lda, lda, b + j, ldb, c + r * ldc + j, ldc, left, pairs, add);
+      else pairs_rows<kRows, 1>(a + r * lda, lda, b + j, ldb, c + r * ldc + j, ldc, left, pairs, add);
+    }
+    j += wide ? 32 : 16;
+  }
+}
+
+}  // namespace
+
+Products avx512_products() {
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return {};
+  return {product<16, kRows, 2>, __builtin_cpu_supports("avx512bf16") ? pairs_product : nullptr, "avx512"};
+}
+
+}  // namespace lm::cpu

@@ -1,0 +1,124 @@
+// Tables of cos and sin, computed in f32 as torch does, and the turn itself.
+#include "lm/cpu/numbers.h"
+#include "lm/ops.h"
+#include "libshard/error.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace lm {
+namespace {
+
+using shard::RopeConfig;
+
+std::vector<float> powers(double base, Index dim) {
+  std::vector<float> out;
+  for (Index i = 0; i < dim / 2; ++i) {
+    const auto exponent = static_cast<float>(2 * i) / static_cast<float>(dim);
+    out.push_back(1.0f / static_cast<float>(std::pow(base, static_cast<double>(exponent))));
+  }
+  return out;
+}
+
+void llama3(const RopeConfig& config, std::vector<float>& inv) {
+  const auto low = config.original_max_position / config.low_freq_factor, high = config.original_max_position / config.high_freq_factor;
+  for (auto& value : inv) {
+    const auto wave = 2 * std::numbers::pi / static_cast<double>(value);
+    if (wave < high) continue;
+    const auto slow = static_cast<double>(value) / config.factor;
+    if (wave > low) {
+      value = static_cast<float>(slow);
+      continue;
+    }
+    const auto smooth = (config.original_max_position / wave - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor);
+    value = static_cast<float>((1 - smooth) * slow + smooth * static_cast<double>(value));
+  }
+}
+
+void yarn(const RopeConfig& config, std::vector<float>& inv) {
+  const auto dim = static_cast<double>(config.dim);
+  const auto lane = [&](double turns) {
+    return dim * std::log(config.original_max_position / (turns * 2 * std::numbers::pi)) / (2 * std::log(config.base));
+  };
+  auto low = lane(config.beta_fast), high = lane(config.beta_slow);
+  if (config.truncate) low = std::floor(low), high = std::ceil(high);
+  low = std::max(low, 0.0);
+  high = std::min(high, dim - 1);
+  if (low == high) high += 0.001;
+  for (std::size_t i = 0; i < inv.size(); ++i) {
+    const auto ramp = std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
+    const auto extra = static_cast<double>(inv[i]);
+    inv[i] = static_cast<float>(extra / config.factor * ramp + extra * (1 - ramp));
+  }
+}
+
+std::vector<float> frequencies(const RopeConfig& config, Index length) {
+  auto base = config.base;
+  const auto dim = static_cast<double>(config.dim);
+  if (config.type == RopeConfig::Type::Dynamic) {
+    const auto reach = std::max(static_cast<double>(length), config.max_position);
+    base *= std::pow(config.factor * reach / config.max_position - (config.factor - 1), dim / (dim - 2));
+  }
+  auto inv = powers(base, config.dim);
+  if (config.type == RopeConfig::Type::Linear)
+    for (auto& value : inv) value /= static_cast<float>(config.factor);
+  if (config.type == RopeConfig::Type::Llama3) llama3(config, inv);
+  if (config.type == RopeConfig::Type::Yarn) yarn(config, inv);
+  if (config.type == RopeConfig::Type::LongRope) {
+    const auto& factors = static_cast<double>(length) > config.original_max_position ? config.long_factor : config.short_factor;
+    shard::require(factors.size() == inv.size(), shard::Code::Mismatch,
+                   [&] { return fmt::format("rope_scaling: {} factors for {} pairs of lanes", factors.size(), inv.size()); });
+    for (std::size_t i = 0; i < inv.size(); ++i) inv[i] /= static_cast<float>(factors[i]);
+  }
+  return inv;
+}
+
+}  // namespace
+
+RopeTable rope_table(const RopeConfig& config, Index length) {
+  RopeTable out;
+  if (config.type == RopeConfig::Type::None || config.dim < 2) return out;
+  const auto inv = frequencies(config, length);
+  out.positions = length;
+  out.half = static_cast<Index>(inv.size());
+  out.interleaved = config.interleaved;
+  for (Index p = 0; p < length; ++p)
+    for (const auto frequency : inv) {
+      const auto angle = static_cast<float>(p) * frequency;
+      out.cos.push_back(static_cast<float>(std::cos(static_cast<double>(angle)) * config.concentration));
+      out.sin.push_back(static_cast<float>(std::sin(static_cast<double>(angle)) * config.concentration));
+    }
+  return out;
+}
+
+void apply_rope(const Context& on, const RopeTable& table, float* first, Index rows, Index row_stride, Index heads, Index head_stride, Index length) {
+  if (table.half == 0) return;
+  const bool bf16 = on.compute == Compute::Bf16;
+  const auto half = table.half;
+  parallel_ranges(on, rows, 16, [&](Index lo, Index hi) {
+    std::vector<float> c(static_cast<std::size_t>(half)), s(c.size());
+    for (Index r = lo; r < hi; ++r) {
+      for (Index i = 0; i < half; ++i) {
+        const auto at = static_cast<std::size_t>(r % length * half + i);
+        c[static_cast<std::size_t>(i)] = bf16 ? cpu::round_bf16(table.cos[at]) : table.cos[at];
+        s[static_cast<std::size_t>(i)] = bf16 ? cpu::round_bf16(table.sin[at]) : table.sin[at];
+      }
+      for (Index h = 0; h < heads; ++h) {
+        auto* x = first + r * row_stride + h * head_stride;
+        for (Index i = 0; i < half; ++i) {
+          auto& a = table.interleaved ? x[2 * i] : x[i];
+          auto& b = table.interleaved ? x[2 * i + 1] : x[i + half];
+          const auto cosine = c[static_cast<std::size_t>(i)], sine = s[static_cast<std::size_t>(i)];
+          float ac = a * cosine, bs = b * sine, bc = b * cosine, as = a * sine;
+          if (bf16) ac = cpu::round_bf16(ac), bs = cpu::round_bf16(bs), bc = cpu::round_bf16(bc), as = cpu::round_bf16(as);
+          a = ac - bs;
+          b = bc + as;
+          if (bf16) a = cpu::round_bf16(a), b = cpu::round_bf16(b);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace lm

@@ -1,0 +1,70 @@
+// A running maximum and a running sum for each row; sums of exponentials in sixteen lanes, joined in f64.
+#include "lm/cross_entropy.h"
+
+#include "lm/cpu/numbers.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace lm {
+namespace {
+
+SHARD_CLONES double exp_sum(const float* x, Index n, float shift) {
+  double lanes[16] = {};
+  Index i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int l = 0; l < 16; ++l) lanes[l] += static_cast<double>(cpu::exp_f32(x[i + l] - shift));
+  double sum = 0;
+  for (const double lane : lanes) sum += lane;
+  for (; i < n; ++i) sum += static_cast<double>(cpu::exp_f32(x[i] - shift));
+  return sum;
+}
+
+}  // namespace
+
+CrossEntropy::CrossEntropy(std::vector<Index> labels, Index limit)
+    : labels_(std::move(labels)), limit_(limit), top_(labels_.size(), -std::numeric_limits<float>::infinity()), target_(labels_.size(), 0.0f),
+      sum_(labels_.size(), 0.0) {}
+
+void CrossEntropy::add(const Context& on, const Tensor& block, Index first) {
+  const auto columns = std::min(block.columns(), limit_ - first);
+  if (columns <= 0) return;
+  parallel_ranges(on, block.rows(), 8, [&](Index lo, Index hi) {
+    for (Index r = lo; r < hi; ++r) {
+      const auto at = static_cast<std::size_t>(r);
+      const auto* x = block.row(r);
+      auto top = top_[at];
+      for (Index c = 0; c < columns; ++c) top = std::max(top, x[c]);
+      if (sum_[at] != 0) sum_[at] *= std::exp(static_cast<double>(top_[at]) - static_cast<double>(top));
+      sum_[at] += exp_sum(x, columns, top);
+      for (Index c = 0; c < columns; ++c)
+        if (x[c] != x[c]) sum_[at] = std::numeric_limits<double>::quiet_NaN();  // no maximum shows it
+      top_[at] = top;
+      if (const auto label = labels_[at]; label >= first && label < first + columns) target_[at] = x[label - first];
+    }
+  });
+}
+
+std::vector<float> CrossEntropy::finish(Comm& tensor) {
+  auto top = top_;
+  tensor.all_reduce_max(top);
+  std::vector<float> out(labels_.size());
+  if (tensor.size() > 1) {
+    std::vector<float> sums(labels_.size());
+    for (std::size_t i = 0; i < sums.size(); ++i)
+      sums[i] = sum_[i] == 0 ? 0.0f : static_cast<float>(sum_[i] * std::exp(static_cast<double>(top_[i]) - static_cast<double>(top[i])));
+    tensor.all_reduce_sum(target_);
+    tensor.all_reduce_sum(sums);
+    for (std::size_t i = 0; i < sums.size(); ++i) sum_[i] = static_cast<double>(sums[i]);
+  }
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    // A label out of range counts as p = 0 behind the shift, not before it.
+    const bool known = labels_[i] >= 0 && labels_[i] < limit_;
+    const auto p = known ? static_cast<double>(target_[i]) - static_cast<double>(top[i]) : 0.0;
+    out[i] = static_cast<float>(std::log(sum_[i]) - p);
+  }
+  return out;
+}
+
+}  // namespace lm

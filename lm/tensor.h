@@ -1,0 +1,78 @@
+// Activations and weights as the ops see them: rows of f32 for activations, rows of f32 or bf16 for weights.
+#pragma once
+
+#include "libshard/box.h"
+#include "libshard/dtype.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+namespace lm {
+
+using shard::Index;
+
+/// What products take and what every op's result is rounded to. In Bf16 activations stay in f32 storage, each value rounded
+/// to bf16 where torch would store it; sums are f32 in both.
+enum class Compute { F32, Bf16 };
+
+/// Row-major f32 [rows, columns], owned. Not zeroed.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(Index rows, Index columns) : rows_(rows), columns_(columns), data_(new float[static_cast<std::size_t>(rows * columns)]) {}
+  Index rows() const { return rows_; }
+  Index columns() const { return columns_; }
+  float* row(Index r) { return data_.get() + r * columns_; }
+  const float* row(Index r) const { return data_.get() + r * columns_; }
+  std::span<float> values() { return {data_.get(), static_cast<std::size_t>(rows_ * columns_)}; }
+  std::span<const float> values() const { return {data_.get(), static_cast<std::size_t>(rows_ * columns_)}; }
+  Tensor clone() const {
+    Tensor out(rows_, columns_);
+    for (std::size_t i = 0; i < values().size(); ++i) out.data_[i] = data_[i];
+    return out;
+  }
+
+ private:
+  Index rows_ = 0, columns_ = 0;
+  std::unique_ptr<float[]> data_;
+};
+
+/// A view of a weight [rows, columns] (a vector has one row); keeps its memory alive.
+struct Weight {
+  std::shared_ptr<const std::byte> owner;
+  const std::byte* data = nullptr;
+  shard::DType dtype = shard::DType::F32;  ///< F32 or BF16
+  Index rows = 0, columns = 0, stride = 0; ///< elements from one row to the next
+
+  explicit operator bool() const { return data != nullptr; }
+  Weight row_range(Index lo, Index count) const {
+    auto out = *this;
+    out.data += static_cast<std::size_t>(lo * stride) * size_of(dtype);
+    out.rows = count;
+    return out;
+  }
+  Weight column_range(Index lo, Index count) const {
+    auto out = *this;
+    out.data += static_cast<std::size_t>(lo) * size_of(dtype);
+    out.columns = count;
+    return out;
+  }
+  float at(Index row, Index column) const {
+    const auto* element = data + static_cast<std::size_t>(row * stride + column) * size_of(dtype);
+    if (dtype == shard::DType::F32) {
+      float value;
+      __builtin_memcpy(&value, element, sizeof value);
+      return value;
+    }
+    std::uint16_t bits;
+    __builtin_memcpy(&bits, element, sizeof bits);
+    const auto wide = static_cast<std::uint32_t>(bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+};
+
+}  // namespace lm

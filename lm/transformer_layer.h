@@ -1,0 +1,37 @@
+// One decoder layer on one rank: its share of the heads and of the feed-forward rows; sums are joined over the tensor group.
+#pragma once
+
+#include "libshard/transformer_config.h"
+#include "lm/comm.h"
+#include "lm/ops.h"
+#include "lm/weights.h"
+
+#include <string>
+#include <vector>
+
+namespace lm {
+
+/// What the layers of one rank share.
+struct RankContext {
+  const shard::TransformerConfig& config;
+  WeightStream& weights;
+  Context on;
+  Comm tensor;
+};
+
+/// The weights that layer `prefix` uses, in order.
+std::vector<WeightUse> layer_uses(const WeightSource& source, const shard::TransformerConfig& config, const shard::LayerConfig& layer,
+                                  const std::string& prefix, int times);
+
+/// `hidden` [batch·length, hidden] becomes the layer's output; rows are sequences of `length` after one another. `table` has
+/// the angles of positions 0 … length−1, or nothing where no rotation is wanted.
+void layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const RopeTable& table, Index length,
+                   Tensor& hidden);
+
+/// [lo, lo + count) of `all` things cut in `size` nearly equal runs.
+struct Share {
+  Index lo, count;
+};
+Share share_of(Index all, int rank, int size);
+
+}  // namespace lm

@@ -1,0 +1,103 @@
+// Weights as they are needed: read ahead in the order of use, within a memory limit, each looked at once for what is wrong.
+#pragma once
+
+#include "libshard/execute.h"
+#include "libshard/range_reader.h"
+#include "lm/tensor.h"
+
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace lm {
+
+/// Rows [lo, lo + count) of a tensor (count −1: all of it), and how often they are taken before they are let go. Never taken:
+/// only looked at.
+struct WeightUse {
+  std::string name;
+  Index lo = 0, count = -1;
+  int times = 1;
+};
+
+/// Weights of one checkpoint, in types that products take.
+class WeightSource {
+ public:
+  /// Keeps a reference to `from`. `exact`: names that keep their type in Bf16 (a router's selection bias).
+  WeightSource(const shard::Reader& from, const shard::Kernels& kernels, Compute compute);
+
+  bool has(const std::string& name) const;
+  /// Natural shape. Throws Mismatch where there is no such tensor.
+  const shard::Shape& shape(const std::string& name) const;
+  /// Reads now. A vector is one row.
+  Weight read(const std::string& name, Index lo = 0, Index count = -1);
+  /// Rows of a table, one for each id, as f32 [ids, columns]; ids outside [lo, hi) give zeros.
+  Tensor gather(const std::string& name, std::span<const Index> ids, Index lo, Index hi);
+  /// Whether values are finite, and a matrix is more than one number repeated.
+  void check(const std::string& name, const Weight& weight);
+  /// What reading found: checksums that do not match (with `threads` for the rest of summed streams), numbers.
+  std::vector<shard::Finding> findings(unsigned threads);
+  std::uint64_t bytes_read() const { return source_.bytes_read(); }
+
+ private:
+  struct Seen {
+    std::uint64_t nonfinite = 0, first = 0, elements = 0;
+    float value = 0;
+    bool constant = true, matrix = false;
+  };
+  std::shared_ptr<std::byte[]> buffer(std::size_t bytes);
+
+  const shard::ShardedStateDict& dict_;
+  const shard::Kernels& kernels_;
+  Compute compute_;
+  shard::SummedSource source_;
+  std::mutex mutex_;
+  std::map<std::string, Seen> seen_;
+  struct Pool;
+  std::shared_ptr<Pool> pool_;
+};
+
+/// Reads `plan` ahead on a thread of its own. Thread safe for several takers.
+class WeightStream {
+ public:
+  /// `budget`: bytes that may lie read and not let go; one weight is always allowed.
+  WeightStream(WeightSource& source, std::vector<WeightUse> plan, std::uint64_t budget, const std::atomic<bool>* stop);
+  ~WeightStream();
+  /// Waits for it. Throws what reading threw; Mismatch where the plan does not hold it.
+  Weight take(const std::string& name, Index lo = 0);
+  bool has(const std::string& name) const { return source_.has(name); }
+  WeightSource& source() { return source_; }
+  /// Waits until all of the plan was read.
+  void drain();
+
+ private:
+  struct Entry {
+    WeightUse use;
+    Weight weight;
+    bool ready = false;
+    int left = 0;
+  };
+  void run();
+
+  WeightSource& source_;
+  std::vector<Entry> entries_;
+  std::map<std::pair<std::string, Index>, std::size_t> index_;
+  std::uint64_t budget_;
+  const std::atomic<bool>* stop_;
+  struct Held {  // shared with the weights handed out, which may outlive the stream
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::uint64_t bytes = 0;
+  };
+  std::shared_ptr<Held> held_ = std::make_shared<Held>();
+  std::size_t wanted_ = 0;  ///< entries up to here are waited for
+  bool done_ = false, quit_ = false;
+  std::exception_ptr error_;
+  std::thread thread_;
+};
+
+}  // namespace lm
