@@ -108,7 +108,7 @@ std::string explain_head(Side& with, Side& without, const char* with_name, const
     equal = equal && same_numbers(kept, head->dtype, with.read(*embedding, row * width, columns), head->dtype);
   }
   return equal ? fmt::format("tied head missing in {}: in {} it equals the embedding, which {} would use", without_name, with_name, without_name)
-               : fmt::format("head missing in {}: in {} it is not the embedding, so {} is no tied copy of it", without_name, with_name, without_name);
+               : fmt::format("head missing in {}: the one in {} is not its embedding, so tying does not replace it", without_name, with_name);
 }
 
 }  // namespace

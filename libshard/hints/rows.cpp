@@ -208,7 +208,7 @@ std::string explain_transposed(const Both& both, const Subject& subject) {
 }
 
 std::string explain_vocabulary(const Both& both, const Subject& subject) {
-  if (!subject.b.vocabulary && !subject.a.vocabulary) return {};
+  if ((!subject.b.vocabulary && !subject.a.vocabulary) || !both.may_search()) return {};
   const auto [rows_b, width] = extent(subject.b);
   const auto [rows_a, width_a] = extent(subject.a);
   if (width != width_a || width == 0 || std::max(rows_a, rows_b) > kMostRows * 4) return {};
@@ -300,7 +300,7 @@ std::string explain_ranks(const Both& both, const Subject& subject, const Window
 
 std::string explain_row_order(const Both& both, const Subject& subject, const Window& look) {
   const auto [rows, width] = extent(subject.a);
-  if (width < 8 || rows < 2 || rows > kMostRows || width != extent(subject.b).width || look.rows.empty()) return {};
+  if (width < 8 || rows < 2 || rows > kMostRows || !both.may_search() || width != extent(subject.b).width || look.rows.empty()) return {};
   const auto prefix = std::min(look.columns, kPrefix);
   const auto name_of = [](std::span<const std::byte> bytes) {
     std::uint64_t out = 0xcbf29ce484222325ull;  // FNV-1a

@@ -12,6 +12,7 @@ namespace shard::hints {
 namespace {
 
 constexpr std::uint64_t kPlenty = 512ull << 20;  // bytes after which less is looked at
+constexpr std::uint64_t kSearches = 4u << 20;     // reads after which nothing is searched row by row
 constexpr std::size_t kReaders = 4096;
 constexpr Index kColumns = 1024;
 
@@ -59,10 +60,13 @@ std::span<const std::byte> Side::read(const ShardedTensor& tensor, Index flat, I
   const auto bytes = Buffers::need(buffers_.c, static_cast<std::uint64_t>(count) * size_of(tensor.dtype));
   found->second.read(flat, flat + count, bytes, buffers_);
   spent_ += bytes.size();
+  ++reads_;
   return bytes;
 }
 
 Index Both::rows_to_look_at() const { return a.spent() + b.spent() < kPlenty ? 64 : 6; }
+
+bool Both::may_search() const { return a.reads() + b.reads() < kSearches; }
 
 std::vector<Index> spread(Index rows, Index first, Index most) {
   std::vector<Index> out;

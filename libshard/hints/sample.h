@@ -30,8 +30,9 @@ class Side {
   Index rows(const ShardedTensor& tensor) const;
   /// Elements from `flat` on, row-major. The bytes are good until the next call.
   std::span<const std::byte> read(const ShardedTensor& tensor, Index flat, Index count);
-  /// Bytes read so far.
+  /// Bytes read so far, and in how many pieces.
   std::uint64_t spent() const { return spent_; }
+  std::uint64_t reads() const { return reads_; }
 
  private:
   struct Unsummed;
@@ -42,7 +43,7 @@ class Side {
   SummedSource source_;
   std::unordered_map<const ShardedTensor*, RangeReader> readers_;
   Buffers buffers_;
-  std::uint64_t spent_ = 0;
+  std::uint64_t spent_ = 0, reads_ = 0;
 };
 
 /// Both sides, and how much may still be looked at.
@@ -50,6 +51,8 @@ struct Both {
   Side &a, &b;
   /// How many rows of a tensor to look at: fewer once much was read, so that many tensors stay affordable.
   Index rows_to_look_at() const;
+  /// Whether a tensor's every row may still be looked for: that is for a few tensors, not for all of a model.
+  bool may_search() const;
 };
 
 /// Up to `most` rows of [0, rows): `first`, its neighbours, then rows spread irregularly, so that no period of
