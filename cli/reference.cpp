@@ -239,11 +239,13 @@ void Comparer::on_logits(const lm::LogitsBlock& block) {
   const auto vocab = wanted->shape.back();
   if (static_cast<Index>(wanted->values.size()) != vocab * block.values.rows()) return;
   const auto columns = std::min(block.values.columns(), vocab - block.first_column);
-  double most = 0, peak = 0;
+  double most = 0, peak = 0, sum = 0;
   for (Index r = 0; r < block.values.rows(); ++r)
     for (Index c = 0; c < columns; ++c) {
       const auto want = wanted->values[static_cast<std::size_t>(r * vocab + block.first_column + c)];
-      most = std::max(most, distance(want, static_cast<double>(block.values.row(r)[c])));
+      const auto off = distance(want, static_cast<double>(block.values.row(r)[c]));
+      most = std::max(most, off);
+      sum += off;
       peak = std::max(peak, std::abs(want));
     }
   if (is_step) {
@@ -256,6 +258,8 @@ void Comparer::on_logits(const lm::LogitsBlock& block) {
   into.logits = true;
   into.max_abs_logits = std::max(into.max_abs_logits, most);
   into.peak = std::max(into.peak, peak);
+  into.sum_abs_logits += sum;
+  into.logits_compared += static_cast<double>(block.values.rows() * std::max<Index>(columns, 0));
 }
 
 void Comparer::losses(const Arrays::Array* wanted, const std::vector<float>& found, Figures& into, std::size_t length, std::size_t rolled) {

@@ -45,6 +45,7 @@ class Comparer {
   void on_logits(const lm::LogitsBlock& block);
   struct Figures {
     double max_abs_logits = 0, max_abs_loss = 0, mean_abs_loss = 0, peak = 0;
+    double sum_abs_logits = 0, logits_compared = 0;
     bool logits = false, loss = false;
   };
   struct Step {

@@ -87,8 +87,9 @@ double mean(const std::vector<float>& losses, const std::vector<Index>& labels, 
   return count ? sum / static_cast<double>(count) : NAN;
 }
 
-/// How far two correct forward passes lie apart grows with the largest logit: in f32 2.2e-6 of it over 30 layers.
-double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(1e-5, 3e-6 * peak) : std::max(0.05, 0.02 * peak); }
+/// How far two correct forward passes lie apart grows with the largest logit: in f32 2.2e-6 of it over 30 layers. In bf16 one
+/// token may go to another expert and its logits anywhere, so that means are judged there: 2^-8 of the largest logit is one step.
+double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(1e-5, 3e-6 * peak) : std::max(0.02, 6e-3 * peak); }
 
 void judge(Validation& v, const std::string& name, double value, double most) {
   v.checks.push_back({name, fmt::format("{:.2e}, at most {:.2e}", value, most), value <= most});
@@ -99,8 +100,13 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
   if (!loss_fits) v.notes.push_back(fmt::format("the reference's loss runs over {} columns, {} are stored here; only logits are compared", reference.vocab, stored_vocab));
   const auto figures = [&](const std::string& name, const Comparer::Figures& f) {
     const auto most = tolerance(compute, f.logits ? f.peak : v.peak_logit);
-    if (f.logits) judge(v, name + " logits", f.max_abs_logits, most);
-    if (f.loss && loss_fits) judge(v, name + " loss", f.max_abs_loss, most);
+    if (compute == lm::Compute::F32) {
+      if (f.logits) judge(v, name + " logits", f.max_abs_logits, most);
+      if (f.loss && loss_fits) judge(v, name + " loss", f.max_abs_loss, most);
+    } else {
+      if (f.logits) judge(v, name + " logits, mean", f.sum_abs_logits / std::max(1.0, f.logits_compared), most);
+      if (f.loss && loss_fits) judge(v, name + " loss, mean", f.mean_abs_loss, most);
+    }
   };
   figures("reference", compared.main);
   v.reference = compared.main;
@@ -110,7 +116,7 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
     for (std::size_t s = 0; s < reference.steps.size(); ++s)
       if (reference.steps[s].depth == m.depth) {
         m.step = compared.steps[s];
-        const auto most = tolerance(compute, v.peak_logit);
+        const auto most = (compute == lm::Compute::F32 ? 1 : 10) * tolerance(compute, v.peak_logit);
         if (m.step->hidden) judge(v, fmt::format("reference mtp_step.{} hidden", m.depth), m.step->max_abs_hidden, most);
         if (m.step->logits) judge(v, fmt::format("reference mtp_step.{} logits", m.depth), m.step->max_abs_logits, most);
       }

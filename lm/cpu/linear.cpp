@@ -44,6 +44,16 @@ void load_pairs(const Weight& w, Index row, Index rows, Index at, Index depth, s
   }
 }
 
+/// The next block of weights comes from memory while this one is multiplied.
+void ask_ahead(const Weight& w, Index row, Index rows, Index at, Index depth) {
+  if (depth <= 0) return;
+  const auto item = size_of(w.dtype);
+  for (Index r = 0; r < rows; ++r) {
+    const auto* from = w.data + static_cast<std::size_t>((row + r) * w.stride + at) * item;
+    for (std::size_t byte = 0; byte < static_cast<std::size_t>(depth) * item; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+  }
+}
+
 /// to[r] = c[r·width + t] + bias[r] for squares that stay in L1.
 SHARD_CLONES void turn_back(const float* c, Index width, const float* bias, Index rows, Index tokens, float* out, Index stride, bool rounded) {
   constexpr Index kSquare = 16;
@@ -75,16 +85,19 @@ Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features
   const auto panels = (tokens_ + kPanel - 1) / kPanel;
   const bool pairs = on.compute == Compute::Bf16 && cpu::products().bf16;
   const auto depth = pairs ? (features_ + 1) / 2 : features_;
-  if (pairs) pairs_.resize(static_cast<std::size_t>(panels * depth * kPanel));
-  else f32_.resize(static_cast<std::size_t>(panels * depth * kPanel));
+  const auto words = static_cast<std::size_t>(panels * depth * kPanel);
+  memory_ = take_buffer(words * 4);
+  if (pairs) pairs_ = reinterpret_cast<std::uint32_t*>(memory_.get());
+  else f32_ = reinterpret_cast<float*>(memory_.get());
+  if (tokens_ % kPanel) std::memset(memory_.get() + static_cast<std::size_t>((panels - 1) * depth * kPanel) * 4, 0, static_cast<std::size_t>(depth * kPanel) * 4);
   parallel_ranges(on, panels, 1, [&](Index lo, Index hi) {
     for (Index p = lo; p < hi; ++p)
       for (Index t = 0; t < std::min(kPanel, tokens_ - p * kPanel); ++t) {
         const auto* from = x.row(p * kPanel + t);
         if (pairs) {
-          pack_pairs(from, features_, pairs_.data() + p * depth * kPanel + t);
+          pack_pairs(from, features_, pairs_ + p * depth * kPanel + t);
         } else {
-          auto* to = f32_.data() + p * depth * kPanel + t;
+          auto* to = f32_ + p * depth * kPanel + t;
           for (Index i = 0; i < features_; ++i) to[i * kPanel] = from[i];
         }
       }
@@ -95,8 +108,8 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
   shard::require(w.columns == x.features_, shard::Code::Mismatch,
                  [&] { return fmt::format("model: a weight takes {} features; its input has {}", w.columns, x.features_); });
   const auto& kernel = cpu::products();
-  const bool pairs = !x.pairs_.empty() && w.dtype == shard::DType::BF16;
-  shard::require(pairs || x.pairs_.empty(), shard::Code::Mismatch, [] { return "model: an f32 weight in a bf16 product"; });
+  const bool pairs = x.pairs_ && w.dtype == shard::DType::BF16;
+  shard::require(pairs || !x.pairs_, shard::Code::Mismatch, [] { return "model: an f32 weight in a bf16 product"; });
   const auto features = x.features_, step = kDepth, token_blocks = (x.tokens_ + kTokenBlock - 1) / kTokenBlock;
   const auto row_blocks = (w.rows + kRowBlock - 1) / kRowBlock;
   cpu::run_on_workers(static_cast<std::size_t>(row_blocks * token_blocks), on.threads, [&](std::size_t task) {
@@ -113,13 +126,14 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
       const auto deep = (depth + 1) / 2;
       if (pairs) load_pairs(w, row, rows, at, depth, mine.pairs.data());
       else load_f32(w, row, rows, at, depth, mine.w.data());
+      ask_ahead(w, row, rows, at + block, std::min(block, features - at - block));
       for (Index p = 0; p < panels; ++p) {
         const auto panel = first / kPanel + p;
         if (pairs)
-          kernel.bf16(mine.pairs.data(), deep, x.pairs_.data() + (panel * ((features + 1) / 2) + at / 2) * kPanel, kPanel,
+          kernel.bf16(mine.pairs.data(), deep, x.pairs_ + (panel * ((features + 1) / 2) + at / 2) * kPanel, kPanel,
                       mine.c.data() + p * kPanel, width, rows, kPanel, deep, at > 0);
         else
-          kernel.f32(mine.w.data(), depth, x.f32_.data() + (panel * features + at) * kPanel, kPanel, mine.c.data() + p * kPanel, width, rows,
+          kernel.f32(mine.w.data(), depth, x.f32_ + (panel * features + at) * kPanel, kPanel, mine.c.data() + p * kPanel, width, rows,
                      kPanel, depth, at > 0);
       }
     }
