@@ -1,6 +1,6 @@
 // torch_dist: a DCP folder whose keys are Megatron's, plus a common state in common.pt or in a DCP item.
 #include "formats/json.h"
-#include "formats/megatron/args.h"
+#include "formats/megatron/common_state.h"
 #include "formats/megatron/model.h"
 #include "formats/megatron/readers.h"
 #include "formats/torch_dcp/reader.h"
@@ -76,19 +76,7 @@ class DistReader {
     metadata_ = torch_dcp::read_stored(out_, options_);
     sort_keys();
     read_common();
-    auto& state = *out_.megatron;
-    const Args args(*state.common, state.args);
-    out_.params = params_of(args, options_.parameters);
-    if (args.present()) {
-      out_.parallel = parallel_of(args);
-      if (const auto layout = args.value("pipeline_model_parallel_layout")) out_.parallel->pp_layout = layout_text(*state.common, *layout);
-      out_.vocab = args.integer("vocab_size");
-      if (const auto padded = args.integer("padded_vocab_size")) out_.params["padded_vocab"] = *padded;
-      if (const auto divisor = args.integer("make_vocab_size_divisible_by")) out_.params["vocab_multiple"] = *divisor;
-      if (args.text("transformer_impl").value_or("") != "local") state.te = true;
-    } else {
-      guess_params();
-    }
+    take_args(out_, options_);
     read_extra_states();
     interpret(out_, "d", options_);
     return std::move(out_);
@@ -121,60 +109,19 @@ class DistReader {
       out_.stored.objects.push_back({"common.pt", "common_state", std::filesystem::file_size(path), 0, 0});
       const File file(path);
       try {
-        keep_common(open_torch(file));
+        take_common(out_, open_torch(file).graph);
       } catch (const shard::Error& error) {
         throw error.within(path.string());
       }
     } else if (const auto item = metadata_.bytes.find("common_state/shard_0_1"); item != metadata_.bytes.end()) {
       try {
-        keep_common(torch_dcp::open_item(out_, item->second));
+        take_common(out_, torch_dcp::open_item(out_, item->second).graph);
       } catch (const shard::Error& error) {
         throw error.within("common_state");
       }
     } else {
       state.common = std::make_shared<pickle::Graph>();
     }
-  }
-
-  void keep_common(TorchFile archive) {
-    auto& state = *out_.megatron;
-    const auto& g = archive.graph;
-    auto top = g.root;
-    if (g.kind(top) == pickle::Kind::List && g.items(top).size() == 1) top = g.items(top)[0];
-    shard::require(g.kind(top) == pickle::Kind::Dict, Code::BadFormat, [] { return "common state is no dict"; });
-    const auto entries = g.items(top);
-    for (std::size_t i = 0; i + 1 < entries.size(); i += 2) {
-      if (g.kind(entries[i]) != pickle::Kind::Text) continue;
-      const std::string key(g.text(entries[i]));
-      const auto value = entries[i + 1];
-      if (key == "args") state.args = value;
-      else if (key == "iteration" && g.kind(value) == pickle::Kind::Int) out_.iteration = g.integer(value);
-      else if (key == "checkpoint_version") continue;
-      else if (key == "num_floating_point_operations_so_far" || key == "content_metadata") state.items[key] = value;
-      else {
-        out_.not_carried.push_back({key, key == "optimizer" ? "optimizer state" : "belongs to the run, not to the weights"});
-        if (key == "optimizer") out_.needs_weights_only = true;
-      }
-    }
-    state.common = std::make_shared<pickle::Graph>(std::move(archive.graph));
-  }
-
-  /// Without args, what the keys themselves show.
-  void guess_params() {
-    auto& params = out_.params;
-    const auto has = [&](std::string_view suffix) {
-      return std::any_of(out_.stored.tensors.begin(), out_.stored.tensors.end(), [&](const auto& entry) { return entry.first.ends_with(suffix); });
-    };
-    params["tied"] = !out_.stored.tensors.contains("output_layer.weight");
-    params["layernorm"] = has("layer_norm_bias");
-    params["learned_positions"] = has("position_embeddings.weight");
-    if (const auto found = out_.stored.tensors.find("embedding.word_embeddings.weight");
-        found != out_.stored.tensors.end() && found->second.global_shape.size() == 2)
-      params.try_emplace("hidden", found->second.global_shape[1]);
-    if (const auto found = out_.stored.tensors.find("embedding.position_embeddings.weight");
-        found != out_.stored.tensors.end() && found->second.global_shape.size() == 2)
-      params.try_emplace("positions", found->second.global_shape[0]);
-    shard::complete(params);
   }
 
   void read_extra_states() {

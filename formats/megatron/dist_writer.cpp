@@ -1,5 +1,5 @@
 // torch_dist: one DCP item per chunk of the target's grid, in one file per rank, and a common.pt.
-#include "formats/megatron/args.h"
+#include "formats/megatron/common_state.h"
 #include "formats/megatron/writers.h"
 #include "formats/torch_dcp/metadata.h"
 #include "libshard/error.h"
@@ -31,7 +31,7 @@ class DistWriter {
     folder_ = iteration_folder(writer_, source_);
     collect();
     for (auto& [rank, items] : files_) rank_file(rank, items);
-    small_file("common.pt", common());
+    small_file("common.pt", common_pickle(source_, model_, target_));
     const auto metadata = torch_dcp::write_metadata(metadata_, false);
     plain_file(".metadata", metadata);
     plain_file("metadata.json", R"({"sharded_backend": "torch_dist", "sharded_backend_version": 1})");
@@ -152,21 +152,6 @@ class DistWriter {
     described.shards.push_back({item.box, {stream, 0, stride}, {}});
     auto& tensor = metadata_.tensors.try_emplace(item.key, torch_dcp::Tensor{wanted.dtype, shape, {}}).first->second;
     tensor.chunks.push_back({item.box, where});
-  }
-
-  /// args without the classes that older cores refuse, so that every Megatron-Core reads the file.
-  std::string common() {
-    const auto& state = *source_.megatron;
-    pickle::Graph g(1 << 16);
-    const Index world = ranks_per_stage(model_.parallel) * model_.parallel.pp;
-    std::set<std::string> dropped;
-    std::vector<pickle::Ref> entries{
-        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, 0, world, "torch_dist", model_.pipeline.mtp_layers}, Audience::Megatron, dropped),
-        g.text("checkpoint_version"), g.real(3.0)};
-    if (source_.iteration) entries.insert(entries.end(), {g.text("iteration"), g.integer(*source_.iteration)});
-    for (const auto& [key, value] : state.items) entries.insert(entries.end(), {g.text(key), g.import(*state.common, value)});
-    for (const auto& name : dropped) target_.dropped.push_back({"args." + name, "its class is not known to every Megatron-Core that reads common.pt"});
-    return pickle::write(g, g.dict(entries), 2);
   }
 
   void small_file(const std::string& name, const std::string& pickle) {
