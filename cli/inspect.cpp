@@ -4,6 +4,8 @@
 #include "cli/print.h"
 #include "libshard/error.h"
 
+#include <set>
+
 #include <algorithm>
 
 namespace cli {
@@ -78,8 +80,8 @@ int print_for_people(const Ask& ask, const formats::Checkpoint& checkpoint) {
   if (checkpoint.tied) head.push_back({"embeddings", *checkpoint.tied ? "tied" : "untied"});
   if (checkpoint.vocab) head.push_back({"vocabulary", std::to_string(*checkpoint.vocab)});
   head.push_back({"parameters", human_count(sums.parameters)});
-  head.push_back({"tensors", fmt::format("{} in {} file{}, {}", checkpoint.stored.tensors.size(), checkpoint.stored.files.size(),
-                                         checkpoint.stored.files.size() == 1 ? "" : "s", human_bytes(sums.bytes))});
+  const auto files = std::set<std::string>(checkpoint.stored.files.begin(), checkpoint.stored.files.end()).size();  // computed streams repeat a name
+  head.push_back({"tensors", fmt::format("{} in {} file{}, {}", checkpoint.stored.tensors.size(), files, files == 1 ? "" : "s", human_bytes(sums.bytes))});
   print_table(head);
   fmt::print("\n");
   std::vector<std::vector<std::string>> rows{{"DTYPE", "SHAPE", "SHARDS", "KEY"}};

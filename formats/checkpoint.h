@@ -64,6 +64,7 @@ struct Checkpoint {
   bool needs_weights_only = false;               ///< holds optimizer state that cannot be placed
   std::optional<MegatronState> megatron;
   std::shared_ptr<const hf::State> hf;           ///< of a Hugging Face folder, or carried beside a Megatron one
+  std::string embedded_config;                   ///< config.json that an HDF5 file brings inside
   struct Sizes {
     shard::Index layers = 0, experts = 0, mtp_layers = 0;
   } sizes;                                       ///< as numbered by the keys of a Hugging Face folder

@@ -64,6 +64,12 @@ std::uint32_t LocalWriter::add_stream(std::uint32_t file, std::uint64_t offset, 
   return static_cast<std::uint32_t>(described_.streams.size() - 1);
 }
 
+std::uint32_t LocalWriter::add_stream(std::shared_ptr<StreamSink> sink, std::uint64_t size) {
+  const auto stream = add_stream(0, 0, size, false);
+  sinks_[stream] = std::move(sink);
+  return stream;
+}
+
 LocalWriter::Added LocalWriter::add_archive(std::uint32_t file, std::uint64_t base, std::string root, std::string_view pickle,
                                             std::span<const std::uint64_t> storages) {
   auto layout = torch_layout(std::move(root), pickle, storages);
@@ -81,6 +87,7 @@ LocalWriter::Added LocalWriter::add_archive(std::uint32_t file, std::uint64_t ba
 }
 
 void LocalWriter::write(std::uint32_t stream, std::uint64_t offset, std::span<const std::byte> from) {
+  if (const auto sink = sinks_.find(stream); sink != sinks_.end()) return sink->second->write(offset, from);
   const auto& range = described_.streams[stream];
   folder_.write(range.file, range.offset + offset, from);
 }
@@ -91,11 +98,13 @@ void LocalWriter::read(std::uint32_t stream, std::uint64_t offset, std::span<std
 }
 
 std::optional<shard::FileRange> LocalWriter::file_range(std::uint32_t stream) {
+  if (sinks_.contains(stream)) return std::nullopt;
   const auto& range = described_.streams[stream];
   return folder_.range(range.file, range.offset);
 }
 
 void LocalWriter::commit(std::span<const std::optional<std::uint32_t>> crc32, bool sync) {
+  if (finish_) finish_();
   for (const auto& archive : archives_) {
     auto crcs = archive.small_crcs;
     for (std::size_t i = 0; i < archive.storages; ++i) crcs[archive.first_storage + i] = crc32[archive.first_stream + i].value();

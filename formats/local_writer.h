@@ -5,6 +5,8 @@
 #include "formats/publication.h"
 #include "formats/torch_save.h"
 
+#include <functional>
+#include <map>
 #include <mutex>
 #include <optional>
 
@@ -24,6 +26,8 @@ class OutputFolder {
   void resize(std::uint32_t file, std::uint64_t size);
   shard::FileRange range(std::uint32_t file, std::uint64_t offset);
   const std::vector<std::string>& names() const { return names_; }
+  /// Where a library may create the file that add() named.
+  std::filesystem::path path(std::uint32_t file) const { return root_ / names_[file]; }
   void commit(bool sync);
 
  private:
@@ -37,6 +41,12 @@ class OutputFolder {
   mutable std::vector<std::uint32_t> order_;
 };
 
+/// A stream that is no range of a file: its bytes are packed before they are stored. Thread safe for disjoint ranges.
+struct StreamSink {
+  virtual ~StreamSink() = default;
+  virtual void write(std::uint64_t offset, std::span<const std::byte> from) = 0;
+};
+
 /// The writer behind every format whose streams are file ranges. The format adds files, streams and archives, then
 /// describes the tensors; the executor writes; commit() closes the archives with their sums.
 class LocalWriter final : public shard::Writer {
@@ -48,6 +58,9 @@ class LocalWriter final : public shard::Writer {
   shard::ShardedStateDict& described() { return described_; }
   /// A stream that is a range of a file.
   std::uint32_t add_stream(std::uint32_t file, std::uint64_t offset, std::uint64_t size, bool summed);
+  std::uint32_t add_stream(std::shared_ptr<StreamSink> sink, std::uint64_t size);
+  /// Called by commit() once every byte is written, before anything is published.
+  void before_commit(std::function<void()> finish) { finish_ = std::move(finish); }
   /// A torch.save archive at `base` of a file; small records are written at once. Returns its size; the streams of its
   /// storages are first_stream, first_stream + 1 …
   struct Added {
@@ -75,6 +88,8 @@ class LocalWriter final : public shard::Writer {
   OutputFolder folder_;
   shard::ShardedStateDict described_;
   std::vector<Archive> archives_;
+  std::map<std::uint32_t, std::shared_ptr<StreamSink>> sinks_;  ///< by stream
+  std::function<void()> finish_;
 };
 
 }  // namespace formats

@@ -79,10 +79,17 @@ class Walk {
   std::map<std::string, std::uint32_t> streams_;
 };
 
-/// The tensors of a target that keeps the source's keys.
+void describe(Target& target, const PlainTensor& one, std::uint32_t stream, std::uint64_t offset) {
+  auto stride = shard::row_major(one.shape);
+  for (auto& step : stride) step *= static_cast<Index>(size_of(one.dtype));
+  target.writer->described().tensors[one.key] = {one.key, one.dtype, one.shape, one.shape, {{shard::whole(one.shape), {stream, offset, std::move(stride)}, {}}}, false};
+}
+
+}  // namespace
+
 std::vector<PlainTensor> same_keys(const Checkpoint& source, const TargetOptions& options) {
   shard::require(!source.megatron, Code::BadLayout, [&] { return fmt::format("--to {}: a {} checkpoint's keys are not its own there; convert it to hf first", options.format, source.format); });
-  const bool one = options.parallel.tp == 1 && options.parallel.pp == 1 && options.parallel.ep == 1;
+  const bool one = (options.parallel.tp == 1 || options.format == "hdf5") && options.parallel.pp == 1 && options.parallel.ep == 1;
   shard::require(one, Code::BadLayout, [&] { return fmt::format("layout: {} is not cut among ranks", options.format); });
   std::vector<PlainTensor> out;
   for (const auto& [key, tensor] : (source.hf ? source.stored : source.logical).tensors) {
@@ -92,13 +99,6 @@ std::vector<PlainTensor> same_keys(const Checkpoint& source, const TargetOptions
   return out;
 }
 
-void describe(Target& target, const PlainTensor& one, std::uint32_t stream, std::uint64_t offset) {
-  auto stride = shard::row_major(one.shape);
-  for (auto& step : stride) step *= static_cast<Index>(size_of(one.dtype));
-  target.writer->described().tensors[one.key] = {one.key, one.dtype, one.shape, one.shape, {{shard::whole(one.shape), {stream, offset, std::move(stride)}, {}}}, false};
-}
-
-/// The target's tensors as the plan joins them with the source's: by logical names where a family speaks for the keys.
 void join(const Checkpoint& source, Target& target) {
   target.writer->described().files = target.writer->folder().names();
   target.logical = target.writer->described();
@@ -107,6 +107,8 @@ void join(const Checkpoint& source, Target& target) {
   target.logical = hf::logical_of(source, target.writer->described(), findings);
   refuse(findings);
 }
+
+namespace {
 
 /// Objects that the target cannot hold are named.
 void drop_objects(const Checkpoint& source, Target& target, const char* why) {

@@ -19,6 +19,12 @@ struct PlainTensor {
   std::uint64_t bytes() const { return static_cast<std::uint64_t>(shard::volume(shape)) * size_of(dtype); }
 };
 
+/// The tensors of a target that keeps the source's keys. Throws BadLayout where keys would not be the source's own, or a cut is asked for.
+std::vector<PlainTensor> same_keys(const Checkpoint& source, const TargetOptions& options);
+
+/// Completes the target's tensors as the plan joins them with the source's: by logical names where a family speaks for the keys.
+void join(const Checkpoint& source, Target& target);
+
 /// Lays out safetensors files, sharded greedily in this order, and the index where there are several.
 void write_safetensors(Target& target, const std::vector<PlainTensor>& tensors, std::uint64_t max_shard_size, std::map<std::string, std::string> metadata);
 

@@ -1,5 +1,6 @@
 // What exists is one visible table: every format that can be opened, in the order in which content is tried.
 #include "formats/checkpoint.h"
+#include "formats/hdf5/hdf5.h"
 #include "formats/hf/hf.h"
 #include "formats/megatron/readers.h"
 #include "formats/megatron/writers.h"
@@ -29,6 +30,7 @@ constexpr FolderFormat kFolders[] = {
     {"mp_rank", megatron::is_mp_rank, megatron::open_mp_rank},
     {"dcp", has_metadata, torch_dcp::open_plain},
     {"hf", safetensors::matches, safetensors::open},
+    {"hdf5", hdf5::matches, hdf5::open},
 };
 
 /// Where no family is known, keys stay as they are.
@@ -45,6 +47,7 @@ constexpr TargetFormat kTargets[] = {
     {"mp_rank", megatron::create_mp_rank},
     {"dcp", create_dcp},
     {"hf", create_hf},
+    {"hdf5", hdf5::create},
 };
 
 constexpr const char* kTracker = "latest_checkpointed_iteration.txt";
@@ -74,7 +77,7 @@ Checkpoint open_folder(const fs::path& path, const OpenOptions& options) {
     const auto name = entry.path().filename().string();
     shard::require(!name.ends_with(".distcp"), Code::BadFormat, [&] { return fmt::format("{}: holds .distcp files but no .metadata: an unfinished save", folder.string()); });
   }
-  shard::fail(Code::BadFormat, "{}: holds no checkpoint of a known format (torch_dist, mp_rank, dcp, safetensors)", path.string());
+  shard::fail(Code::BadFormat, "{}: holds no checkpoint of a known format (torch_dist, mp_rank, dcp, safetensors, hdf5)", path.string());
 }
 
 }  // namespace
@@ -84,9 +87,11 @@ Checkpoint open(const fs::path& path, const OpenOptions& options) {
   const auto status = fs::status(path, error);
   shard::require(fs::exists(status), Code::NotFound, [&] { return fmt::format("{}: not found", path.string()); });
   auto out = fs::is_directory(status) ? open_folder(path, options)
-             : safetensors::matches(path) ? safetensors::open(path, options) : open_torch_file(path, options);
+             : safetensors::matches(path) ? safetensors::open(path, options)
+             : hdf5::matches(path)        ? hdf5::open(path, options)
+                                          : open_torch_file(path, options);
   out.path = path;
-  if (out.format == "hf" || out.format == "dcp") hf::interpret(out, options);
+  if (out.format == "hf" || out.format == "dcp" || (out.format == "hdf5" && !out.megatron)) hf::interpret(out, options);
   hf::take_up_carried(out, options);
   if (!options.drop.empty() && !out.megatron && !out.hf) drop_tensors(out, options);
   return out;
@@ -110,7 +115,7 @@ Target create(const fs::path& path, const Checkpoint& source, const TargetOption
     if (to_megatron) hf::carry_files(source, out, "hf/");
     return out;
   }
-  shard::fail(Code::Usage, "--to {}: is no format that can be written; torch_dist, mp_rank, dcp and hf are", options.format);
+  shard::fail(Code::Usage, "--to {}: is no format that can be written; torch_dist, mp_rank, dcp, hf and hdf5 are", options.format);
 }
 
 bool glob(std::string_view pattern, std::string_view text) {

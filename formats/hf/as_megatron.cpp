@@ -64,6 +64,7 @@ Checkpoint as_megatron(const Checkpoint& source, std::vector<std::string>& notes
 void carry_files(const Checkpoint& source, Target& target, const std::string& below, const std::string& except) {
   if (!source.hf || source.hf->config.is_null()) return;
   auto& folder = target.writer->folder();
+  if (source.hf->files.empty()) folder.write(folder.add(below + "config.json"), 0, source.hf->config.dump(2) + "\n");
   for (const auto& name : source.hf->files) {
     if (name == except) continue;
     folder.write(folder.add(below + name), 0, read_text(source.hf->folder / name));

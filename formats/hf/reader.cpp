@@ -35,13 +35,13 @@ std::vector<std::string> small_files(const fs::path& folder) {
 }
 
 /// The folder's state; null where it has no config.json or no family speaks for it.
-std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& options) {
-  if (!fs::exists(folder / "config.json")) {
+std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& options, const std::string& embedded = "") {
+  if (embedded.empty() && !fs::exists(folder / "config.json")) {
     shard::require(options.family.empty(), Code::Mismatch, [&] { return fmt::format("{}: --family needs a config.json beside the weights", folder.string()); });
     return nullptr;
   }
   const auto where = (folder / "config.json").string();
-  const auto text = read_text(folder / "config.json", 16 << 20);
+  const auto text = embedded.empty() ? read_text(folder / "config.json", 16 << 20) : embedded;
   parse_json(text, where);  // refuses duplicates and depth
   auto out = std::make_shared<State>();
   out->config = nlohmann::ordered_json::parse(text);
@@ -54,7 +54,7 @@ std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& optio
     out->family = *family;
   }
   out->folder = folder;
-  out->files = small_files(folder);
+  if (embedded.empty()) out->files = small_files(folder);
   return out;
 }
 
@@ -142,7 +142,7 @@ void widen_selection_bias(Checkpoint& checkpoint) {
 
 void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   if (checkpoint.metadata.contains("DCP_SHARDING_INFO")) return;
-  const auto state = state_of(checkpoint.folder, options);
+  const auto state = state_of(checkpoint.folder, options, checkpoint.embedded_config);
   if (!state) return;
   const auto& family = state->family;
   checkpoint.hf = state;

@@ -166,5 +166,61 @@ class MegatronLoads(Case):
             dist.destroy_process_group()
 
 
+class H5py(Case):
+    """h5py with hdf5plugin reads our files; we read a plain file that h5py wrote."""
+
+    def test_reads_ours(self):
+        import h5py
+        import hdf5plugin  # noqa: F401
+        from safetensors.torch import load_file
+        source = DATA / "hf/gpt_oss_bf16"
+        self.ok("convert", source, self.tmp / "x", "--to", "hdf5", "-q")
+        weights = load_file(source / "model.safetensors")
+        seen = set()
+
+        def look(_, item):
+            if isinstance(item, h5py.Dataset) and "name" in item.attrs:
+                key = item.attrs["name"]
+                self.assertEqual(item.attrs["torch_dtype"], "bfloat16")
+                self.assertTrue((item[()].view("int16") == weights[key].view(torch.int16).numpy()).all(), key)
+                seen.add(key)
+
+        with h5py.File(self.tmp / "x/model.h5") as file:
+            file.visititems(look)
+        self.assertEqual(seen, set(weights))
+
+    def test_reads_theirs(self):
+        import h5py
+        import numpy
+        from safetensors.torch import load_file
+        values = {"a.f32": numpy.arange(60, dtype="f4").reshape(5, 12), "a.big": numpy.arange(12, dtype=">f8").reshape(3, 4), "b.half": numpy.linspace(0, 1, 9, dtype="f2"),
+                  "b.i64": numpy.arange(-3, 4), "b.bool": numpy.array([True, False]), "c.scalar": numpy.float32(2.5), "c.empty": numpy.zeros((0, 4), "f4")}
+        with h5py.File(self.tmp / "t.h5", "w") as file:
+            for number, (key, value) in enumerate(values.items()):
+                chunked = {} if value.ndim == 0 or value.size == 0 else [{}, {"chunks": True}, {"compression": "gzip", "shuffle": True, "fletcher32": True}][number % 3]
+                file.create_dataset(key.replace(".", "/"), data=value, **chunked)
+            file["link"] = h5py.SoftLink("/a/f32")
+            file["text"] = "no tensor"
+        self.ok("convert", self.tmp / "t.h5", self.tmp / "out", "--to", "hf", "-q")
+        found = load_file(self.tmp / "out/model.safetensors")
+        self.assertEqual(set(found), {*values, "link"})
+        for key, value in values.items():
+            self.assertTrue((found[key].numpy() == value).all(), key)
+
+    def test_what_leads_out_is_refused(self):
+        import h5py
+        import numpy
+        for number in range(3):
+            path = self.tmp / f"{number}.h5"
+            with h5py.File(path, "w") as file:
+                if number == 0:
+                    file["out"] = h5py.ExternalLink("/etc/passwd", "/x")
+                elif number == 1:
+                    file.create_dataset("x", (4,), "u1", external=[("/etc/passwd", 0, 4)])
+                else:
+                    file.create_dataset("x", data=numpy.zeros((64, 64)), compression="lzf")
+            self.refused(4, "inspect", path)
+
+
 if __name__ == "__main__":
     unittest.main()

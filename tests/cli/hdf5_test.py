@@ -1,0 +1,65 @@
+"""HDF5 there and back, for Megatron and Hugging Face sources; damaged files."""
+import pathlib
+import sys
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from support import DATA, Case, digest, files_below, run_json  # noqa: E402
+
+
+class Hdf5(Case):
+    def test_there_and_back(self):
+        sources = [*(DATA / "hf").iterdir(), *(next(f.iterdir()) for f in (DATA / "pairs").iterdir()), DATA / "legacy/llama_untied_bf16/tp2pp2"]
+        for number, source in enumerate(sources):
+            with self.subTest(source.name):
+                held, back = self.tmp / f"{number}.h5", self.tmp / f"{number}.back"
+                self.ok("convert", source, held, "--to", "hdf5", "-q")
+                self.assertEqual(digest(source), digest(held))
+                self.assertEqual(digest(source), digest(held / "model.h5"))
+                self.ok("verify", held, "-q")
+                self.ok("diff", source, held, "-q")
+                self.ok("convert", held, back, "--to", "hf", "-q")
+                self.assertEqual(digest(source), digest(back))
+                self.ok("convert", held, self.tmp / f"{number}.dist", "--to", "torch_dist", "-q")
+                self.assertEqual(digest(source), digest(self.tmp / f"{number}.dist"))
+
+    def test_same_bytes_for_any_thread_count(self):
+        source = DATA / "hf/gpt_oss_bf16"
+        tensors = []
+        for threads in (1, 5):
+            out = self.tmp / str(threads)
+            self.ok("convert", source, out, "--to", "hdf5", "--threads", threads, "-q")
+            tensors.append(digest(out))
+        self.assertEqual(*tensors)
+
+    def test_inspect(self):
+        out = self.tmp / "x"
+        self.ok("convert", DATA / "hf/llama_untied_bf16", out, "--to", "hdf5", "-q")
+        status, found = run_json("inspect", out)
+        self.assertEqual((status, found["format"], found["family"]), (0, "hdf5", "llama"))
+
+    def test_damage_is_found(self):
+        out = self.tmp / "x"
+        self.ok("convert", DATA / "hf/llama_untied_bf16", out, "--to", "hdf5", "-q")
+        file = out / "model.h5"
+        whole = file.read_bytes()
+        before = files_below(out)
+        refused = 0
+        for at in range(2000, len(whole) - 100, len(whole) // 40):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+            status, _, err = __import__("support").run("hash", out, "-q")
+            self.assertIn(status, (0, 4, 6), err)
+            refused += status != 0
+        self.assertGreater(refused, 25)  # chunk checksums; some bytes belong to nothing
+        for size in (0, 7, 8, 600, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:size])
+            self.refused(4, "hash", out)
+        file.write_bytes(whole)
+        self.assertEqual(before, files_below(out))
+
+    def test_parts_are_refused(self):
+        self.refused(2, "convert", DATA / "hf/llama_untied_bf16", self.tmp / "x", "--to", "hdf5", "--part", "1/2")
+
+
+if __name__ == "__main__":
+    unittest.main()
