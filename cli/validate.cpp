@@ -186,6 +186,9 @@ int run(const Ask& ask) {
   for (const auto id : batch.input_ids)
     shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: token {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
 
+  for (const auto id : batch.labels)  // negative ones are left out of means, as a loss mask would
+    shard::require(id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: label {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
+
   const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop};
   const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
   std::optional<Comparer> comparer;
