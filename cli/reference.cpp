@@ -3,6 +3,8 @@
 
 #include "formats/file.h"
 #include "formats/json.h"
+#include "formats/hf/state.h"
+#include "formats/tokenizer.h"
 #include "formats/safetensors/header.h"
 #include "libshard/error.h"
 #include "libshard/numeric.h"
@@ -212,6 +214,19 @@ lm::Batch read_tokens(const std::string& path) {
     return batch_of(rows, path);
   }
   return batch_of(text_rows(formats::read_text(path), path), path);
+}
+
+lm::Batch read_text_tokens(const std::string& path, const formats::Checkpoint& checkpoint, Index longest) {
+  const auto folder = checkpoint.hf ? checkpoint.hf->folder : checkpoint.folder;
+  shard::require(std::filesystem::exists(folder / "tokenizer.json"), Code::Mismatch,
+                 [&] { return fmt::format("{}: holds no tokenizer.json; give token ids with --tokens", folder.string()); });
+  const auto ids = formats::Tokenizer(folder / "tokenizer.json").encode(formats::read_text(path));
+  shard::require(ids.size() >= 2, Code::Mismatch, [&] { return fmt::format("{}: is less than two tokens", path); });
+  const auto row = std::min(ids.size(), static_cast<std::size_t>(std::max<Index>(longest, 1)) + 1);
+  std::vector<std::vector<Index>> rows;
+  for (std::size_t at = 0; at + row <= ids.size(); at += row - 1)  // each row begins with the last label of the one before
+    rows.emplace_back(ids.begin() + static_cast<std::ptrdiff_t>(at), ids.begin() + static_cast<std::ptrdiff_t>(at + row));
+  return batch_of(rows, path);
 }
 
 Comparer::Comparer(const Reference& reference, Index depths) : mtp(static_cast<std::size_t>(depths)), steps(reference.steps.size()), reference_(reference) {}

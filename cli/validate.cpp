@@ -178,8 +178,10 @@ int run(const Ask& ask) {
   } else if (!ask.tokens.empty()) {
     batch = read_tokens(ask.tokens);
     v.input = ask.tokens;
+  } else if (!ask.text.empty()) {
+    batch = read_text_tokens(ask.text, model.checkpoint, model.config.max_position_embeddings);
+    v.input = ask.text;
   } else {
-    shard::require(ask.text.empty(), Code::Usage, [] { return "--text: is not there yet; --tokens is"; });
     batch = built_in_tokens(model.vocab, model.config.max_position_embeddings);
     v.input = "built-in pseudo-random tokens";
   }
@@ -224,6 +226,10 @@ int run(const Ask& ask) {
   if (comparer) {
     comparer->finish(result);
     judge_reference(v, *comparer, *reference, options.compute, model.stored_vocab);
+  }
+  if (!ask.text.empty()) {
+    const auto chance = std::log(static_cast<double>(model.vocab));
+    v.checks.push_back({"better than chance", fmt::format("{:.6f} on this text; ln {} is {:.6f}", v.loss_true_vocab, model.vocab, chance), v.loss_true_vocab < chance});
   }
   if (ask.max_loss) v.checks.push_back({"max loss", fmt::format("{:.6f}, at most {:g}", v.loss_true_vocab, *ask.max_loss), v.loss_true_vocab <= *ask.max_loss});
   if (!ask.against.empty()) judge_against(v, ask, batch, report, options, budget);

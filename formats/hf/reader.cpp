@@ -161,9 +161,16 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   drop(checkpoint, checkpoint.logical, options.drop, "--drop");
   resolve_tie(checkpoint, params);
   if (options.places) widen_selection_bias(checkpoint);
-  const Index layers = translation.layers, experts = translation.experts, depths = translation.depths;
+  const Index layers = translation.layers, experts = translation.experts;
+  Index depths = translation.depths;
+  const auto holds_depth = [&](Index k) {
+    const auto prefix = fmt::format("mtp.{}.", k);
+    const auto found = checkpoint.logical.tensors.lower_bound(prefix);
+    return found != checkpoint.logical.tensors.end() && found->first.starts_with(prefix);
+  };
+  while (depths > 0 && !holds_depth(depths - 1)) --depths;  // --drop 'mtp.*'
   if (params.contains("mtp") && params.at("mtp") > 0 && depths == 0) {
-    findings.push_back({"missing", Finding::Severity::Warning, "mtp.0", fmt::format("config.json says {} MTP layers; none is stored, as transformers saves such models", params.at("mtp"))});
+    findings.push_back({"missing", Finding::Severity::Warning, "mtp.0", fmt::format("config.json says {} MTP layers; none is here: transformers saves such models without them", params.at("mtp"))});
     params["mtp"] = 0;
   }
   for (const auto& [name, what, held] : {std::tuple{"layers", "layers", layers}, std::tuple{"experts", "experts", experts}, std::tuple{"mtp", "MTP layers", depths}})

@@ -200,6 +200,7 @@ Ref copy_args(Graph& to, const Graph& from, Ref args, const ArgsChange& change, 
     to.set(dict, "account_for_loss_in_pipeline_split", to.boolean(p.account_for_loss));
   if (known("pipeline_model_parallel_layout") || !p.pp_layout.empty())
     to.set(dict, "pipeline_model_parallel_layout", p.pp_layout.empty() ? to.none() : to.text(p.pp_layout));
+  if (known("mtp_num_layers")) to.set(dict, "mtp_num_layers", change.mtp_layers > 0 ? to.integer(change.mtp_layers) : to.none());
   put("padded_vocab_size", change.padded_vocab);
   put("rank", change.rank);
   put("local_rank", change.rank, false);

@@ -37,6 +37,7 @@ struct ArgsChange {
   shard::Index padded_vocab = 0;
   shard::Index rank = 0, world_size = 1;
   std::string ckpt_format;             ///< "torch" or "torch_dist"
+  shard::Index mtp_layers = 0;         ///< that the target holds
 };
 /// Who reads the copy: torch.load(weights_only=True) with argparse.Namespace allowed, or every Megatron-Core since 0.12,
 /// which allows a few classes of its own.

@@ -161,7 +161,7 @@ class DistWriter {
     const Index world = ranks_per_stage(model_.parallel) * model_.parallel.pp;
     std::set<std::string> dropped;
     std::vector<pickle::Ref> entries{
-        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, 0, world, "torch_dist"}, Audience::Megatron, dropped),
+        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, 0, world, "torch_dist", model_.pipeline.mtp_layers}, Audience::Megatron, dropped),
         g.text("checkpoint_version"), g.real(3.0)};
     if (source_.iteration) entries.insert(entries.end(), {g.text("iteration"), g.integer(*source_.iteration)});
     for (const auto& [key, value] : state.items) entries.insert(entries.end(), {g.text(key), g.import(*state.common, value)});
