@@ -21,6 +21,11 @@ shard::TransformerConfig model_config(const Checkpoint& checkpoint) {
   });
   auto out = hf_model_config(parse_json(read_text(path), path.string()), path.string());
   if (checkpoint.tied) out.tied = *checkpoint.tied;
+  if (out.mtp_num_layers > 0 && !checkpoint.logical.tensors.contains("mtp.0.eh_proj.weight")) {
+    // transformers drops the MTP layer when it loads a model, and keeps the field when it saves it.
+    out.notes.push_back(fmt::format("config.json names {} MTP layers; no weights of theirs are here", out.mtp_num_layers));
+    out.mtp_num_layers = 0;
+  }
   return out;
 }
 
