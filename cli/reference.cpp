@@ -156,7 +156,9 @@ Reference read_reference(const std::string& path, Index hidden) {
   } else {
     for (Index i = 0; i < ids.shape[0] * ids.shape[1]; ++i) out.batch.position_ids.push_back(i % ids.shape[1]);
   }
-  for (const auto& [name, array] : out.arrays.arrays) {
+  for (const auto& entry : out.arrays.arrays) {
+    const auto& name = entry.first;
+    const auto& array = entry.second;
     if (name == "loss") same("loss", array, 2);
     if (name == "logits" || (name.starts_with("mtp.") && name.ends_with(".logits"))) {
       same(name.c_str(), array, 2);

@@ -87,9 +87,10 @@ double mean(const std::vector<float>& losses, const std::vector<Index>& labels, 
   return count ? sum / static_cast<double>(count) : NAN;
 }
 
-/// How far two correct forward passes lie apart grows with the largest logit: in f32 2.2e-6 of it over 30 layers. In bf16 one
-/// token may go to another expert and its logits anywhere, so that means are judged there: 2^-8 of the largest logit is one step.
-double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(1e-5, 3e-6 * peak) : std::max(0.02, 6e-3 * peak); }
+/// How far two correct forward passes lie apart grows with the largest logit: in f32 up to 5.2e-6 of it over 27 random models
+/// of as many families, 2.2e-6 on trained ones. In bf16 one token may go to another expert and its logits anywhere, so that
+/// means are judged there: up to 1.3e-2 of it on the same models, 3e-3 on trained ones.
+double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(2e-5, 6e-6 * peak) : std::max(0.02, 1.5e-2 * peak); }
 
 void judge(Validation& v, const std::string& name, double value, double most) {
   v.checks.push_back({name, fmt::format("{:.2e}, at most {:.2e}", value, most), value <= most});
@@ -116,7 +117,7 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
     for (std::size_t s = 0; s < reference.steps.size(); ++s)
       if (reference.steps[s].depth == m.depth) {
         m.step = compared.steps[s];
-        const auto most = (compute == lm::Compute::F32 ? 1 : 10) * tolerance(compute, v.peak_logit);
+        const auto most = (compute == lm::Compute::F32 ? 1 : 4) * tolerance(compute, v.peak_logit);
         if (m.step->hidden) judge(v, fmt::format("reference mtp_step.{} hidden", m.depth), m.step->max_abs_hidden, most);
         if (m.step->logits) judge(v, fmt::format("reference mtp_step.{} logits", m.depth), m.step->max_abs_logits, most);
       }
@@ -187,6 +188,9 @@ int run(const Ask& ask) {
   }
   for (const auto id : batch.input_ids)
     shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: token {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
+
+  for (const auto id : batch.labels)  // negative ones are left out of means, as a loss mask would
+    shard::require(id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: label {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
 
   const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop};
   const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);

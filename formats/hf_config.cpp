@@ -155,6 +155,7 @@ class Reader {
   void sizes() {
     out_.family = type_;
     out_.num_layers = all_.needed({"num_hidden_layers", "n_layer"});
+    shard::require(out_.num_layers <= 100'000, Code::BadFormat, [&] { return fmt::format("model: {} layers; at most 100000 are taken for real", out_.num_layers); });
     out_.hidden_size = all_.needed({"hidden_size", "n_embd"});
     out_.num_attention_heads = all_.needed({"num_attention_heads", "n_head"});
     out_.num_query_groups = type_ == "gpt2" || type_ == "gpt_neox" ? out_.num_attention_heads : all_.integer({"num_key_value_heads"}).value_or(out_.num_attention_heads);
