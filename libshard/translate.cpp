@@ -189,7 +189,9 @@ void check_expected(const ShardedStateDict& logical, const Table& table, const P
   std::set<std::string> reported;
   for_each_instance(table, sizes, [&](std::size_t, const Match& match) {
     const auto& row = *match.row;
-    if (row.optional || !holds(row.when, for_layer(logical, params, row, match.layer, match.depth))) return true;
+    auto here = for_layer(logical, params, row, match.layer, match.depth);
+    if (match.layer >= 0 && match.layer < static_cast<Index>(sizes.moe_layers.size())) here["moe"] = sizes.moe_layers[static_cast<std::size_t>(match.layer)];
+    if (row.optional || !holds(row.when, here)) return true;
     for (const auto& part : row.parts)
       if (const auto name = spell(part.name, match.layer, match.expert, match.depth);
           !logical.tensors.contains(name) && reported.insert(name).second)
