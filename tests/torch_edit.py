@@ -75,11 +75,31 @@ def edit_file(path, change):
     path.write_bytes(edit_pickle(path.read_bytes(), change))
 
 
+class Archive:
+    """A torch.save archive in memory: its root object, and the bytes of its tensors."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        with zipfile.ZipFile(self.path) as archive:
+            self.records = {i.filename: bytearray(archive.read(i)) for i in archive.infolist()}
+        self.pickle = next(name for name in self.records if name.endswith("/data.pkl"))
+        self.root = Reader(io.BytesIO(self.records[self.pickle])).load()
+
+    def bytes_of(self, tensor):
+        """The bytearray of a contiguous tensor's storage, to be changed in place."""
+        return self.records[self.pickle.replace("data.pkl", "data/" + tensor.args[0].pid[2])]
+
+    def save(self):
+        out = io.BytesIO()
+        Writer(out, protocol=self.records[self.pickle][1]).dump(self.root)
+        self.records[self.pickle] = out.getvalue()
+        with zipfile.ZipFile(self.path, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in self.records.items():
+                archive.writestr(name, bytes(data))
+
+
 def edit_archive(path, change):
-    """Of a torch.save archive; `change` gets the root object."""
-    path = pathlib.Path(path)
-    with zipfile.ZipFile(path) as archive:
-        records = [(i.filename, archive.read(i)) for i in archive.infolist()]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in records:
-            archive.writestr(name, edit_pickle(data, change) if name.endswith("/data.pkl") else data)
+    """`change` gets the root object."""
+    archive = Archive(path)
+    change(archive.root)
+    archive.save()
