@@ -199,7 +199,7 @@ int run(const Ask& ask) {
   else if (!ask.run.quiet) print_summary(ask, outcome);
   if (!ask.report.empty()) {
     std::optional<ReceiptSource> receipt;
-    if (published) receipt.emplace(ReceiptSource{filled_source, target.writer->describe(), whole, outcome.files, path, open});
+    if (published) receipt.emplace(ReceiptSource{filled_source, target.writer->describe(), whole, ask.pad, outcome.files, path, open});
     write_report(ask.report, outcome_json(ask, outcome), receipt, budget, ask.run.quiet || ask.run.json);
   }
   return 0;

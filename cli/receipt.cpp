@@ -81,8 +81,10 @@ void write_receipt(std::ostream& out, const ReceiptSource& input, const shard::B
   trace(input.plan, input.source.stored, input.target, [&](const shard::Provenance& one) {
     Json sources = Json::array();
     for (const auto& origin : one.origins) sources.push_back(origin_json(input.source.stored, origin));
+    auto transforms = one.transforms;
+    if (transforms.erase("padded")) transforms.insert("padded with " + input.pad);
     out << comma << "    " << text_of(one.target->key) << ": "
-        << text_of({{"dtype", shard::name(one.target->dtype)}, {"shape", one.target->global_shape}, {"transforms", one.transforms}, {"sources", std::move(sources)}});
+        << text_of({{"dtype", shard::name(one.target->dtype)}, {"shape", one.target->global_shape}, {"transforms", transforms}, {"sources", std::move(sources)}});
     comma = ",\n";
   });
   out << "\n  }\n}";

@@ -18,6 +18,7 @@ struct ReceiptSource {
   const formats::Checkpoint& source;
   const shard::ShardedStateDict& target;       ///< stored tensors, as the writer described them
   const shard::Plan& plan;                     ///< the whole one
+  std::string pad;                             ///< what new vocabulary rows hold: zeros, last, mean
   std::vector<std::string> files;              ///< below the published folder
   std::filesystem::path published;
   formats::OpenOptions open;                   ///< how the source was opened: sizes given by hand

@@ -1,5 +1,6 @@
 // shardkit verify: every way in which a checkpoint can contradict itself, as findings.
 #include "cli/commands.h"
+#include "cli/junit.h"
 #include "cli/options.h"
 #include "cli/print.h"
 #include "cli/receipt.h"
@@ -8,7 +9,6 @@
 #include "libshard/inspectors.h"
 
 #include <algorithm>
-#include <fstream>
 
 namespace cli {
 namespace {
@@ -87,38 +87,6 @@ void compare_with(const Ask& ask, const formats::Checkpoint& checkpoint, const s
     if (!checkpoint.logical.tensors.contains(key)) out.findings.push_back({"missing", Finding::Severity::Error, key, fmt::format("{} holds it", ask.against)});
 }
 
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '&') out += "&amp;";
-    else if (c == '<') out += "&lt;";
-    else if (c == '>') out += "&gt;";
-    else if (c == '"') out += "&quot;";
-    else if (static_cast<unsigned char>(c) < 0x20) out += ' ';
-    else out += c;
-  }
-  return out;
-}
-
-/// One test case a rule.
-void write_junit(const std::string& path, const Result& result, const std::string& name) {
-  std::ofstream file(path);
-  std::size_t failures = 0;
-  std::string cases;
-  for (const char* rule : kRules) {
-    std::string text;
-    for (const auto& finding : result.findings)
-      if (finding.rule == rule && finding.severity == Finding::Severity::Error) text += fmt::format("{}: {}\n", finding.key, finding.message);
-    cases += fmt::format("  <testcase classname=\"shardkit.verify\" name=\"{}\"", rule);
-    if (text.empty()) cases += "/>\n";
-    else cases += fmt::format("><failure message=\"{}\">{}</failure></testcase>\n", escaped(text.substr(0, text.find('\n'))), escaped(text)), ++failures;
-  }
-  file << "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n"
-       << fmt::format("<testsuite name=\"shardkit verify {}\" tests=\"{}\" failures=\"{}\">\n{}</testsuite>\n", escaped(name), std::size(kRules), failures, cases);
-  file.flush();
-  shard::require(file.good(), shard::Code::Io, [&] { return fmt::format("{}: cannot write", path); });
-}
-
 int run(const Ask& ask) {
   const auto budget = ask.run.budget();
   auto options = ask.model.open;
@@ -132,7 +100,7 @@ int run(const Ask& ask) {
     result.findings.insert(result.findings.end(), found.begin(), found.end());
     result.checked["checksum"] += receipt->files.size() + receipt->tensors.size();
   }
-  if (!ask.junit.empty()) write_junit(ask.junit, result, ask.path);
+  if (!ask.junit.empty()) write_junit(ask.junit, "shardkit.verify", fmt::format("shardkit verify {}", ask.path), kRules, result.findings);
   if (ask.run.json) {
     print_json({{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}});
   } else if (!ask.run.quiet || !result.ok()) {

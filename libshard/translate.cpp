@@ -205,7 +205,9 @@ std::vector<LogicalPart> missing_tensors(const ShardedStateDict& logical, const 
   std::set<std::string> reported;
   for_each_instance(table, sizes, [&](std::size_t, const Match& match) {
     const auto& row = *match.row;
-    if (row.optional || !holds(row.when, for_layer(logical, params, row, match.layer, match.depth))) return true;
+    auto here = for_layer(logical, params, row, match.layer, match.depth);
+    if (match.layer >= 0 && match.layer < static_cast<Index>(sizes.moe_layers.size())) here["moe"] = sizes.moe_layers[static_cast<std::size_t>(match.layer)];
+    if (row.optional || !holds(row.when, here)) return true;
     const auto names = names_of(match, sizes.experts);
     const bool whole = std::all_of(names.begin(), names.end(), [&](const auto& name) { return logical.tensors.contains(name) || reported.contains(name); });
     if (whole) return true;

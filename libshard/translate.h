@@ -31,6 +31,7 @@ struct Wanted {
 struct SpellOptions {
   const std::set<std::string>* keep = nullptr;  ///< spellings to prefer: those of the source
   Index layers = 0, experts = 0, depths = 0;
+  std::vector<bool> moe_layers = {};  ///< by layer, where it is known which ones are mixtures; else a layer's router tells
 };
 
 /// The rows of `table` that together hold every logical tensor once, in registration order.

@@ -116,6 +116,21 @@ shard::Params params_of(const Args& args, const std::map<std::string, Index>& gi
   return out;
 }
 
+std::vector<bool> moe_layers_of(const Graph& graph, const Args& args, Index layers) {
+  constexpr Index kMostLayers = 100'000;
+  std::vector<bool> out;
+  if (layers < 1 || layers > kMostLayers) return out;
+  if (!args.integer("num_experts")) return std::vector<bool>(static_cast<std::size_t>(layers), false);
+  const auto value = args.value("moe_layer_freq");
+  if (!value || graph.kind(*value) == Kind::Int) {
+    const auto every = value ? graph.integer(*value) : 1;
+    for (Index layer = 0; every >= 1 && layer < layers; ++layer) out.push_back(layer % every == 0);
+  } else if (graph.kind(*value) == Kind::List && static_cast<Index>(graph.items(*value).size()) == layers) {
+    for (const auto item : graph.items(*value)) out.push_back(graph.kind(item) == Kind::Int && graph.integer(item) != 0);
+  }
+  return out;
+}
+
 std::string layout_text(const Graph& g, Ref value) {
   if (g.kind(value) == Kind::Text) return std::string(g.text(value));
   if (g.kind(value) == Kind::Object) {

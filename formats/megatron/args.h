@@ -8,6 +8,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <vector>
 
 namespace formats::megatron {
 
@@ -29,6 +30,8 @@ class Args {
 /// Sizes and switches for the family tables. `given` overrides.
 shard::Params params_of(const Args& args, const std::map<std::string, shard::Index>& given);
 shard::Parallel parallel_of(const Args& args);
+/// Which layers are mixtures of experts, by args.moe_layer_freq (every n-th, or a list); empty where it does not say.
+std::vector<bool> moe_layers_of(const pickle::Graph& graph, const Args& args, shard::Index layers);
 /// The text form of args.pipeline_model_parallel_layout, which may be a text, a list of lists, or an object.
 std::string layout_text(const pickle::Graph& graph, pickle::Ref value);
 

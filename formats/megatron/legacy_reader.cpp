@@ -120,6 +120,7 @@ class LegacyReader {
       contents[i] = {};
     }
     check_layers();
+    check_company();
     if (out_.params.contains("padded_vocab") && padded_rows_) out_.params["vocab"] = *padded_rows_;
     interpret(out_, "lt", options_);
     return std::move(out_);
@@ -380,6 +381,8 @@ class LegacyReader {
         keep_extra(*key, entry);
         continue;
       }
+      const bool of_expert = key->find("experts.l") != key->npos && key->find("shared_experts.l") == key->npos;
+      holders_[{place.stage, of_expert ? place.cell.expert : -1}][*key].insert(index);
       const bool tied_copy = *key == "output_layer.weight" && shard::holds("tied", out_.params);
       const bool late_copy = place.stage > 0 && *key == "embedding.word_embeddings.weight";
       if (tied_copy) key = "embedding.word_embeddings.weight";
@@ -485,6 +488,15 @@ class LegacyReader {
     }
   }
 
+  /// What one rank of a stage holds, whole or its part, every rank of that stage does; of experts, every rank of their group.
+  void check_company() {
+    for (const auto& [group, keys] : holders_)
+      for (const auto& [key, holders] : keys)
+        for (std::size_t i = 0; i < places_.size(); ++i)
+          if (places_[i].stage == group.first && (group.second < 0 || places_[i].cell.expert == group.second) && !holders.contains(i))
+            out_.findings.push_back({"missing", Finding::Severity::Error, key, fmt::format("{} does not hold it; other ranks of its stage do", places_[i].folder)});
+  }
+
   const OpenOptions& options_;
   shard::Table table_;
   Checkpoint out_;
@@ -493,6 +505,7 @@ class LegacyReader {
   shard::Pipeline pipeline_;
   std::optional<Index> padded_rows_;
   std::set<std::string> unknown_extra_;
+  std::map<std::pair<Index, Index>, std::map<std::string, std::set<std::size_t>>> holders_;  ///< by stage and expert rank (-1: all), by key
   double version_ = 0;
 };
 

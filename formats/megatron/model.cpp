@@ -1,6 +1,7 @@
 // The Megatron family over a stored dictionary.
 #include "formats/megatron/model.h"
 
+#include "formats/megatron/args.h"
 #include "libshard/error.h"
 #include "libshard/families/megatron.h"
 #include "libshard/translate.h"
@@ -68,12 +69,24 @@ void interpret(Checkpoint& checkpoint, std::string_view dialects, const OpenOpti
       checkpoint.findings.push_back({"missing", Finding::Severity::Error, fmt::format("layers.{}", translation.layers),
                                      fmt::format("the checkpoint holds {} layers; args say {}", translation.layers, layers->second)});
   }
+  const auto check_count = [&](const char* param, const char* head, const char* what, shard::Index found) {
+    const auto wanted = params.find(param);
+    if (wanted == params.end() || wanted->second == found) return;
+    const auto dropped = [&](const Dropped& one) { return one.why == "--drop" && one.key.find(head) != std::string::npos; };
+    if (std::any_of(checkpoint.not_carried.begin(), checkpoint.not_carried.end(), dropped)) return;  // all of them: no hole
+    checkpoint.findings.push_back({wanted->second > found ? "missing" : "unexpected", Finding::Severity::Error,
+                                   fmt::format("{}{}", head, std::min(wanted->second, found)),
+                                   fmt::format("the checkpoint numbers {} {}; args say {}", found, what, wanted->second)});
+  };
+  check_count("experts", "mlp.experts.", "experts", translation.experts);
+  check_count("mtp", "mtp.", "MTP layers", translation.depths);
   const bool untied_head = checkpoint.logical.tensors.contains("output.weight");
   checkpoint.tied = !untied_head && shard::holds("tied", params);
   if (*checkpoint.tied) checkpoint.logical.ties["output.weight"] = "embedding.word.weight";
   checkpoint.family = family_of(params);
   if (state.args != 0) {
-    check_expected(checkpoint.logical, table, params, {nullptr, state.layers, state.experts, state.mtp_layers}, checkpoint.findings);
+    check_expected(checkpoint.logical, table, params, {nullptr, state.layers, state.experts, state.mtp_layers, moe_layers_of(*state.common, Args(*state.common, state.args), state.layers)},
+                   checkpoint.findings);
   }
   check_vocabulary(checkpoint);
   for (const auto& [key, tensor] : checkpoint.logical.tensors) check_cover(tensor, checkpoint.findings, 2);

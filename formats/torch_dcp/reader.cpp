@@ -149,6 +149,9 @@ Checkpoint open_plain(const std::filesystem::path& folder, const OpenOptions& op
   out.format = "dcp";
   out.folder = folder;
   const auto metadata = read_stored(out, options);
+  // Megatron writes metadata.json last; without it nobody knows that this is one of its checkpoints.
+  shard::require(!std::filesystem::exists(folder / "common.pt") && !metadata.bytes.contains("common_state/shard_0_1"), Code::BadFormat,
+                 [&] { return fmt::format("{}: holds Megatron's common state but no metadata.json; an unfinished save", folder.string()); });
   for (const auto& [key, item] : metadata.bytes) scan_item(out, key, item);
   out.logical = out.stored;
   return out;

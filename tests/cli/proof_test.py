@@ -1,0 +1,422 @@
+"""Proof: hints that name planted mistakes, receipts that find what changed, content that args call for, JUnit."""
+import json
+import os
+import pathlib
+import re
+import shutil
+import struct
+import sys
+import unittest
+import xml.etree.ElementTree
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from support import DATA, Case, digest, run, run_json  # noqa: E402
+from torch_edit import Archive, edit_archive, edit_file  # noqa: E402
+
+DENSE = "legacy/llama_untied_bf16"   # 4 layers, hidden 64, 8 heads in 4 groups of size 8, ffn 128, vocabulary 250 of 256
+MOE = "legacy/moe_bf16/tp1pp2ep2"    # 4 layers, 4 experts
+REFERENCE = DATA / "mcore/llama_untied_bf16/tp2pp2"  # the same weights in another format and layout
+GROUPS, RATIO, HEAD, HIDDEN, FFN = 4, 2, 8, 64, 128
+
+
+def rows_of(data, row_bytes):
+    return [bytes(data[i:i + row_bytes]) for i in range(0, len(data), row_bytes)]
+
+
+def each(values, change):
+    """bf16 numbers, changed and cut back to bf16."""
+    numbers = struct.unpack(f"<{len(values) // 2}H", values)
+    out = []
+    for bits in numbers:
+        wide = change(struct.unpack("<f", struct.pack("<I", bits << 16))[0])
+        out.append(struct.unpack("<I", struct.pack("<f", wide))[0] >> 16)
+    return struct.pack(f"<{len(out)}H", *out)
+
+
+def fused(flat):
+    """Row numbers of [q, k, v] by query group, or of [all q | all k | all v]."""
+    q, k, v = (list(range(start, start + GROUPS * n * HEAD)) for start, n in ((0, RATIO), (1000, 1), (2000, 1)))
+    if flat:
+        return q + k + v
+    take = lambda rows, n, g: rows[g * n * HEAD:(g + 1) * n * HEAD]  # noqa: E731
+    return [row for g in range(GROUPS) for row in take(q, RATIO, g) + take(k, 1, g) + take(v, 1, g)]
+
+
+class Hints(Case):
+    def edited(self, change, name=DENSE + "/tp1pp1"):
+        """A copy whose only rank file was changed: change(model dict, bytes of a key's storage)."""
+        copy = self.copy(name)
+        archive = Archive(next(copy.rglob("*.pt")))
+        model = archive.root["model"]
+        change(model, lambda key: archive.bytes_of(model[key]))
+        archive.save()
+        return copy
+
+    def hints(self, b, a=REFERENCE):
+        status, out = run_json("diff", a, b)
+        self.assertEqual(status, 1)
+        return {d["key"]: d["hint"] for d in out["different"]}
+
+    def one_layer(self, change):
+        found = self.hints(self.edited(change))
+        self.assertTrue(all(key.startswith("layers.1.") for key in found), found)
+        return {key.removeprefix("layers.1."): hint for key, hint in found.items()}
+
+    def test_qkv_not_interleaved(self):
+        def flatten(model, of):
+            data = of("decoder.layers.1.self_attention.linear_qkv.weight")
+            rows = dict(zip(fused(False), rows_of(data, 2 * HIDDEN)))
+            data[:] = b"".join(rows[i] for i in fused(True))
+        found = self.one_layer(flatten)
+        self.assertEqual(sorted(found), [f"attention.{x}.weight" for x in "kqv"])
+        for hint in found.values():
+            self.assertTrue(hint.startswith("QKV not interleaved"), hint)
+
+    def test_gate_and_up_swapped(self):
+        def swap(model, of):
+            data = of("decoder.layers.1.mlp.linear_fc1.weight")
+            half = len(data) // 2
+            data[:] = data[half:] + data[:half]
+        self.assertEqual(self.one_layer(swap), {"mlp.gate.weight": "gate and up swapped", "mlp.up.weight": "gate and up swapped"})
+
+    def test_rope_permutation(self):
+        def permute(model, of):
+            data = of("decoder.layers.1.self_attention.linear_qkv.weight")
+            rows = rows_of(data, 2 * HIDDEN)
+            for i, number in enumerate(fused(False)):
+                if number < 2000:  # q and k, not v
+                    at = number % 1000 % HEAD
+                    rows[i] = bytes(data[(i - at + at % 2 * HEAD // 2 + at // 2) * 2 * HIDDEN:][:2 * HIDDEN])
+            data[:] = b"".join(rows)
+        found = self.one_layer(permute)
+        self.assertEqual(sorted(found), ["attention.k.weight", "attention.q.weight"])
+        for hint in found.values():
+            self.assertTrue(hint.startswith("RoPE permutation: rotary pairs of every head alternate in b"), hint)
+
+    def test_transposed(self):
+        def transpose(model, of):
+            data = of("decoder.layers.1.self_attention.linear_proj.weight")
+            items = rows_of(data, 2)
+            data[:] = b"".join(items[c * HIDDEN + r] for r in range(HIDDEN) for c in range(HIDDEN))
+        self.assertEqual(self.one_layer(transpose), {"attention.out.weight": "transposed"})
+
+    def test_plus_one_norm(self):
+        def subtract(model, of):
+            data = of("decoder.layers.1.input_layernorm.weight")
+            data[:] = each(bytes(data), lambda x: x - 1)
+        found = self.one_layer(subtract)
+        self.assertTrue(found["attention.norm.weight"].startswith("+1 norm: b is a - 1"), found)
+
+    def test_layers_in_vpp_order(self):
+        def permute(model, of):
+            order = {1: 2, 2: 1}  # PP 2 VPP 2 of 4 layers: the first stage holds 0 and 2
+            for key in [k for k in model if re.match(r"decoder\.layers\.1\.", k)]:
+                other = key.replace("layers.1.", f"layers.{order[1]}.")
+                model[key], model[other] = model[other], model[key]
+        found = self.hints(self.edited(permute))
+        self.assertEqual(len(found), 2 * 9)
+        for key, hint in found.items():
+            layer = int(key.split(".")[1])
+            self.assertEqual(hint, f"layers in VPP order taken as global (b, PP 2 VPP 2): layer {layer} of b is layer {3 - layer} of a")
+
+    def test_padding_at_the_wrong_end(self):
+        def shift(model, of):
+            data = of("embedding.word_embeddings.weight")
+            rows = rows_of(data, 2 * HIDDEN)
+            data[:] = b"".join(rows[250:] + rows[:250])
+        found = self.hints(self.edited(shift))
+        self.assertEqual(list(found), ["embedding.word.weight"])
+        self.assertTrue(found["embedding.word.weight"].startswith("vocabulary padding at the wrong end: 6 rows at the start of b"), found)
+
+    def test_experts_in_local_order(self):
+        copy = self.copy(MOE)
+        for stage in ("000", "001"):
+            ranks = [Archive(copy / f"iter_0000010/mp_rank_00_{stage}_{ep}/model_optim_rng.pt") for ep in ("000", "001")]
+            for layer in (0, 1):
+                for which in ("fc1", "fc2"):
+                    key = f"decoder.layers.{layer}.mlp.experts.local_experts.{{}}.linear_{which}.weight"
+                    one, two = ranks[0].bytes_of(ranks[0].root["model"][key.format(1)]), ranks[1].bytes_of(ranks[1].root["model"][key.format(0)])
+                    one[:], two[:] = bytes(two), bytes(one)
+            for rank in ranks:
+                rank.save()
+        found = self.hints(copy, DATA / "mcore/moe_bf16/tp1pp2ep2")
+        self.assertEqual(len(found), 4 * 2 * 3)
+        self.assertEqual(found["layers.3.mlp.experts.1.up.weight"], "experts ordered by local index before EP rank (b, EP 2): expert 1 of b is expert 2 of a")
+
+    def test_tied_head_missing(self):
+        def tie(model, of):
+            of("output_layer.weight")[:] = of("embedding.word_embeddings.weight")
+        untied = self.edited(tie)
+        tied = self.tmp / "tied"
+        shutil.copytree(untied, tied)
+
+        def drop(root):
+            del root["model"]["output_layer.weight"]
+            root["args"].untie_embeddings_and_output_weights = False
+        edit_archive(next(tied.rglob("*.pt")), drop)
+        status, out = run_json("diff", untied, tied)
+        self.assertEqual((status, out["only_in_a"]), (1, ["output.weight"]))
+        self.assertTrue(out["hints"]["output.weight"].startswith("tied head missing in b"), out)
+        self.assertIn("tied head missing in b", run("diff", untied, tied)[1])
+
+    def test_no_known_mistake_no_hint(self):
+        def change(model, of):
+            of("decoder.layers.1.mlp.linear_fc2.weight")[101] ^= 0x40
+        self.assertEqual(self.one_layer(change), {"mlp.down.weight": None})
+        self.assertIn("mlp.down.weight", run("diff", REFERENCE, self.tmp / "copy" / DENSE / "tp1pp1")[1])
+
+    def test_another_type(self):
+        self.ok("convert", DATA / DENSE / "tp1pp1", self.tmp / "f32", "--to", "torch_dist", "--dtype", "f32")
+        status, out = run_json("diff", REFERENCE, self.tmp / "f32")
+        self.assertEqual(status, 1)
+        self.assertTrue(all(d["hint"].endswith(": the same values as another type") for d in out["different"]), out["different"][0])
+
+
+class Receipt(Case):
+    def written(self, source, *flags):
+        self.ok(source[0], DATA / source[1], self.tmp / "out", *flags, "--report", self.tmp / "report.json", "-q")
+        return self.tmp / "out", self.tmp / "report.json"
+
+    def test_says_where_everything_came_from(self):
+        out, report = self.written(("convert", DENSE + "/tp2pp2"), "--to", "torch_dist", "--tp", 4, "--pp", 1)
+        summary = json.loads(report.read_text())
+        receipt = summary["receipt"]
+        self.assertEqual((receipt["version"], summary["tensors"]), (1, len(receipt["logical"])))
+        self.assertEqual(receipt["model"], digest(out))
+        on_disk = {str(f.relative_to(out)): f.stat().st_size for f in out.rglob("*") if f.is_file()}
+        self.assertEqual({name: entry["bytes"] for name, entry in receipt["files"].items()}, on_disk)
+        head = receipt["tensors"]["output_layer.weight"]
+        self.assertEqual((head["dtype"], head["shape"], head["transforms"]), ("bf16", [256, 64], ["concatenated"]))
+        self.assertEqual([(s["key"], s["file"], s["box"]) for s in head["sources"]],
+                         [("output_layer.weight", f"mp_rank_0{rank}_001/model_optim_rng.pt", {"lo": [128 * rank, 0], "size": [128, 64]}) for rank in (0, 1)])
+        # The bytes are where it says.
+        source = DATA / DENSE / "tp2pp2/iter_0000010" / head["sources"][1]["file"]
+        inspected = next(t for t in run_json("inspect", DATA / DENSE / "tp2pp2")[1]["tensors"] if t["key"] == "output_layer.weight")
+        self.assertEqual([s["offset"] for s in inspected["shards"]], [s["offset"] for s in head["sources"]])
+        self.assertLess(head["sources"][1]["offset"], source.stat().st_size)
+
+    def test_names_transforms(self):
+        _, report = self.written(("reshard", "mcore/gpt_tied_bf16_div128/tp1pp1"), "--tp", 4, "--pad", "last")
+        tensors = json.loads(report.read_text())["receipt"]["tensors"]
+        self.assertIn("padded with last", tensors["embedding.word_embeddings.weight"]["transforms"])
+        shutil.rmtree(self.tmp / "out")
+        _, report = self.written(("convert", "mcore/gpt_tied_bf16_div128/tp2pp2"), "--to", "mp_rank", "--dtype", "f32")
+        tensors = json.loads(report.read_text())["receipt"]["tensors"]
+        self.assertIn("cast", tensors["decoder.final_layernorm.weight"]["transforms"])
+
+    def test_checks_the_output_without_the_source(self):
+        for kind in ("torch_dist", "mp_rank"):
+            for more in ([], ["--no-sync"]):
+                out, report = self.written(("convert", DENSE + "/tp2pp2"), "--to", kind, "--tp", 1, "--pp", 2, *more)
+                self.ok("verify", out, "--receipt", report)
+                moved = self.tmp / "elsewhere"
+                out.rename(moved)
+                self.ok("verify", moved, "--receipt", report)
+                shutil.rmtree(moved)
+        out, report = self.written(("convert", "dcp/fsdp2_adamw_4"), "--to", "hf")
+        self.ok("verify", out, "--receipt", report)
+
+    def test_finds_what_changed(self):
+        out, report = self.written(("convert", DENSE + "/tp2pp2"), "--to", "mp_rank", "--tp", 1, "--pp", 1)
+
+        def flip(model, of):
+            of("decoder.layers.1.mlp.linear_fc2.weight")[101] ^= 0x40
+        archive = Archive(next(out.rglob("*.pt")))
+        flip(archive.root["model"], lambda key: archive.bytes_of(archive.root["model"][key]))
+        archive.save()
+        status, found = run_json("verify", out, "--receipt", report)
+        self.assertEqual(status, 1)
+        keys = {(f["rule"], f["key"]) for f in found["findings"] if f["severity"] == "error"}
+        self.assertIn(("checksum", "layers.1.mlp.down.weight"), keys)
+        self.assertIn(("checksum", "iter_0000010/mp_rank_00/model_optim_rng.pt"), keys)
+        self.assertEqual(len(keys), 2)
+        self.ok("verify", out)  # sound by itself
+
+    def test_finds_files_and_tensors_that_came_or_went(self):
+        out, report = self.written(("convert", DENSE + "/tp2pp2"), "--to", "torch_dist", "--tp", 1, "--pp", 1)
+        tree = json.loads(report.read_text())
+        tree["receipt"]["files"]["iter_0000010/__9_0.distcp"] = {"bytes": 3, "digest": "0" * 32}
+        tree["receipt"]["logical"]["layers.9.mlp.up.weight"] = tree["receipt"]["logical"].pop("layers.1.mlp.up.weight")
+        report.write_text(json.dumps(tree))
+        status, found = run_json("verify", out, "--receipt", report)
+        self.assertEqual(status, 1)
+        self.assertEqual({(f["rule"], f["key"]) for f in found["findings"] if f["severity"] == "error"},
+                         {("missing", "iter_0000010/__9_0.distcp"), ("missing", "layers.9.mlp.up.weight"), ("unexpected", "layers.1.mlp.up.weight")})
+
+    def test_refuses_what_is_no_receipt(self):
+        good = {"version": 1, "algorithm": "xxh3-128-256KiB", "vocab_size": None, "files": {}, "logical": {}}
+        for text in ("", "[]", "{}", '{"receipt": 3}', "[" * 100_000, json.dumps({"receipt": {**good, "version": 2}}),
+                     json.dumps({"receipt": {**good, "files": {"x": 1}}}), json.dumps({"receipt": {**good, "logical": {"x": "abc"}}}),
+                     json.dumps({"receipt": {**good, "vocab_size": "x"}}), json.dumps({"receipt": {**good, "files": {"../x": {"bytes": 1, "digest": "0" * 32}}}}),
+                     "\x00\xff"):
+            (self.tmp / "r.json").write_text(text)
+            self.refused(4, "verify", REFERENCE, "--receipt", self.tmp / "r.json")
+        self.refused(3, "verify", REFERENCE, "--receipt", self.tmp / "nothing.json")
+
+    def test_parts_leave_one_receipt(self):
+        for part in (1, 2):
+            self.ok("convert", DATA / DENSE / "tp2pp2", self.tmp / "out", "--to", "torch_dist", "--part", f"{part}/2", "--report", self.tmp / f"{part}.json", "-q")
+        self.assertNotIn("receipt", json.loads((self.tmp / "1.json").read_text()))
+        self.ok("verify", self.tmp / "out", "--receipt", self.tmp / "2.json")
+
+
+class Expected(Case):
+    """What args call for: whatever is taken away or added is found by verify and stops reshard before anything is written."""
+
+    def edited(self, name, change, ranks="."):
+        copy = self.copy(name)
+        for path in sorted(copy.rglob("*.pt")):
+            if re.search(ranks, str(path.relative_to(copy))):
+                edit_archive(path, change)
+        return copy
+
+    def caught(self, copy, rule, key, statuses=(4, 6)):
+        found = self.finding(rule, copy)
+        self.assertIn(key, found["key"])
+        status, _, err = run("reshard", copy, self.tmp / "out", "--tp", 1, "--pp", 1, "--ep", 1)
+        self.assertIn(status, statuses, err)
+        self.assertFalse((self.tmp / "out").exists())
+        self.assertNotEqual(run("hash", copy)[0], 0)
+        shutil.rmtree(self.tmp / "copy")
+
+    @staticmethod
+    def without(pattern):
+        def change(root):
+            for key in [k for k in root["model"] if re.search(pattern, k)]:
+                del root["model"][key]
+        return change
+
+    @staticmethod
+    def arg(**values):
+        return lambda root: vars(root["args"]).update(values)
+
+    def test_tensors_of_a_dense_model(self):
+        for pattern, ranks, rule, key in (
+                (r"layers\.1\.mlp\.linear_fc2\.weight", ".", "missing", "layers.1.mlp.down.weight"),
+                (r"layers\.1\.mlp\.linear_fc2\.weight", "rank_01_000", "missing", "linear_fc2.weight"),
+                (r"layers\.1\.input_layernorm", "rank_01_000", "missing", "decoder.layers.1.input_layernorm.weight"),
+                (r"layers\.1\.", "rank_.._001", "missing", "layers.3"),
+                (r"linear_qkv\.weight", ".", "missing", "attention.q.weight"),
+                (r"final_layernorm", ".", "missing", "final_norm.weight"),
+                (r"output_layer", ".", "missing", "output.weight"),
+                (r"word_embeddings", ".", "missing", "embedding.word.weight")):
+            with self.subTest(pattern=pattern, ranks=ranks):
+                self.caught(self.edited(DENSE + "/tp2pp2", self.without(pattern), ranks), rule, key)
+        hole = self.edited(DENSE + "/tp2pp2", self.without(r"layers\.1\.mlp\.linear_fc2\.weight"), "rank_01_000")
+        self.assertIn("no shard holds [0:64, 64:128]", self.finding("coverage", hole)["message"])
+
+    def test_experts(self):
+        for pattern, ranks, key in (
+                (r"layers\.1\.mlp\.experts.*\.1\.linear", "_000_001/", "layers.1.mlp.experts.3"),
+                (r"experts\.1\.linear", "_00._001/", "mlp.experts.3"),       # the last one, in every layer
+                (r"experts\.0\.linear_fc2", "_00._000/", "mlp.experts.0.down.weight"),
+                (r"layers\.1\.mlp\.router", ".", "layers.1.mlp.router.weight"),
+                (r"layers\.1\.mlp\.router", "_000_001/", "decoder.layers.1.mlp.router.weight"),
+                (r"layers\.1\.mlp\.(router|experts)", "_000_", "layers.1.mlp.router.weight"),
+                (r"mlp\.(router|experts)", ".", "mlp.experts.0")):
+            with self.subTest(pattern=pattern, ranks=ranks):
+                self.caught(self.edited(MOE, self.without(pattern), ranks), "missing", key)
+
+    def test_halved_expert_tensors(self):
+        def halve(root):
+            for key, tensor in root["model"].items():
+                if re.search(r"experts.*linear_fc1\.weight", key):
+                    args = list(tensor.args)
+                    args[2] = (args[2][0] // 2, args[2][1])
+                    tensor.args = tuple(args)
+        self.caught(self.edited(MOE, halve), "shape", "experts")
+
+    def test_args_that_call_for_more_or_less(self):
+        for values, rule, key in (
+                ({"num_layers": 6}, "missing", "layers"), ({"num_layers": 2}, "unexpected", "layers"), ({"mtp_num_layers": 1}, "missing", "mtp.0"),
+                ({"qk_layernorm": True}, "missing", "q_norm"), ({"add_qkv_bias": True}, "missing", "q.bias"), ({"normalization": "LayerNorm"}, "missing", "norm.bias"),
+                ({"position_embedding_type": "learned_absolute"}, "missing", "embedding.position"), ({"num_query_groups": 2}, "shape", "linear_qkv")):
+            with self.subTest(**values):
+                self.caught(self.edited(DENSE + "/tp2pp2", self.arg(**values)), rule, key)
+        for values, rule, key in (
+                ({"num_experts": 8}, "shape", "router"), ({"moe_ffn_hidden_size": 24}, "shape", "experts"), ({"moe_layer_freq": [0, 1, 1, 1]}, "missing", "layers.0.mlp.gate"),
+                ({"moe_router_enable_expert_bias": True}, "missing", "expert_bias"), ({"moe_shared_expert_intermediate_size": 48}, "missing", "mlp.shared")):
+            with self.subTest(**values):
+                self.caught(self.edited(MOE, self.arg(**values)), rule, key)
+
+    def test_extra_keys(self):
+        def add(root):
+            root["model"]["decoder.surprise.weight"] = next(v for k, v in root["model"].items() if k.endswith(".weight"))
+        self.caught(self.edited(DENSE + "/tp2pp2", add), "unexpected", "decoder.surprise.weight")
+
+    def test_rank_folders(self):
+        for name in ("mp_rank_00_001_001", "mp_rank_00_000_000"):
+            copy = self.copy(MOE)
+            shutil.rmtree(copy / "iter_0000010" / name)
+            for command in (("verify", copy), ("reshard", copy, self.tmp / "out", "--ep", 1)):
+                self.assertNotEqual(run(*command)[0], 0)
+                self.refused(6, *command)
+            shutil.rmtree(self.tmp / "copy")
+
+    def test_torch_dist_metadata(self):
+        def without(pattern):
+            def change(root):
+                state = root.state
+                for key in [k for k in state["state_dict_metadata"] if re.search(pattern, k)]:
+                    del state["state_dict_metadata"][key]
+                for index in [i for i in state["storage_data"] if re.search(pattern, i.state["fqn"])]:
+                    del state["storage_data"][index]
+            return change
+
+        def without_chunk(pattern):
+            def change(root):
+                tensor = next(v for k, v in root.state["state_dict_metadata"].items() if re.search(pattern, k))
+                tensor.state["chunks"].pop()
+            return change
+        for name, change, rule, key in (
+                ("mcore/llama_untied_bf16/tp2pp2", without(r"linear_fc2\.weight"), "missing", "mlp.down"),
+                ("mcore/llama_untied_bf16/tp2pp2", without(r"output_layer"), "missing", "output.weight"),
+                ("mcore/llama_untied_bf16/tp2pp2", without_chunk(r"linear_qkv\.weight"), "coverage", "linear_qkv"),
+                ("mcore/moe_bf16/tp1pp2ep2", without(r"experts\.linear_fc2\.weight"), "missing", "mlp.experts.0.down"),
+                ("mcore/moe_bf16/tp1pp2ep2", without(r"router"), "missing", "mlp.router"),
+                ("mcore/moe_bf16/tp1pp2ep2", without(r"mlp\.(router|experts)"), "missing", "mlp.experts.0"),
+                ("mcore/moe_bf16/tp1pp2ep2", without_chunk(r"experts\.linear_fc1\.weight"), "coverage", "experts")):
+            copy = self.copy(name)
+            edit_file(copy / "iter_0000010/.metadata", change)
+            self.caught(copy, rule, key)
+
+    def test_torch_dist_files(self):
+        for name, status in (("__2_0.distcp", 3), (".metadata", 3), ("metadata.json", 4)):
+            copy = self.copy("mcore/moe_bf16/tp1pp2ep2")
+            os.remove(copy / "iter_0000010" / name)
+            for command in (("verify", copy), ("hash", copy), ("reshard", copy, self.tmp / "out", "--ep", 1)):
+                self.refused(status, *command)
+            self.assertFalse((self.tmp / "out").exists())
+            shutil.rmtree(self.tmp / "copy")
+
+
+class Junit(Case):
+    def cases(self, *args):
+        run("verify", *args, "--junit", self.tmp / "junit.xml", "-q")
+        suite = xml.etree.ElementTree.parse(self.tmp / "junit.xml").getroot()
+        self.assertEqual(int(suite.get("tests")), len(suite.findall("testcase")))
+        self.assertEqual(int(suite.get("failures")), len(suite.findall("testcase/failure")))
+        return {case.get("name"): case.find("failure") for case in suite}
+
+    def test_sound(self):
+        self.assertEqual(set(self.cases(REFERENCE).values()), {None})
+
+    def test_a_failure_is_under_its_rule(self):
+        cases = self.cases(DATA / "hostile/mega_layernorm_replica_differs")
+        self.assertIn("ULP", cases["replica"].get("message"))
+        self.assertEqual([rule for rule, failure in cases.items() if failure is not None], ["replica"])
+
+    def test_keys_of_strangers_stay_xml(self):
+        key = 'a<b>&"\'\x01\n]]>\ufffe\u00e9'
+
+        def add(root):
+            root["model"][key] = next(v for k, v in root["model"].items() if k.endswith(".weight"))
+        copy = self.copy(DENSE + "/tp1pp1")
+        edit_archive(next(copy.rglob("*.pt")), add)
+        failure = self.cases(copy)["unexpected"]
+        self.assertIn('a<b>&"\'?', failure.text)
+        self.assertIn("\u00e9", failure.text)
+
+
+if __name__ == "__main__":
+    unittest.main()
