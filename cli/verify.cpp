@@ -43,7 +43,7 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared
   const auto note = [&](const char* key, std::string message) { out.findings.push_back({"unverifiable", Finding::Severity::Note, key, std::move(message)}); };
   if (checkpoint.format == "torch_dist" || checkpoint.format == "dcp") note("replicas", "this format stores one copy of every element; replicas cannot be compared");
   if (checkpoint.tied.value_or(false) && !ties_compared) note("output.weight", "tied to the embedding and stored once; there is no second copy to compare");
-  if (sums == 0 && !checkpoint.stored.streams.empty()) note("checksums", "this format records no checksums");
+  if (sums == 0 && !checkpoint.stored.streams.empty() && checkpoint.format != "hdf5") note("checksums", "this format records no checksums");
   if (checkpoint.megatron && !checkpoint.vocab) note("vocabulary", "args do not say the true vocabulary size; padding rows are taken for tokens");
 }
 

@@ -106,6 +106,8 @@ std::vector<Finding> scan_bytes(const Reader& from, const ShardedStateDict& stor
   });
   const auto block = block_size(budget);
   std::vector<NonFinite> found(tasks.size());
+  std::map<std::string, std::string> damaged;
+  std::mutex damage_mutex;
   std::vector<Difference> differences(replicas.comparisons.size());
   std::vector<Buffers> buffers(std::max(1u, budget.threads));
   std::atomic<std::uint64_t> done = 0;
@@ -116,10 +118,17 @@ std::vector<Finding> scan_bytes(const Reader& from, const ShardedStateDict& stor
       difference = compare_places(source, replicas.comparisons[i - tasks.size()], block, buffers[worker]);
       return;
     }
-    found[i] = scan_shard(source, *tasks[i].tensor, *tasks[i].shard, tasks[i].begin, tasks[i].end, block, buffers[worker]);
+    try {
+      found[i] = scan_shard(source, *tasks[i].tensor, *tasks[i].shard, tasks[i].begin, tasks[i].end, block, buffers[worker]);
+    } catch (const Error& error) {  // a damaged chunk of a compressed file: the others can still be checked
+      if (error.code != Code::BadFormat) throw;
+      const std::lock_guard lock(damage_mutex);
+      damaged.try_emplace(tasks[i].tensor->key, error.what());
+    }
     if (tell) tell(done += tasks[i].end - tasks[i].begin, all);
   });
   std::vector<Finding> out;
+  for (const auto& [key, what] : damaged) out.push_back({"checksum", Finding::Severity::Error, key, what});
   std::map<std::string, NonFinite> sums;
   for (std::size_t i = 0; i < tasks.size(); ++i) {
     if (found[i].nan + found[i].inf == 0) continue;

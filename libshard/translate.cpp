@@ -200,6 +200,21 @@ std::vector<Wanted> spell_out(const ShardedStateDict& logical, const Table& tabl
   return out;
 }
 
+namespace {
+
+/// What a row holds; names alone where a size is not known, such as the vocabulary of a checkpoint without embedding.
+std::vector<LogicalPart> parts_or_names(const Match& match, const Params& params) {
+  try {
+    return logical_parts(*match.row, factors(*match.row, params), match, params);
+  } catch (const Error&) {
+    std::vector<LogicalPart> out;
+    for (const auto& part : match.row->parts) out.push_back({spell(part.name, match.layer, match.expert, match.depth), {}, {}, {}, {}, -1, {}});
+    return out;
+  }
+}
+
+}  // namespace
+
 std::vector<LogicalPart> missing_tensors(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes) {
   std::vector<LogicalPart> out;
   std::set<std::string> reported;
@@ -214,7 +229,7 @@ std::vector<LogicalPart> missing_tensors(const ShardedStateDict& logical, const 
     auto one = match;
     for (Index e = 0; e < (match.experts_stacked ? sizes.experts : 1); ++e) {
       if (match.experts_stacked) one.expert = e;
-      for (auto& part : logical_parts(row, factors(row, params), one, params))
+      for (auto& part : parts_or_names(one, params))
         if (!logical.tensors.contains(part.name) && reported.insert(part.name).second) out.push_back(std::move(part));
     }
     return true;

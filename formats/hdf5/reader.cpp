@@ -44,12 +44,19 @@ class Reader {
     out_.stored.files = {file.filename().string()};
     where_ = file.string();
     const std::lock_guard lock(library());
-    file_ = checked(H5Fopen(file.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT), Code::BadFormat, fmt::format("{}: is no HDF5 file, or is damaged", where_));
-    H5Ovisit(file_, H5_INDEX_NAME, H5_ITER_INC, &Reader::visit, this);
-    H5Lvisit(file_, H5_INDEX_NAME, H5_ITER_INC, &Reader::look, this);
+    const Handle access(H5Pcreate(H5P_FILE_ACCESS));
+    H5Pset_file_locking(access, false, true);  // checkpoints lie on file systems without locks
+    file_ = checked(H5Fopen(file.c_str(), H5F_ACC_RDONLY, access), Code::BadFormat, fmt::format("{}: is no HDF5 file, or is damaged", where_));
+    const bool walked = H5Lvisit(file_, H5_INDEX_NAME, H5_ITER_INC, &Reader::look, this) >= 0;
     if (failed_) throw shard::Error(*failed_);
+    shard::require(walked, Code::BadFormat, [&] { return fmt::format("{}: its groups cannot be read to the end", where_); });
     for (const auto& path : datasets_) add(path, false);
     for (const auto& path : soft_links_) follow(path);
+  }
+
+  ~Reader() {
+    const std::lock_guard lock(library());
+    file_ = Handle();
   }
 
   Checkpoint finish() {
@@ -66,17 +73,17 @@ class Reader {
   }
 
  private:
-  static herr_t visit(hid_t, const char* name, const H5O_info_t* info, void* self) {
-    if (info->type == H5O_TYPE_DATASET) static_cast<Reader*>(self)->datasets_.emplace_back(name);
-    return 0;
-  }
-
-  /// External links name other files.
-  static herr_t look(hid_t, const char* name, const H5L_info_t* info, void* data) {
+  /// One link of the file; links, not objects, so that a second name of a data set is not lost. External ones name other files.
+  static herr_t look(hid_t group, const char* name, const H5L_info_t* info, void* data) {
     auto& self = *static_cast<Reader*>(data);
     if (info->type == H5L_TYPE_EXTERNAL || info->type >= H5L_TYPE_UD_MIN) {
       self.failed_ = std::make_unique<shard::Error>(Code::BadFormat, fmt::format("{}: '{}' is a link to another file", self.where_, name));
       return 1;
+    }
+    H5O_info_t object;
+    if (info->type == H5L_TYPE_HARD) {
+      if (H5Oget_info_by_name(group, name, &object, H5P_DEFAULT) < 0) return -1;
+      if (object.type == H5O_TYPE_DATASET) self.datasets_.emplace_back(name);
     }
     if (info->type == H5L_TYPE_SOFT) self.soft_links_.emplace_back(name);
     return 0;
@@ -105,7 +112,10 @@ class Reader {
     shard::require(!out_.stored.tensors.contains(key), Code::BadFormat, [&] { return fmt::format("{}: two data sets are named '{}'", where_, key); });
     const auto shape = shape_of(dataset, path);
     const auto item = size_of(type->dtype);
-    const auto bytes = static_cast<std::uint64_t>(shard::volume(shape)) * item;
+    std::uint64_t bytes = 0;
+    shard::require(!__builtin_mul_overflow(static_cast<std::uint64_t>(shard::volume(shape)), item, &bytes) && bytes < (1ull << 62), Code::BadFormat,
+                   [&] { return fmt::format("{}: '{}' is larger than any file", where_, path); });
+    shard::require(bytes <= kLargestSmall || H5Dget_storage_size(dataset) > 0, Code::BadFormat, [&] { return fmt::format("{}: '{}' was never written", where_, path); });
     auto stride = shard::row_major(shape);
     for (auto& step : stride) step *= static_cast<Index>(item);
     const auto stream = add_stream(std::move(dataset), path, *type, shape, bytes);
@@ -196,7 +206,8 @@ class Reader {
     const Handle type(H5Dget_type(dataset));
     shard::require(shape.size() == 1 && size <= kLargestSmall && H5Tget_size(type) == 1, Code::BadFormat, [&] { return fmt::format("{}: '{}' should be a row of bytes", where_, name); });
     std::vector<std::byte> bytes(size);
-    if (size > 0) H5Dread(dataset, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.data());
+    if (size > 0)
+      shard::require(H5Dread(dataset, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.data()) >= 0, Code::BadFormat, [&] { return fmt::format("{}: '{}' cannot be read, or its checksum does not match", where_, name); });
     if (name == "common.pkl") common_ = std::move(bytes);
     else if (name == "config.json") config_.assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   }

@@ -139,8 +139,14 @@ class Writer {
     const std::lock_guard lock(library());
     const hsize_t size = content.size();
     const Handle space(H5Screate_simple(1, &size, nullptr));
-    const auto dataset = checked(H5Dcreate2(file_->file, fmt::format("{}/{}", kReserved, name).c_str(), H5T_STD_U8LE, space, links_, H5P_DEFAULT, H5P_DEFAULT), Code::Io, name + ": cannot be written");
-    H5Dwrite(dataset, H5T_NATIVE_UINT8, H5S_ALL, H5S_ALL, H5P_DEFAULT, content.data());
+    const Handle list(H5Pcreate(H5P_DATASET_CREATE));
+    if (size > 0) {
+      H5Pset_chunk(list, 1, &size);
+      H5Pset_fletcher32(list);
+    }
+    const auto dataset = checked(H5Dcreate2(file_->file, fmt::format("{}/{}", kReserved, name).c_str(), H5T_STD_U8LE, space, links_, list, H5P_DEFAULT), Code::Io, name + ": cannot be written");
+    const bool written = size == 0 || H5Dwrite(dataset, H5T_NATIVE_UINT8, H5S_ALL, H5S_ALL, H5P_DEFAULT, content.data()) >= 0;
+    shard::require(written, Code::Io, [&] { return name + ": cannot be written; is the disk full?"; });
   }
 
   void attribute(const char* name, const std::string& text) {

@@ -4,7 +4,7 @@ import sys
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from support import DATA, Case, digest, files_below, run_json  # noqa: E402
+from support import DATA, Case, digest, files_below, run, run_json  # noqa: E402
 
 
 class Hdf5(Case):
@@ -47,9 +47,12 @@ class Hdf5(Case):
         refused = 0
         for at in range(2000, len(whole) - 100, len(whole) // 40):
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
-            status, _, err = __import__("support").run("hash", out, "-q")
+            status, _, err = run("hash", out, "-q")
             self.assertIn(status, (0, 4, 6), err)
             refused += status != 0
+            if status == 4 and "chunk" in err:
+                found = run_json("verify", out)
+                self.assertEqual((found[0], {f["rule"] for f in found[1]["findings"] if f["severity"] == "error"}), (1, {"checksum"}))
         self.assertGreater(refused, 25)  # chunk checksums; some bytes belong to nothing
         for size in (0, 7, 8, 600, len(whole) // 2, len(whole) - 1):
             file.write_bytes(whole[:size])
