@@ -67,6 +67,12 @@ formats::TargetOptions target_options(const Ask& ask, const formats::Checkpoint&
   return out;
 }
 
+/// What quantised weights are dequantised to; types as narrow as theirs are not.
+std::optional<shard::DType> wanted_weights(const Ask& ask) {
+  const auto dtype = shard::dtype_named(ask.dtype);
+  return dtype && (*dtype == shard::DType::BF16 || *dtype == shard::DType::F16 || *dtype == shard::DType::F32 || *dtype == shard::DType::F64) ? dtype : std::nullopt;
+}
+
 /// The mean row of a vocabulary tensor over its true rows, in its own type.
 std::vector<std::byte> mean_row(const formats::LocalReader& reader, const shard::ShardedTensor& tensor, std::optional<shard::Index> vocab) {
   const auto rows = vocab ? std::min(*vocab, tensor.global_shape[0]) : tensor.global_shape[0];
@@ -161,6 +167,7 @@ int run(const Ask& ask) {
   auto open = ask.model.open;
   open.threads = budget.threads;
   shard::require(!ask.merge_lora, shard::Code::Usage, [] { return "--merge-lora: LoRA adapters are not supported yet"; });
+  open.dequantise = wanted_weights(ask);
   const auto source = formats::open(ask.from, open);                                                     // open
   shard::require(!source.needs_weights_only || ask.weights_only, shard::Code::BadFormat,
                  [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });

@@ -38,6 +38,7 @@ struct Opened {
 Opened open_model(const Ask& ask, const std::string& path, unsigned threads) {
   auto options = ask.model.open;
   options.threads = threads;
+  options.dequantise = shard::DType::BF16;  // what transformers computes them as
   Opened out{formats::open(path, options), {}, 0, 0};
   refuse(out.checkpoint.findings);
   out.config = formats::model_config(out.checkpoint);

@@ -61,6 +61,7 @@ struct Checkpoint {
   std::optional<shard::Index> vocab;             ///< true size
   std::vector<shard::Finding> findings;
   std::vector<Dropped> not_carried;              ///< RNG, scheduler and the like
+  std::set<std::string> quantised;               ///< stored keys of weights and their scales, which are their own logical names
   bool needs_weights_only = false;               ///< holds optimizer state that cannot be placed
   std::optional<MegatronState> megatron;
   std::shared_ptr<const hf::State> hf;           ///< of a Hugging Face folder, or carried beside a Megatron one
@@ -77,6 +78,7 @@ struct OpenOptions {
   std::optional<shard::Index> vocab;
   std::string family;                              ///< a Hugging Face family by name or file, over what config.json says
   std::vector<std::string> drop;                   ///< globs over logical and stored keys
+  std::optional<shard::DType> dequantise;          ///< quantised weights and their scales become one tensor of this type
   bool places = true;                              ///< false: metadata only, payloads are not located
   unsigned threads = 1;
 };

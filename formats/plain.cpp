@@ -227,6 +227,7 @@ void create_safetensors(const std::filesystem::path& path, const Checkpoint& sou
   target.writer = make_writer(path, options);
   write_safetensors(target, same_keys(source, options), options.max_shard_size, source.metadata);
   drop_objects(source, target, "safetensors hold only tensors");
+  hf::carry_files(source, target, "");
   join(source, target);
 }
 

@@ -33,9 +33,10 @@ constexpr FolderFormat kFolders[] = {
     {"hdf5", hdf5::matches, hdf5::open},
 };
 
-/// Where no family is known, keys stay as they are.
+/// Where no family is known, or weights stay quantised, keys stay as they are.
 void create_hf(const fs::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
-  (source.hf || source.megatron ? hf::create : create_safetensors)(path, source, options, target);
+  const bool spelled = (source.hf && source.quantised.empty()) || source.megatron;
+  (spelled ? hf::create : create_safetensors)(path, source, options, target);
 }
 
 struct TargetFormat {
@@ -106,6 +107,9 @@ Target create(const fs::path& path, const Checkpoint& source, const TargetOption
     if (options.format != format.name) continue;
     Target out;
     const bool to_megatron = options.format == "torch_dist" || options.format == "mp_rank";
+    shard::require(source.quantised.empty() || (!to_megatron && !options.dtype), Code::BadFormat, [&] {
+      return fmt::format("{}: {} is quantised, and its scale has no place in {}; --dtype bf16, f16 or f32 dequantises", source.path.string(), *source.quantised.begin(), options.format);
+    });
     if (to_megatron && source.hf && !source.megatron) {
       out.source = std::make_shared<Checkpoint>(hf::as_megatron(source, out.notes));
       format.create(path, *out.source, options, out);

@@ -67,7 +67,8 @@ void carry_files(const Checkpoint& source, Target& target, const std::string& be
   if (source.hf->files.empty()) folder.write(folder.add(below + "config.json"), 0, source.hf->config.dump(2) + "\n");
   for (const auto& name : source.hf->files) {
     if (name == except) continue;
-    folder.write(folder.add(below + name), 0, read_text(source.hf->folder / name));
+    const bool rewritten = name == "config.json" && source.hf->rewritten;
+    folder.write(folder.add(below + name), 0, rewritten ? source.hf->config.dump(2) + "\n" : read_text(source.hf->folder / name));
     target.carried.push_back(name);
   }
 }

@@ -1,5 +1,6 @@
 // What a Hugging Face folder's config.json says of its tensors.
 #include "formats/hf/hf.h"
+#include "formats/hf/quantised.h"
 #include "formats/json.h"
 #include "libshard/error.h"
 #include "libshard/families/megatron.h"
@@ -83,7 +84,7 @@ std::vector<shard::Row> rows_for(const Family& family, const shard::ShardedState
 /// Whether two tensors of one shard each, as safetensors hold them, have the same bytes.
 bool same_bytes(const Checkpoint& checkpoint, const shard::ShardedTensor& a, const shard::ShardedTensor& b) {
   if (a.dtype != b.dtype || a.natural != b.natural || a.shards.size() != 1 || b.shards.size() != 1) return false;
-  const LocalReader reader(checkpoint.stored, checkpoint.files);
+  const LocalReader reader(checkpoint.logical, checkpoint.files);
   std::vector<std::byte> left(kCompareBlock), right(kCompareBlock);
   const auto bytes = static_cast<std::uint64_t>(shard::volume(a.natural)) * size_of(a.dtype);
   for (std::uint64_t at = 0; at < bytes; at += kCompareBlock) {
@@ -138,12 +139,38 @@ void widen_selection_bias(Checkpoint& checkpoint) {
   }
 }
 
+/// Quantised weights that stay as they are keep their own keys: no logical tensor is made of numbers without their scales.
+void keep_pairs(Checkpoint& checkpoint, const std::vector<QuantisedPair>& pairs, std::uint32_t first_computed, std::size_t end_computed) {
+  auto& tensors = checkpoint.logical.tensors;
+  const auto computed = [&](const shard::Shard& shard) { return shard.place.stream >= first_computed && shard.place.stream < end_computed; };
+  for (auto at = tensors.begin(); at != tensors.end();) {
+    const bool any = std::erase_if(at->second.shards, computed) > 0;
+    at = any && at->second.shards.empty() ? tensors.erase(at) : std::next(at);
+  }
+  for (const auto& pair : pairs)
+    for (const auto& key : {pair.weight, pair.scale}) {
+      tensors[key] = checkpoint.stored.tensors.at(key);
+      checkpoint.quantised.insert(key);
+    }
+}
+
+void say_dtype(State& state, shard::DType dtype) {
+  state.config.erase("quantization_config");
+  state.config[state.config.contains("dtype") ? "dtype" : "torch_dtype"] = shard::torch_name(dtype);
+  state.rewritten = true;
+}
+
 }  // namespace
 
 void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   if (checkpoint.metadata.contains("DCP_SHARDING_INFO")) return;
   const auto state = state_of(checkpoint.folder, options, checkpoint.embedded_config);
-  if (!state) return;
+  if (!state) {
+    std::vector<Finding> ignored;
+    shard::require(!options.dequantise || quantised_pairs(checkpoint.stored, nlohmann::ordered_json::object(), ignored).empty(), Code::BadFormat,
+                   [&] { return fmt::format("{}: holds quantised weights, which --dtype cannot read without a config.json of a known family", checkpoint.folder.string()); });
+    return;
+  }
   const auto& family = state->family;
   checkpoint.hf = state;
   checkpoint.family = family.name;
@@ -154,9 +181,18 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   if (options.vocab) checkpoint.vocab = options.vocab;
   drop(checkpoint, checkpoint.stored, family.drop, "a buffer, computed when a model is built");
   drop(checkpoint, checkpoint.stored, options.drop, "--drop");
-  const shard::Table table(rows_for(family, checkpoint.stored), "h");
   std::vector<Finding> findings;
-  auto translation = to_logical(checkpoint.stored, table, params, {}, findings);
+  const auto pairs = quantised_pairs(checkpoint.stored, state->config, findings);
+  auto weights = checkpoint.stored;  // with every pair as the one tensor that it stands for
+  std::uint32_t first_computed = 0;
+  if (!pairs.empty()) weights = dequantised(checkpoint, pairs, options.dequantise, first_computed);
+  const auto end_computed = weights.streams.size();
+  if (!pairs.empty() && options.dequantise) {
+    checkpoint.stored = weights;
+    say_dtype(*state, *options.dequantise);
+  }
+  const shard::Table table(rows_for(family, weights), "h");
+  auto translation = to_logical(weights, table, params, {}, findings);
   checkpoint.logical = std::move(translation.logical);
   drop(checkpoint, checkpoint.logical, options.drop, "--drop");
   resolve_tie(checkpoint, params);
@@ -179,13 +215,16 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
                           fmt::format("the checkpoint holds {} {}; config.json says {}", held, what, told)});
   check_expected(checkpoint.logical, table, params, {nullptr, layers, experts, depths}, findings);
   for (const auto& [key, tensor] : checkpoint.logical.tensors) check_cover(tensor, findings, 2);
+  if (!pairs.empty() && !options.dequantise) keep_pairs(checkpoint, pairs, first_computed, end_computed);
   checkpoint.findings.insert(checkpoint.findings.end(), findings.begin(), findings.end());
   checkpoint.sizes = {layers, experts, depths};
 }
 
 shard::ShardedStateDict logical_of(const Checkpoint& source, const shard::ShardedStateDict& stored, std::vector<Finding>& findings) {
   const shard::Table table(rows_for(source.hf->family, stored), "h");
-  return to_logical(stored, table, source.params, {}, findings).logical;
+  auto out = to_logical(stored, table, source.params, source.quantised, findings).logical;
+  for (const auto& key : source.quantised) out.tensors[key] = stored.tensors.at(key);
+  return out;
 }
 
 void take_up_carried(Checkpoint& checkpoint, const OpenOptions& options) {

@@ -14,6 +14,7 @@ struct State {
   nlohmann::ordered_json config;        ///< as the file says, in its order
   std::filesystem::path folder;         ///< where config.json and the small files lie
   std::vector<std::string> files;       ///< config, generation config, tokenizer: names, config.json among them
+  bool rewritten = false;               ///< config differs from the file: weights are given in another form than stored
 };
 
 }  // namespace formats::hf
