@@ -250,12 +250,14 @@ void LanguageModule::forward(WeightStream& weights, const ForwardRequest& reques
   note("final_norm", states.back(), result, mutex);
   if (request.mtp) {
     auto ids = batch.input_ids, positions = batch.position_ids;
+    std::size_t before = 0;  // the state that the next depth starts from; steps lie between
     for (Index k = 0; k < config_.mtp_num_layers; ++k) {
       ids = roll_left(ids, batch.length);
       positions = roll_left(positions, batch.length);
-      auto next = states.back().clone();
+      auto next = states[before].clone();
       mtp_layer(weights, k, ids, positions, table, batch.length, next);
       note(fmt::format("mtp {}", k), next, result, mutex);
+      before = states.size();
       states.push_back(std::move(next));
       for (const auto& step : request.steps)
         if (step.depth == k) states.push_back(compute_mtp_single_step(weights, step));

@@ -15,34 +15,32 @@ using shard::Code;
 using shard::DType;
 
 struct Sight {
-  std::uint64_t nonfinite = 0;
-  bool constant = true;
+  bool nonfinite = false, constant = true;
 };
 
 SHARD_CLONES Sight look_bf16(const std::byte* data, std::uint64_t count) {
   std::uint16_t first;
   std::memcpy(&first, data, 2);
-  std::uint16_t other = 0;
-  std::uint32_t bad = 0;
+  std::uint16_t other = 0, top = 0;
+  const auto* items = reinterpret_cast<const std::uint16_t*>(data);  // buffers are aligned; written as bytes only
   for (std::uint64_t i = 0; i < count; ++i) {
-    std::uint16_t bits;
-    std::memcpy(&bits, data + 2 * i, 2);
+    const std::uint16_t bits = items[i], magnitude = bits & 0x7fff;
     other = static_cast<std::uint16_t>(other | (bits ^ first));
-    bad += (bits & 0x7f80u) == 0x7f80u;
+    top = magnitude > top ? magnitude : top;
   }
-  return {bad, other == 0};
+  return {top >= 0x7f80, other == 0};
 }
 SHARD_CLONES Sight look_f32(const std::byte* data, std::uint64_t count) {
   std::uint32_t first;
   std::memcpy(&first, data, 4);
-  std::uint32_t other = 0, bad = 0;
+  std::uint32_t other = 0, top = 0;
+  const auto* items = reinterpret_cast<const std::uint32_t*>(data);
   for (std::uint64_t i = 0; i < count; ++i) {
-    std::uint32_t bits;
-    std::memcpy(&bits, data + 4 * i, 4);
+    const std::uint32_t bits = items[i], magnitude = bits & 0x7fffffff;
     other |= bits ^ first;
-    bad += (bits & 0x7f800000u) == 0x7f800000u;
+    top = magnitude > top ? magnitude : top;
   }
-  return {bad, other == 0};
+  return {top >= 0x7f800000, other == 0};
 }
 
 }  // namespace
@@ -142,14 +140,14 @@ void WeightSource::check(const std::string& name, const Weight& weight) {
   const auto count = static_cast<std::uint64_t>(weight.rows * weight.columns);
   if (count == 0) return;
   const auto sight = weight.dtype == DType::BF16 ? look_bf16(weight.data, count) : look_f32(weight.data, count);
-  const auto first = sight.nonfinite ? shard::count_nonfinite({weight.data, count * size_of(weight.dtype)}, weight.dtype).first : 0;
+  const auto bad = sight.nonfinite ? shard::count_nonfinite({weight.data, count * size_of(weight.dtype)}, weight.dtype) : shard::NonFinite{};
   const std::lock_guard lock(mutex_);
   auto& seen = seen_[name];
-  if (sight.nonfinite && !seen.nonfinite) seen.first = seen.elements + first;
+  if (sight.nonfinite && !seen.nonfinite) seen.first = seen.elements + bad.first;
   if (seen.elements == 0) seen.value = weight.at(0, 0);
   seen.constant = seen.constant && sight.constant && weight.at(0, 0) == seen.value;
   seen.matrix = seen.matrix || (weight.columns > 1 && dict_.at(name).natural.size() > 1);
-  seen.nonfinite += sight.nonfinite;
+  seen.nonfinite += bad.nan + bad.inf;
   seen.elements += count;
 }
 

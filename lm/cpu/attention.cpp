@@ -1,8 +1,8 @@
 // Scores, softmax and the weighted sum of values, for blocks of queries of one head at a time.
 #include "lm/cpu/kernel.h"
 #include "lm/cpu/numbers.h"
+#include "lm/cpu/workers.h"
 #include "lm/ops.h"
-#include "libshard/parallel.h"
 
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,10 @@ SHARD_CLONES float max_of(const float* x, Index n) {
   return out;
 }
 SHARD_CLONES void scale_row(float* x, Index n, float factor, bool bf16) {
-  for (Index i = 0; i < n; ++i) x[i] = bf16 ? cpu::round_bf16(cpu::round_bf16(x[i]) * factor) : x[i] * factor;
+  if (bf16)
+    for (Index i = 0; i < n; ++i) x[i] = cpu::round_bf16(cpu::round_bf16(x[i]) * factor);
+  else
+    for (Index i = 0; i < n; ++i) x[i] *= factor;
 }
 /// x ← e^(x − shift); the sum.
 SHARD_CLONES float exp_row(float* x, Index n, float shift) {
@@ -43,6 +46,12 @@ SHARD_CLONES float exp_row(float* x, Index n, float shift) {
   return sum;
 }
 
+SHARD_CLONES void divide_row(float* x, Index n, float sum, bool bf16) {
+  for (Index i = 0; i < n; ++i) x[i] /= sum;
+  if (bf16)
+    for (Index i = 0; i < n; ++i) x[i] = cpu::round_bf16(x[i]);
+}
+
 /// The keys of one key head as [key_size][keys], its values as [keys][value_size], both padded with zeros.
 struct HeadPanels {
   std::vector<float> keys, values;
@@ -54,7 +63,7 @@ Tensor attention(const Context& on, const AttentionShape& shape, const Tensor& q
   const auto length = shape.length, wide = padded(length), deep = padded(shape.value_size);
   const auto key_heads = (shape.first_head + shape.heads - 1) / shape.ratio + 1;
   std::vector<HeadPanels> panels(static_cast<std::size_t>(shape.batch * key_heads));
-  shard::run_tasks(panels.size(), on.threads, [&](std::size_t task, unsigned) {
+  cpu::run_on_workers(panels.size(), on.threads, [&](std::size_t task) {
     const auto b = static_cast<Index>(task) / key_heads, head = static_cast<Index>(task) % key_heads;
     auto& mine = panels[task];
     mine.keys.assign(static_cast<std::size_t>(shape.key_size * wide), 0.0f);
@@ -72,18 +81,17 @@ Tensor attention(const Context& on, const AttentionShape& shape, const Tensor& q
   struct Scratch {
     std::vector<float> scores, sums;
   };
-  std::vector<Scratch> scratch(on.threads);
   const auto& kernel = cpu::products();
   const bool bf16 = on.compute == Compute::Bf16;
   const auto factor = static_cast<float>(shape.scale), cap = static_cast<float>(shape.softcap);
-  shard::run_tasks(static_cast<std::size_t>(shape.batch * shape.heads * blocks), on.threads, [&](std::size_t task, unsigned worker) {
+  cpu::run_on_workers(static_cast<std::size_t>(shape.batch * shape.heads * blocks), on.threads, [&](std::size_t task) {
     const auto first = static_cast<Index>(task) % blocks * kQueries, head = static_cast<Index>(task) / blocks % shape.heads,
                b = static_cast<Index>(task) / blocks / shape.heads;
     const auto queries = std::min(kQueries, length - first);
     const auto& mine = panels[static_cast<std::size_t>(b * key_heads + (shape.first_head + head) / shape.ratio)];
     const auto lo = shape.window ? std::max<Index>(0, first - shape.window + 1) / kLanes * kLanes : 0;
     const auto hi = std::min(wide, padded(first + queries)), keys = hi - lo;
-    auto& work = scratch[worker];
+    thread_local Scratch work;
     work.scores.resize(static_cast<std::size_t>(kQueries * wide));
     work.sums.resize(static_cast<std::size_t>(kQueries * deep));
     kernel.f32(q.row(b * length + first) + head * shape.key_size, q.columns(), mine.keys.data() + lo, wide, work.scores.data(), keys, queries,
@@ -101,7 +109,7 @@ Tensor attention(const Context& on, const AttentionShape& shape, const Tensor& q
       if (extra) top = std::max(top, sink);
       auto sum = exp_row(seen, count, top);
       if (extra) sum += cpu::exp_f32(sink - top);
-      for (Index j = 0; j < count; ++j) seen[j] = bf16 ? cpu::round_bf16(seen[j] / sum) : seen[j] / sum;
+      divide_row(seen, count, sum, bf16);
       std::fill(row, seen, 0.0f);
       std::fill(seen + count, row + keys, 0.0f);
     }

@@ -1,8 +1,8 @@
 // Norms, activations and sums: row by row, statistics in f32.
 #include "lm/cpu/numbers.h"
+#include "lm/cpu/workers.h"
 #include "lm/ops.h"
 #include "libshard/error.h"
-#include "libshard/parallel.h"
 
 #include <algorithm>
 #include <cmath>
@@ -57,13 +57,16 @@ struct NormWeights {
 /// Types that scale after the cast (Llama's) and before it (zero-centred ones) differ in bf16 only.
 SHARD_CLONES void apply_norm(const float* x, float* y, Index n, float mean, float factor, const float* weight, const float* bias, bool bf16,
                              bool cast_first) {
-  for (Index i = 0; i < n; ++i) {
-    float value = (x[i] - mean) * factor;
-    if (bf16 && cast_first) value = round_bf16(value);
-    if (weight) value *= weight[i];
-    if (bias) value += bias[i];
-    y[i] = bf16 ? round_bf16(value) : value;
-  }
+  // One simple loop a step: a switch inside would keep them from vectorising.
+  for (Index i = 0; i < n; ++i) y[i] = (x[i] - mean) * factor;
+  if (bf16 && cast_first)
+    for (Index i = 0; i < n; ++i) y[i] = round_bf16(y[i]);
+  if (weight)
+    for (Index i = 0; i < n; ++i) y[i] *= weight[i];
+  if (bias)
+    for (Index i = 0; i < n; ++i) y[i] += bias[i];
+  if (bf16)
+    for (Index i = 0; i < n; ++i) y[i] = round_bf16(y[i]);
 }
 
 void norm_row(const Context& on, const float* x, float* y, Index n, shard::Normalization kind, double epsilon, bool zero_centered,
@@ -76,12 +79,10 @@ void norm_row(const Context& on, const float* x, float* y, Index n, shard::Norma
 }
 
 SHARD_CLONES void silu_gate(const float* gate, float* up, Index n, float offset, bool bf16) {
-  for (Index i = 0; i < n; ++i) {
-    float a = gate[i] * cpu::sigmoid(gate[i]);
-    if (bf16) a = round_bf16(a);
-    const float value = a * (up[i] + offset);
-    up[i] = bf16 ? round_bf16(value) : value;
-  }
+  if (bf16)
+    for (Index i = 0; i < n; ++i) up[i] = round_bf16(round_bf16(gate[i] * cpu::sigmoid(gate[i])) * (up[i] + offset));
+  else
+    for (Index i = 0; i < n; ++i) up[i] = gate[i] * cpu::sigmoid(gate[i]) * (up[i] + offset);
 }
 
 float activation(const shard::TransformerConfig& config, float x) {
@@ -97,7 +98,9 @@ float activation(const shard::TransformerConfig& config, float x) {
 }
 
 SHARD_CLONES void add_row(float* a, const float* b, Index n, bool bf16) {
-  for (Index i = 0; i < n; ++i) a[i] = bf16 ? round_bf16(a[i] + b[i]) : a[i] + b[i];
+  for (Index i = 0; i < n; ++i) a[i] += b[i];
+  if (bf16)
+    for (Index i = 0; i < n; ++i) a[i] = round_bf16(a[i]);
 }
 
 }  // namespace
@@ -105,7 +108,7 @@ SHARD_CLONES void add_row(float* a, const float* b, Index n, bool bf16) {
 void parallel_ranges(const Context& on, Index count, Index grain, const std::function<void(Index lo, Index hi)>& body) {
   const auto pieces = std::clamp<Index>(count / std::max<Index>(grain, 1), 1, static_cast<Index>(on.threads));
   if (pieces == 1) return body(0, count);
-  shard::run_tasks(static_cast<std::size_t>(pieces), on.threads, [&](std::size_t i, unsigned) {
+  cpu::run_on_workers(static_cast<std::size_t>(pieces), on.threads, [&](std::size_t i) {
     const auto at = static_cast<Index>(i);
     body(count * at / pieces, count * (at + 1) / pieces);
   });

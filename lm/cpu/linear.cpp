@@ -1,9 +1,9 @@
 // y = x·Wᵀ + b. Weights stay row-major as stored and are broadcast; activations are packed once, since they are the smaller side.
 #include "lm/cpu/kernel.h"
 #include "lm/cpu/numbers.h"
+#include "lm/cpu/workers.h"
 #include "lm/ops.h"
 #include "libshard/error.h"
-#include "libshard/parallel.h"
 
 #include <algorithm>
 #include <cstring>
@@ -44,6 +44,26 @@ void load_pairs(const Weight& w, Index row, Index rows, Index at, Index depth, s
   }
 }
 
+/// to[r] = c[r·width + t] + bias[r] for squares that stay in L1.
+SHARD_CLONES void turn_back(const float* c, Index width, const float* bias, Index rows, Index tokens, float* out, Index stride, bool rounded) {
+  constexpr Index kSquare = 16;
+  for (Index from = 0; from < tokens; from += kSquare)
+    for (Index t = from; t < (from + kSquare < tokens ? from + kSquare : tokens); ++t) {
+      auto* to = out + t * stride;
+      for (Index r = 0; r < rows; ++r) to[r] = c[r * width + t] + bias[r];
+      if (rounded)
+        for (Index r = 0; r < rows; ++r) to[r] = cpu::round_bf16(to[r]);
+    }
+}
+
+/// One token's features as a column of bf16 pairs.
+SHARD_CLONES void pack_pairs(const float* from, Index features, std::uint32_t* to) {
+  for (Index i = 0; i < features / 2; ++i)
+    to[i * kPanel] = shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[2 * i])) |
+                     shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[2 * i + 1])) << 16;
+  if (features % 2) to[features / 2 * kPanel] = shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[features - 1]));
+}
+
 struct Scratch {
   std::vector<float> w, c;
   std::vector<std::uint32_t> pairs;
@@ -62,11 +82,7 @@ Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features
       for (Index t = 0; t < std::min(kPanel, tokens_ - p * kPanel); ++t) {
         const auto* from = x.row(p * kPanel + t);
         if (pairs) {
-          auto* to = pairs_.data() + p * depth * kPanel + t;
-          for (Index i = 0; i < features_ / 2; ++i)
-            to[i * kPanel] = shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[2 * i])) |
-                             shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[2 * i + 1])) << 16;
-          if (features_ % 2) to[features_ / 2 * kPanel] = shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[features_ - 1]));
+          pack_pairs(from, features_, pairs_.data() + p * depth * kPanel + t);
         } else {
           auto* to = f32_.data() + p * depth * kPanel + t;
           for (Index i = 0; i < features_; ++i) to[i * kPanel] = from[i];
@@ -83,13 +99,12 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
   shard::require(pairs || x.pairs_.empty(), shard::Code::Mismatch, [] { return "model: an f32 weight in a bf16 product"; });
   const auto features = x.features_, step = kDepth, token_blocks = (x.tokens_ + kTokenBlock - 1) / kTokenBlock;
   const auto row_blocks = (w.rows + kRowBlock - 1) / kRowBlock;
-  std::vector<Scratch> scratch(on.threads);
-  shard::run_tasks(static_cast<std::size_t>(row_blocks * token_blocks), on.threads, [&](std::size_t task, unsigned worker) {
+  cpu::run_on_workers(static_cast<std::size_t>(row_blocks * token_blocks), on.threads, [&](std::size_t task) {
     const auto row = static_cast<Index>(task) % row_blocks * kRowBlock, first = static_cast<Index>(task) / row_blocks * kTokenBlock;
     const auto rows = std::min(kRowBlock, w.rows - row), tokens = std::min(kTokenBlock, x.tokens_ - first);
-    const auto panels = (tokens + kPanel - 1) / kPanel, width = panels * kPanel;
-    auto& mine = scratch[worker];
-    mine.c.resize(static_cast<std::size_t>(kRowBlock * kTokenBlock));
+    const auto panels = (tokens + kPanel - 1) / kPanel, width = panels * kPanel + 16;  // rows a power of two apart would share cache sets
+    thread_local Scratch mine;
+    mine.c.resize(static_cast<std::size_t>(kRowBlock * (kTokenBlock + 16)));
     mine.w.resize(pairs ? 0 : static_cast<std::size_t>(kRowBlock * step));
     mine.pairs.resize(pairs ? static_cast<std::size_t>(kRowBlock * step) : 0);
     const auto block = pairs ? 2 * step : step;
@@ -110,14 +125,7 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
     }
     float added[kRowBlock];
     for (Index r = 0; r < rows; ++r) added[r] = bias ? bias.at(0, row + r) : 0.0f;
-    const bool rounded = on.compute == Compute::Bf16;
-    for (Index t = 0; t < tokens; ++t) {
-      auto* to = out.row(first + t) + column + row;
-      for (Index r = 0; r < rows; ++r) {
-        const auto value = mine.c[static_cast<std::size_t>(r * width + t)] + added[r];
-        to[r] = rounded ? cpu::round_bf16(value) : value;
-      }
-    }
+    turn_back(mine.c.data(), width, added, rows, tokens, out.row(first) + column + row, out.columns(), on.compute == Compute::Bf16);
   });
 }
 

@@ -9,10 +9,13 @@
 
 namespace lm::cpu {
 
-/// e^x within 1 ULP or so; 0 below −87, infinite above 88.7.
+/// e^x within 1 ULP or so for x in [−87, 88.7]; beyond, the value at that end. NaN stays.
 SHARD_INLINE float exp_f32(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x > 88.72f ? 88.72f : x;
-  const float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
+  float clamped = x < -87.0f ? -87.0f : x;
+  clamped = clamped > 88.7f ? 88.7f : clamped;
+  // Adding 1.5·2^23 leaves the nearest integer in the lowest bits.
+  const float shifted = clamped * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -22,9 +25,8 @@ SHARD_INLINE float exp_f32(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   // In two steps: 2^128 is no float, though 0.7·2^128 is.
-  const auto half = static_cast<std::int32_t>(n) / 2, rest = static_cast<std::int32_t>(n) - half;
-  const float scaled = p * std::bit_cast<float>((half + 127) << 23) * std::bit_cast<float>((rest + 127) << 23);
-  return x < -87.0f ? 0.0f : x > 88.72f ? std::bit_cast<float>(0x7f800000u) : x == x ? scaled : x;
+  const auto whole = std::bit_cast<std::int32_t>(shifted) - 0x4b400000, half = whole >> 1;
+  return p * std::bit_cast<float>((half + 127) << 23) * std::bit_cast<float>((whole - half + 127) << 23);
 }
 
 SHARD_INLINE float round_bf16(float value) {

@@ -74,6 +74,25 @@ std::vector<float> frequencies(const RopeConfig& config, Index length) {
   return inv;
 }
 
+SHARD_CLONES void turn(float* x, const float* cosine, const float* sine, Index half, bool interleaved, bool bf16) {
+  using cpu::round_bf16;
+  const Index step = interleaved ? 2 : 1;
+  float* y = interleaved ? x + 1 : x + half;
+  if (bf16) {
+    for (Index i = 0; i < half; ++i) {
+      const float a = x[i * step], b = y[i * step];
+      x[i * step] = round_bf16(round_bf16(a * cosine[i]) - round_bf16(b * sine[i]));
+      y[i * step] = round_bf16(round_bf16(b * cosine[i]) + round_bf16(a * sine[i]));
+    }
+  } else {
+    for (Index i = 0; i < half; ++i) {
+      const float a = x[i * step], b = y[i * step];
+      x[i * step] = a * cosine[i] - b * sine[i];
+      y[i * step] = b * cosine[i] + a * sine[i];
+    }
+  }
+}
+
 }  // namespace
 
 RopeTable rope_table(const RopeConfig& config, Index length) {
@@ -96,27 +115,14 @@ void apply_rope(const Context& on, const RopeTable& table, float* first, Index r
   if (table.half == 0) return;
   const bool bf16 = on.compute == Compute::Bf16;
   const auto half = table.half;
+  // The table as torch holds it: in bf16 its numbers are rounded.
+  auto c = table.cos, s = table.sin;
+  round_values(on, c);
+  round_values(on, s);
   parallel_ranges(on, rows, 16, [&](Index lo, Index hi) {
-    std::vector<float> c(static_cast<std::size_t>(half)), s(c.size());
     for (Index r = lo; r < hi; ++r) {
-      for (Index i = 0; i < half; ++i) {
-        const auto at = static_cast<std::size_t>(r % length * half + i);
-        c[static_cast<std::size_t>(i)] = bf16 ? cpu::round_bf16(table.cos[at]) : table.cos[at];
-        s[static_cast<std::size_t>(i)] = bf16 ? cpu::round_bf16(table.sin[at]) : table.sin[at];
-      }
-      for (Index h = 0; h < heads; ++h) {
-        auto* x = first + r * row_stride + h * head_stride;
-        for (Index i = 0; i < half; ++i) {
-          auto& a = table.interleaved ? x[2 * i] : x[i];
-          auto& b = table.interleaved ? x[2 * i + 1] : x[i + half];
-          const auto cosine = c[static_cast<std::size_t>(i)], sine = s[static_cast<std::size_t>(i)];
-          float ac = a * cosine, bs = b * sine, bc = b * cosine, as = a * sine;
-          if (bf16) ac = cpu::round_bf16(ac), bs = cpu::round_bf16(bs), bc = cpu::round_bf16(bc), as = cpu::round_bf16(as);
-          a = ac - bs;
-          b = bc + as;
-          if (bf16) a = cpu::round_bf16(a), b = cpu::round_bf16(b);
-        }
-      }
+      const auto at = static_cast<std::size_t>(r % length * half);
+      for (Index h = 0; h < heads; ++h) turn(first + r * row_stride + h * head_stride, c.data() + at, s.data() + at, half, table.interleaved, bf16);
     }
   });
 }
