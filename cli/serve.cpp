@@ -73,20 +73,15 @@ class Routes {
   void operator()(const HttpRequest& request, const std::shared_ptr<Pending>& pending) {
     try {
       if (request.path == "/validate") validate_later(request, pending);
-      else answer(pending, read_only(request));
+      else pending->answer(read_only(request));
     } catch (const Refusal& error) {
-      answer(pending, refusal(error.http_status, error.status, error.error));
+      pending->answer(refusal(error.http_status, error.status, error.error));
     } catch (const std::exception& error) {
-      answer(pending, refusal(500, static_cast<int>(Code::Io), error.what()));
+      pending->answer(refusal(500, static_cast<int>(Code::Io), error.what()));
     }
   }
 
  private:
-  void answer(const std::shared_ptr<Pending>& pending, HttpReply reply) {
-    metrics_.request(reply.status);
-    pending->answer(std::move(reply));
-  }
-
   HttpReply read_only(const HttpRequest& request) {
     const bool known = request.path == "/" || request.path == "/health" || request.path == "/metrics" || request.path == "/history" || request.path.starts_with("/history/");
     if (!known) return refusal(404, static_cast<int>(Code::NotFound), "request: there is /, /health, /metrics, /history, /history/ID and POST /validate");
@@ -117,21 +112,21 @@ class Routes {
     if (request.method != "POST") {
       auto reply = refusal(405, static_cast<int>(Code::Usage), "request: /validate should be POST");
       reply.headers.emplace_back("Allow", "POST");
-      return answer(pending, std::move(reply));
+      return pending->answer(std::move(reply));
     }
     auto job = std::make_shared<Job>();
     job->ask = read_ask(root_, request.body);
     job->shown = job->ask.path;
     job->origin = "request";
     if (timeout_ > 0) job->deadline = std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(timeout_));
-    job->done = [this, pending, job = job.get()](const Record& record) { answer(pending, reply_of(record, job->why)); };
+    job->done = [pending, job = job.get()](const Record& record) { pending->answer(reply_of(record, job->why)); };
     pending->on_gone = [weak = std::weak_ptr(job)] {
       if (const auto job = weak.lock()) job->cut(Cut::ClientGone);
     };
     if (queue_.push(std::move(job))) return;
     auto reply = refusal(503, static_cast<int>(Code::Io), "the server is busy; try again later");
     reply.headers.emplace_back("Retry-After", "5");
-    answer(pending, std::move(reply));
+    pending->answer(std::move(reply));
   }
 
   static HttpReply reply_of(const Record& record, Cut why) {
@@ -180,6 +175,7 @@ int run(ServeAsk ask) {
   shard::require(::chdir(root.c_str()) == 0, Code::Io, [&] { return fmt::format("--root {}: cannot be entered", root.string()); });
 
   Metrics metrics;
+  http.sent = [&](int status) { metrics.request(status); };
   const auto note = [&](const std::string& text) {
     if (!ask.run.quiet) fmt::print(stderr, "shardkit: serve: {}\n", one_line(text));
   };

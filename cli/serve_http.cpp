@@ -174,6 +174,7 @@ struct HttpServer::Impl {
     evbuffer_add(body, reply.body.data(), reply.body.size());
     evhttp_send_reply(request, reply.status, nullptr, body);
     evbuffer_free(body);
+    options.sent(reply.status);
   }
 
   void handle(evhttp_request* request) {

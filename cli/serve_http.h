@@ -45,6 +45,7 @@ struct HttpOptions {
   std::string token;                           ///< asked for everywhere but on `open_path`; "": none
   std::string open_path = "/health";
   std::function<HttpReply(int status, const std::string& error)> refuse;  ///< how an error looks
+  std::function<void(int status)> sent;        ///< sees every reply
 };
 
 class HttpServer {
