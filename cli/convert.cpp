@@ -3,13 +3,13 @@
 #include "cli/options.h"
 #include "cli/parts.h"
 #include "cli/print.h"
+#include "cli/receipt.h"
 #include "formats/kernels.h"
 #include "formats/target.h"
 #include "libshard/error.h"
 #include "libshard/numeric.h"
 
 #include <chrono>
-#include <fstream>
 
 #include <unistd.h>
 
@@ -174,9 +174,11 @@ int run(const Ask& ask) {
   auto target = formats::create(part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
   const auto& filled_source = target.source ? *target.source : source;
   const formats::LocalReader reader(filled_source.logical, filled_source.files);
-  auto plan = make_plan(filled_source.logical, target.logical,                                            // plan
+  const auto whole = make_plan(filled_source.logical, target.logical,                                     // plan
                               {wanted_pad(ask.pad), options.dtype.has_value(), [&](const auto& tensor) { return mean_row(reader, tensor, source.vocab); }});
-  if (part) plan = part_of(plan, part->index, part->count);
+  const auto mine = part ? std::optional(part_of(whole, part->index, part->count)) : std::nullopt;
+  const auto& plan = mine ? *mine : whole;
+  bool published = !ask.dry_run;
   shard::Report report;
   if (ask.dry_run) {
     report.bytes_read = planned_bytes(plan, false);
@@ -186,17 +188,19 @@ int run(const Ask& ask) {
     report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());          // execute
     refuse(report.findings);
     if (!part) target.writer->commit(report.crc32, !ask.no_sync);                                        // commit
-    else if (!finish_part(path, *part, report, *target.writer, ask.force, !ask.no_sync)) target.notes.push_back("other parts are not done yet; the last one publishes");
+    else if (!finish_part(path, *part, report, *target.writer, ask.force, !ask.no_sync)) {
+      published = false;
+      target.notes.push_back("other parts are not done yet; the last one publishes");
+    }
   }
   const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), report,
                         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
   if (ask.run.json) print_json(outcome_json(ask, outcome));
   else if (!ask.run.quiet) print_summary(ask, outcome);
   if (!ask.report.empty()) {
-    std::ofstream file(ask.report);
-    file << outcome_json(ask, outcome).dump(2, ' ', false, Json::error_handler_t::replace) << '\n';
-    file.flush();
-    shard::require(file.good(), shard::Code::Io, [&] { return fmt::format("{}: cannot write the report", ask.report); });
+    std::optional<ReceiptSource> receipt;
+    if (published) receipt.emplace(ReceiptSource{filled_source, target.writer->describe(), whole, outcome.files, path, open});
+    write_report(ask.report, outcome_json(ask, outcome), receipt, budget, ask.run.quiet || ask.run.json);
   }
   return 0;
 }
@@ -218,7 +222,7 @@ void add_options(CLI::App& command, Ask& ask) {
   command.add_flag("--force", ask.force, "Replace DST");
   command.add_flag("--no-sync", ask.no_sync, "Leave syncing to the system");
   command.add_option("--part", ask.part, "This process does the I-th of N parts, on storage shared with the others")->type_name("I/N");
-  command.add_option("--report", ask.report, "Write the summary as JSON")->type_name("FILE.json");
+  command.add_option("--report", ask.report, "Write the summary and a receipt, which verify --receipt checks, as JSON")->type_name("FILE.json");
   ask.model.add_to(command);
   ask.run.add_to(command);
 }

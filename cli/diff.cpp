@@ -2,8 +2,10 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/print.h"
+#include "formats/hash.h"
 #include "formats/kernels.h"
 #include "libshard/error.h"
+#include "libshard/hints.h"
 #include "libshard/inspectors.h"
 
 namespace cli {
@@ -19,6 +21,7 @@ struct Ask {
 struct Result {
   std::vector<std::string> only_in_a, only_in_b;
   std::vector<shard::TensorDifference> different;
+  std::map<std::string, std::string> hints;  ///< by key: the known mistake that explains it
   bool same() const { return only_in_a.empty() && only_in_b.empty() && different.empty(); }
 };
 
@@ -43,7 +46,49 @@ Result compare(const Ask& ask, const formats::Checkpoint& a, const formats::Chec
     const bool close = one.difference.max_abs <= ask.atol || one.difference.max_rel <= ask.rtol;
     return one.note.empty() && (ask.atol > 0 || ask.rtol > 0) && close;
   });
+  if (!out.same()) {
+    auto params = a.params;
+    params.insert(b.params.begin(), b.params.end());
+    out.hints = explain({left, vocab}, {right, vocab}, out.different, params, formats::hash_bytes, formats::kernels(), budget);
+  }
   return out;
+}
+
+/// What stands in another type or shape, and the known mistake; "" where there is neither.
+std::string hint_of(const Result& result, const shard::TensorDifference& one) {
+  const auto found = result.hints.find(one.key);
+  if (found == result.hints.end()) return one.note;
+  return one.note.empty() ? found->second : fmt::format("{}: {}", one.note, found->second);
+}
+
+/// Hints for keys that only one side holds.
+Json other_hints(const Result& result) {
+  auto out = Json::object();
+  for (const auto* keys : {&result.only_in_a, &result.only_in_b})
+    for (const auto& key : *keys)
+      if (const auto found = result.hints.find(key); found != result.hints.end()) out[key] = found->second;
+  return out;
+}
+
+void print_result(const Ask& ask, const formats::Checkpoint& a, const Result& result) {
+  const auto only = [&](const std::string& where, const std::vector<std::string>& keys) {
+    for (const auto& key : keys) {
+      const auto hint = result.hints.find(key);
+      fmt::print("only in {}: {}{}\n", where, key, hint == result.hints.end() ? "" : fmt::format("  ({})", hint->second));
+    }
+  };
+  only(ask.a, result.only_in_a);
+  only(ask.b, result.only_in_b);
+  std::vector<std::vector<std::string>> rows;
+  if (!result.different.empty()) rows.push_back({"KEY", "DIFFER", "MAX ABS", "MAX REL", "MAX ULP", "FIRST", "HINT"});
+  for (const auto& one : result.different) {
+    const auto& d = one.difference;
+    if (!one.note.empty()) rows.push_back({one.key, "all", "", "", "", ""});
+    else rows.push_back({one.key, std::to_string(d.count), fmt::format("{:.3g}", d.max_abs), fmt::format("{:.3g}", d.max_rel), std::to_string(d.max_ulp), shard::to_string(index_of(a, one))});
+    if (auto hint = hint_of(result, one); !hint.empty()) rows.back().push_back(std::move(hint));
+  }
+  print_table(rows);
+  if (result.same()) fmt::print("same: {} tensors\n", a.logical.tensors.size());
 }
 
 int run(const Ask& ask) {
@@ -58,22 +103,15 @@ int run(const Ask& ask) {
     auto different = Json::array();
     for (const auto& one : result.different) {
       const auto& d = one.difference;
+      const auto hint = hint_of(result, one);
       different.push_back({{"key", one.key}, {"count", d.count}, {"max_abs", d.max_abs}, {"max_rel", d.max_rel}, {"max_ulp", d.max_ulp},
-                           {"first", one.note.empty() ? Json(index_of(a, one)) : Json::array()}, {"hint", one.note.empty() ? Json(nullptr) : Json(one.note)}});
+                           {"first", one.note.empty() ? Json(index_of(a, one)) : Json::array()}, {"hint", hint.empty() ? Json(nullptr) : Json(hint)}});
     }
-    print_json({{"same", result.same()}, {"only_in_a", result.only_in_a}, {"only_in_b", result.only_in_b}, {"different", different}});
+    Json out{{"same", result.same()}, {"only_in_a", result.only_in_a}, {"only_in_b", result.only_in_b}, {"different", different}};
+    if (const auto others = other_hints(result); !others.empty()) out["hints"] = others;
+    print_json(out);
   } else if (!ask.run.quiet) {
-    for (const auto& key : result.only_in_a) fmt::print("only in {}: {}\n", ask.a, key);
-    for (const auto& key : result.only_in_b) fmt::print("only in {}: {}\n", ask.b, key);
-    std::vector<std::vector<std::string>> rows;
-    if (!result.different.empty()) rows.push_back({"KEY", "DIFFER", "MAX ABS", "MAX REL", "MAX ULP", "FIRST"});
-    for (const auto& one : result.different) {
-      const auto& d = one.difference;
-      if (!one.note.empty()) rows.push_back({one.key, one.note});
-      else rows.push_back({one.key, std::to_string(d.count), fmt::format("{:.3g}", d.max_abs), fmt::format("{:.3g}", d.max_rel), std::to_string(d.max_ulp), shard::to_string(index_of(a, one))});
-    }
-    print_table(rows);
-    if (result.same()) fmt::print("same: {} tensors\n", a.logical.tensors.size());
+    print_result(ask, a, result);
   }
   return result.same() ? 0 : 1;
 }

@@ -3,6 +3,8 @@
 
 #include "formats/file.h"
 #include "formats/json.h"
+#include "formats/hf/state.h"
+#include "formats/tokenizer.h"
 #include "formats/safetensors/header.h"
 #include "libshard/error.h"
 #include "libshard/numeric.h"
@@ -154,7 +156,9 @@ Reference read_reference(const std::string& path, Index hidden) {
   } else {
     for (Index i = 0; i < ids.shape[0] * ids.shape[1]; ++i) out.batch.position_ids.push_back(i % ids.shape[1]);
   }
-  for (const auto& [name, array] : out.arrays.arrays) {
+  for (const auto& entry : out.arrays.arrays) {
+    const auto& name = entry.first;
+    const auto& array = entry.second;
     if (name == "loss") same("loss", array, 2);
     if (name == "logits" || (name.starts_with("mtp.") && name.ends_with(".logits"))) {
       same(name.c_str(), array, 2);
@@ -214,6 +218,19 @@ lm::Batch read_tokens(const std::string& path) {
   return batch_of(text_rows(formats::read_text(path), path), path);
 }
 
+lm::Batch read_text_tokens(const std::string& path, const formats::Checkpoint& checkpoint, Index longest) {
+  const auto folder = checkpoint.hf ? checkpoint.hf->folder : checkpoint.folder;
+  shard::require(std::filesystem::exists(folder / "tokenizer.json"), Code::Mismatch,
+                 [&] { return fmt::format("{}: holds no tokenizer.json; give token ids with --tokens", folder.string()); });
+  const auto ids = formats::Tokenizer(folder / "tokenizer.json").encode(formats::read_text(path));
+  shard::require(ids.size() >= 2, Code::Mismatch, [&] { return fmt::format("{}: is less than two tokens", path); });
+  const auto row = std::min(ids.size(), static_cast<std::size_t>(std::max<Index>(longest, 1)) + 1);
+  std::vector<std::vector<Index>> rows;
+  for (std::size_t at = 0; at + row <= ids.size(); at += row - 1)  // each row begins with the last label of the one before
+    rows.emplace_back(ids.begin() + static_cast<std::ptrdiff_t>(at), ids.begin() + static_cast<std::ptrdiff_t>(at + row));
+  return batch_of(rows, path);
+}
+
 Comparer::Comparer(const Reference& reference, Index depths) : mtp(static_cast<std::size_t>(depths)), steps(reference.steps.size()), reference_(reference) {}
 
 void Comparer::on_logits(const lm::LogitsBlock& block) {
@@ -224,11 +241,13 @@ void Comparer::on_logits(const lm::LogitsBlock& block) {
   const auto vocab = wanted->shape.back();
   if (static_cast<Index>(wanted->values.size()) != vocab * block.values.rows()) return;
   const auto columns = std::min(block.values.columns(), vocab - block.first_column);
-  double most = 0, peak = 0;
+  double most = 0, peak = 0, sum = 0;
   for (Index r = 0; r < block.values.rows(); ++r)
     for (Index c = 0; c < columns; ++c) {
       const auto want = wanted->values[static_cast<std::size_t>(r * vocab + block.first_column + c)];
-      most = std::max(most, distance(want, static_cast<double>(block.values.row(r)[c])));
+      const auto off = distance(want, static_cast<double>(block.values.row(r)[c]));
+      most = std::max(most, off);
+      sum += off;
       peak = std::max(peak, std::abs(want));
     }
   if (is_step) {
@@ -241,6 +260,8 @@ void Comparer::on_logits(const lm::LogitsBlock& block) {
   into.logits = true;
   into.max_abs_logits = std::max(into.max_abs_logits, most);
   into.peak = std::max(into.peak, peak);
+  into.sum_abs_logits += sum;
+  into.logits_compared += static_cast<double>(block.values.rows() * std::max<Index>(columns, 0));
 }
 
 void Comparer::losses(const Arrays::Array* wanted, const std::vector<float>& found, Figures& into, std::size_t length, std::size_t rolled) {

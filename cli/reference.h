@@ -1,6 +1,7 @@
 // Tokens and reference values for validate: safetensors, .npy and text files in, plain vectors out.
 #pragma once
 
+#include "formats/checkpoint.h"
 #include "lm/language_module.h"
 
 #include <map>
@@ -32,6 +33,9 @@ Reference read_reference(const std::string& path, shard::Index hidden);
 
 /// Ids from text, .npy or safetensors as rows: inputs are all but the last of a row, labels all but the first.
 lm::Batch read_tokens(const std::string& path);
+/// A text through the checkpoint's own tokenizer.json, as rows of at most `longest` tokens; what does not fill the last of
+/// several rows is left out. Throws Mismatch where the checkpoint brings no tokenizer.
+lm::Batch read_text_tokens(const std::string& path, const formats::Checkpoint& checkpoint, shard::Index longest);
 lm::Batch batch_of(const std::vector<std::vector<shard::Index>>& rows, const std::string& where);
 
 /// How far this run's values lie from a reference's.
@@ -41,6 +45,7 @@ class Comparer {
   void on_logits(const lm::LogitsBlock& block);
   struct Figures {
     double max_abs_logits = 0, max_abs_loss = 0, mean_abs_loss = 0, peak = 0;
+    double sum_abs_logits = 0, logits_compared = 0;
     bool logits = false, loss = false;
   };
   struct Step {

@@ -81,8 +81,10 @@ double mean(const std::vector<float>& losses, const std::vector<Index>& labels, 
   return count ? sum / static_cast<double>(count) : NAN;
 }
 
-/// How far two correct forward passes lie apart grows with the largest logit: in f32 2.2e-6 of it over 30 layers.
-double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(1e-5, 3e-6 * peak) : std::max(0.05, 0.02 * peak); }
+/// How far two correct forward passes lie apart grows with the largest logit: in f32 up to 5.2e-6 of it over 27 random models
+/// of as many families, 2.2e-6 on trained ones. In bf16 one token may go to another expert and its logits anywhere, so that
+/// means are judged there: up to 1.3e-2 of it on the same models, 3e-3 on trained ones.
+double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(2e-5, 6e-6 * peak) : std::max(0.02, 1.5e-2 * peak); }
 
 void judge(Validation& v, const std::string& name, double value, double most) {
   v.checks.push_back({name, fmt::format("{:.2e}, at most {:.2e}", value, most), value <= most});
@@ -93,8 +95,13 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
   if (!loss_fits) v.notes.push_back(fmt::format("the reference's loss runs over {} columns, {} are stored here; only logits are compared", reference.vocab, stored_vocab));
   const auto figures = [&](const std::string& name, const Comparer::Figures& f) {
     const auto most = tolerance(compute, f.logits ? f.peak : v.peak_logit);
-    if (f.logits) judge(v, name + " logits", f.max_abs_logits, most);
-    if (f.loss && loss_fits) judge(v, name + " loss", f.max_abs_loss, most);
+    if (compute == lm::Compute::F32) {
+      if (f.logits) judge(v, name + " logits", f.max_abs_logits, most);
+      if (f.loss && loss_fits) judge(v, name + " loss", f.max_abs_loss, most);
+    } else {
+      if (f.logits) judge(v, name + " logits, mean", f.sum_abs_logits / std::max(1.0, f.logits_compared), most);
+      if (f.loss && loss_fits) judge(v, name + " loss, mean", f.mean_abs_loss, most);
+    }
   };
   figures("reference", compared.main);
   v.reference = compared.main;
@@ -104,7 +111,7 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
     for (std::size_t s = 0; s < reference.steps.size(); ++s)
       if (reference.steps[s].depth == m.depth) {
         m.step = compared.steps[s];
-        const auto most = tolerance(compute, v.peak_logit);
+        const auto most = (compute == lm::Compute::F32 ? 1 : 4) * tolerance(compute, v.peak_logit);
         if (m.step->hidden) judge(v, fmt::format("reference mtp_step.{} hidden", m.depth), m.step->max_abs_hidden, most);
         if (m.step->logits) judge(v, fmt::format("reference mtp_step.{} logits", m.depth), m.step->max_abs_logits, most);
       }
@@ -167,13 +174,18 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   } else if (!ask.tokens.empty()) {
     batch = read_tokens(ask.tokens);
     v.input = ask.tokens;
+  } else if (!ask.text.empty()) {
+    batch = read_text_tokens(ask.text, model.checkpoint, model.config.max_position_embeddings);
+    v.input = ask.text;
   } else {
-    shard::require(ask.text.empty(), Code::Usage, [] { return "--text: is not there yet; --tokens is"; });
     batch = built_in_tokens(model.vocab, model.config.max_position_embeddings);
     v.input = "built-in pseudo-random tokens";
   }
   for (const auto id : batch.input_ids)
     shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: token {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
+
+  for (const auto id : batch.labels)  // negative ones are left out of means, as a loss mask would
+    shard::require(id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: label {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
 
   const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop};
   const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
@@ -210,6 +222,10 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   if (comparer) {
     comparer->finish(result);
     judge_reference(v, *comparer, *reference, options.compute, model.stored_vocab);
+  }
+  if (!ask.text.empty()) {
+    const auto chance = std::log(static_cast<double>(model.vocab));
+    v.checks.push_back({"better than chance", fmt::format("{:.6f} on this text; ln {} is {:.6f}", v.loss_true_vocab, model.vocab, chance), v.loss_true_vocab < chance});
   }
   if (ask.max_loss) v.checks.push_back({"max loss", fmt::format("{:.6f}, at most {:g}", v.loss_true_vocab, *ask.max_loss), v.loss_true_vocab <= *ask.max_loss});
   if (!ask.against.empty()) judge_against(v, ask, batch, report, options, budget);

@@ -2,6 +2,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/print.h"
+#include "cli/receipt.h"
 #include "formats/kernels.h"
 #include "libshard/error.h"
 #include "libshard/inspectors.h"
@@ -18,7 +19,7 @@ constexpr const char* kRules[] = {"coverage", "overlap", "replica", "tie", "nonf
                                   "unexpected", "padding", "checksum", "rank", "unverifiable"};
 
 struct Ask {
-  std::string path, against, junit;
+  std::string path, against, receipt, junit;
   ModelOptions model;
   RunOptions run;
 };
@@ -122,9 +123,15 @@ int run(const Ask& ask) {
   const auto budget = ask.run.budget();
   auto options = ask.model.open;
   options.threads = budget.threads;
+  const auto receipt = ask.receipt.empty() ? std::nullopt : std::optional(read_receipt(ask.receipt));
   const auto checkpoint = formats::open(ask.path, options);
   auto result = check(ask, checkpoint, budget);
   if (!ask.against.empty()) compare_with(ask, checkpoint, budget, result);
+  if (receipt) {
+    const auto found = check_receipt(*receipt, checkpoint, budget, ask.run.quiet || ask.run.json);
+    result.findings.insert(result.findings.end(), found.begin(), found.end());
+    result.checked["checksum"] += receipt->files.size() + receipt->tensors.size();
+  }
   if (!ask.junit.empty()) write_junit(ask.junit, result, ask.path);
   if (ask.run.json) {
     print_json({{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}});
@@ -147,6 +154,7 @@ void add_verify(CLI::App& app, Action& action) {
   auto* command = app.add_subcommand("verify", "Is a checkpoint whole and consistent?");
   command->add_option("CKPT", ask->path, "Checkpoint folder or file")->required();
   command->add_option("--against", ask->against, "Another checkpoint that should hold the same weights")->type_name("CKPT");
+  command->add_option("--receipt", ask->receipt, "What a conversion's --report wrote: checks its output without the source")->type_name("FILE");
   command->add_option("--junit", ask->junit, "Write the findings as JUnit XML")->type_name("FILE");
   ask->model.add_to(*command);
   ask->run.add_to(*command);

@@ -155,6 +155,7 @@ class Reader {
   void sizes() {
     out_.family = type_;
     out_.num_layers = all_.needed({"num_hidden_layers", "n_layer"});
+    shard::require(out_.num_layers <= 100'000, Code::BadFormat, [&] { return fmt::format("model: {} layers; at most 100000 are taken for real", out_.num_layers); });
     out_.hidden_size = all_.needed({"hidden_size", "n_embd"});
     out_.num_attention_heads = all_.needed({"num_attention_heads", "n_head"});
     out_.num_query_groups = type_ == "gpt2" || type_ == "gpt_neox" ? out_.num_attention_heads : all_.integer({"num_key_value_heads"}).value_or(out_.num_attention_heads);
@@ -210,8 +211,8 @@ class Reader {
     } else if (type_ == "qwen2_moe" || type_ == "qwen3_moe") {
       out_.num_experts = all_.integer({"num_experts", "num_local_experts"}).value_or(type_ == "qwen2_moe" ? 60 : 128);
       out_.moe_ffn_hidden_size = all_.needed({"moe_intermediate_size"});
-      router.pre_softmax = true;
-      router.renormalize = all_.flag("norm_topk_prob", false);
+      // Probabilities over all experts divided by the sum of the chosen are a softmax over the chosen logits: Megatron's form.
+      router.pre_softmax = !all_.flag("norm_topk_prob", false);
       if (type_ == "qwen2_moe") out_.moe_shared_expert_size = all_.integer({"shared_expert_intermediate_size"}).value_or(0);
     } else if (deepseek()) {
       out_.num_experts = all_.integer({"n_routed_experts", "num_local_experts", "num_experts"}).value_or(type_ == "deepseek_v3" ? 256 : 64);

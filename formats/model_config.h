@@ -6,7 +6,8 @@
 
 namespace formats {
 
-/// From config.json beside the weights, or from Megatron's args. Throws Mismatch where there is neither.
+/// From config.json beside the weights, or the one that a Megatron checkpoint carries from its conversion, else from
+/// Megatron's args. Throws Mismatch where there is neither.
 shard::TransformerConfig model_config(const Checkpoint& checkpoint);
 
 }  // namespace formats

@@ -1,4 +1,4 @@
-// Reading tensors in logical order, whatever order they lie in.
+// Walks over whole checkpoints, dealt out to threads in leaves; what is found is summed up in order.
 #include "libshard/inspectors.h"
 
 #include "libshard/error.h"

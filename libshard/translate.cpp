@@ -30,7 +30,10 @@ class Splitter {
     auto params = params_;
     if (match.row->vocabulary && !rest.empty()) params["vocab"] = rest[0];
     const auto sizes = factors(*match.row, params);
-    if (sizes.stored() != rest) return wrong_shape(stored, to_string(sizes.stored()));
+    if (const auto should = sizes.stored(); should != rest) {
+      const bool transposed = should.size() == rest.size() && std::equal(should.begin(), should.end(), rest.rbegin());
+      return wrong_shape(stored, to_string(should) + (transposed ? ": it lies transposed" : ""));
+    }
     note_sizes(stored, match);
     std::map<std::vector<Index>, std::vector<std::pair<LogicalPart, ShardedTensor*>>> parts;
     for (const auto& shard : stored.shards) {

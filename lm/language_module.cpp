@@ -61,8 +61,8 @@ void refuse_unused(const shard::ShardedStateDict& dict, const std::vector<Weight
     names.insert(use.name);
     if (const auto tie = dict.ties.find(use.name); tie != dict.ties.end()) names.insert(tie->second);
   }
-  for (const auto& [key, tensor] : dict.tensors)
-    shard::require(names.contains(key), Code::Mismatch, [&] { return fmt::format("{}: no part of the model that the configuration describes uses it", key); });
+  for (const auto& entry : dict.tensors)
+    shard::require(names.contains(entry.first), Code::Mismatch, [&] { return fmt::format("{}: no part of the model that the configuration describes uses it", entry.first); });
 }
 
 LanguageModule::LanguageModule(const shard::TransformerConfig& config, WeightSource& source, Placement placement, Comm tensor, Comm pipeline, Context on)

@@ -2,6 +2,7 @@
 #include "lm/model_run.h"
 
 #include "libshard/error.h"
+#include "lm/check_config.h"
 
 #include <algorithm>
 #include <chrono>
@@ -12,6 +13,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
                     const RunOptions& options) {
   using shard::Code;
   const auto start = std::chrono::steady_clock::now();
+  check_config(config);
   const auto tp = options.tensor_parallel, pp = options.pipeline_parallel;
   shard::require(tp >= 1 && pp >= 1 && tp <= 64 && pp <= 64, Code::Usage, [&] { return fmt::format("--tp {} --pp {}: should be 1 to 64", tp, pp); });
   shard::require(tp <= config.num_attention_heads, Code::BadLayout,

@@ -31,8 +31,9 @@ class Packed {
  private:
   friend void linear(const Context&, const Packed&, const Weight&, const Weight&, Tensor&, Index);
   Index tokens_, features_;
-  std::vector<float> f32_;            ///< panels of [features][kPanel]
-  std::vector<std::uint32_t> pairs_;  ///< panels of [⌈features/2⌉][kPanel]
+  std::shared_ptr<std::byte> memory_;
+  float* f32_ = nullptr;              ///< panels of [features][kPanel]
+  std::uint32_t* pairs_ = nullptr;    ///< or of [⌈features/2⌉][kPanel]
 };
 
 /// out[t, column + n] = Σ_k x[t, k]·w[n, k] + bias[n]; `w` [n, features], `bias` [n] or none. Rounded once.

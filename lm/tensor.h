@@ -3,6 +3,7 @@
 
 #include "libshard/box.h"
 #include "libshard/dtype.h"
+#include "lm/buffer.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -21,13 +22,17 @@ enum class Compute { F32, Bf16 };
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(Index rows, Index columns) : rows_(rows), columns_(columns), data_(new float[static_cast<std::size_t>(rows * columns)]) {}
+  Tensor(Index rows, Index columns)
+      : rows_(rows), columns_(columns), memory_(take_buffer(static_cast<std::size_t>(rows * columns) * sizeof(float))),
+        data_(reinterpret_cast<float*>(memory_.get())) {}
+  Tensor(Tensor&&) = default;
+  Tensor& operator=(Tensor&&) = default;
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
-  float* row(Index r) { return data_.get() + r * columns_; }
-  const float* row(Index r) const { return data_.get() + r * columns_; }
-  std::span<float> values() { return {data_.get(), static_cast<std::size_t>(rows_ * columns_)}; }
-  std::span<const float> values() const { return {data_.get(), static_cast<std::size_t>(rows_ * columns_)}; }
+  float* row(Index r) { return data_ + r * columns_; }
+  const float* row(Index r) const { return data_ + r * columns_; }
+  std::span<float> values() { return {data_, static_cast<std::size_t>(rows_ * columns_)}; }
+  std::span<const float> values() const { return {data_, static_cast<std::size_t>(rows_ * columns_)}; }
   Tensor clone() const {
     Tensor out(rows_, columns_);
     for (std::size_t i = 0; i < values().size(); ++i) out.data_[i] = data_[i];
@@ -36,7 +41,8 @@ class Tensor {
 
  private:
   Index rows_ = 0, columns_ = 0;
-  std::unique_ptr<float[]> data_;
+  std::shared_ptr<std::byte> memory_;  // never shared: copies are made by clone()
+  float* data_ = nullptr;
 };
 
 /// A view of a weight [rows, columns] (a vector has one row); keeps its memory alive.

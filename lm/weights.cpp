@@ -1,4 +1,4 @@
-// Buffers are reused: fresh memory costs the kernel as much as reading does.
+// Read-ahead against a budget; every weight is looked at once, while it is warm.
 #include "lm/weights.h"
 
 #include "libshard/error.h"
@@ -45,42 +45,10 @@ SHARD_CLONES Sight look_f32(const std::byte* data, std::uint64_t count) {
 
 }  // namespace
 
-struct WeightSource::Pool {
-  std::mutex mutex;
-  std::multimap<std::size_t, std::unique_ptr<std::byte[]>> free;
-  std::size_t bytes = 0;
-};
-
 WeightSource::WeightSource(const shard::Reader& from, const shard::Kernels& kernels, Compute compute)
-    : dict_(from.describe()), kernels_(kernels), compute_(compute), source_(from, kernels), pool_(std::make_shared<Pool>()) {
+    : dict_(from.describe()), kernels_(kernels), compute_(compute), source_(from, kernels) {
   for (const auto& [key, tensor] : dict_.tensors)
     for (const auto& shard : tensor.shards) source_.touch(shard.place.stream, key);
-}
-
-std::shared_ptr<std::byte[]> WeightSource::buffer(std::size_t bytes) {
-  constexpr std::size_t kStep = 1 << 20;
-  bytes = bytes < kStep ? bytes : (bytes + kStep - 1) / kStep * kStep;
-  std::unique_ptr<std::byte[]> found;
-  auto size = bytes;
-  {
-    const std::lock_guard lock(pool_->mutex);
-    if (const auto at = pool_->free.lower_bound(bytes); at != pool_->free.end() && at->first <= 2 * bytes) {
-      size = at->first;
-      pool_->bytes -= size;
-      found = std::move(at->second);
-      pool_->free.erase(at);
-    }
-  }
-  if (!found) found.reset(new std::byte[bytes]);
-  auto* raw = found.release();
-  return {raw, [pool = pool_, size](std::byte* memory) {
-            constexpr std::size_t kKept = 256u << 20;
-            const std::lock_guard lock(pool->mutex);
-            std::unique_ptr<std::byte[]> back(memory);
-            if (pool->bytes + size > kKept) return;
-            pool->bytes += size;
-            pool->free.emplace(size, std::move(back));
-          }};
 }
 
 bool WeightSource::has(const std::string& name) const { return dict_.tensors.contains(name) || dict_.ties.contains(name); }
@@ -99,7 +67,7 @@ Weight WeightSource::read(const std::string& name, Index lo, Index count) {
   if (count < 0) count = rows - lo;
   shard::require(lo >= 0 && lo + count <= rows, Code::Mismatch, [&] { return fmt::format("{}: has {} rows; row {} is asked for", name, rows, lo + count - 1); });
   const auto elements = static_cast<std::size_t>(count * columns);
-  const auto stored = buffer(elements * size_of(tensor.dtype));
+  const auto stored = take_buffer(elements * size_of(tensor.dtype));
   shard::Buffers work;
   shard::RangeReader(source_, tensor).read(lo * columns, (lo + count) * columns, {stored.get(), elements * size_of(tensor.dtype)}, work);
   auto type = tensor.dtype == DType::BF16 ? DType::BF16 : DType::F32;
@@ -107,10 +75,10 @@ Weight WeightSource::read(const std::string& name, Index lo, Index count) {
   auto data = stored;
   if (type != tensor.dtype) {
     shard::require(shard::castable(tensor.dtype, type), Code::BadFormat, [&] { return fmt::format("{}: holds {}; a forward pass takes floating point", name, shard::name(tensor.dtype)); });
-    data = buffer(elements * size_of(type));
+    data = take_buffer(elements * size_of(type));
     kernels_.cast({stored.get(), elements * size_of(tensor.dtype)}, tensor.dtype, {data.get(), elements * size_of(type)}, type);
   }
-  return {std::shared_ptr<const std::byte>(data, data.get()), data.get(), type, count, columns, columns};
+  return {data, data.get(), type, count, columns, columns};
 }
 
 Tensor WeightSource::gather(const std::string& name, std::span<const Index> ids, Index lo, Index hi) {

@@ -49,7 +49,6 @@ class WeightSource {
     float value = 0;
     bool constant = true, matrix = false;
   };
-  std::shared_ptr<std::byte[]> buffer(std::size_t bytes);
 
   const shard::ShardedStateDict& dict_;
   const shard::Kernels& kernels_;
@@ -57,8 +56,6 @@ class WeightSource {
   shard::SummedSource source_;
   std::mutex mutex_;
   std::map<std::string, Seen> seen_;
-  struct Pool;
-  std::shared_ptr<Pool> pool_;
 };
 
 /// Reads `plan` ahead on a thread of its own. Thread safe for several takers.

@@ -170,6 +170,7 @@ TransformerConfig model_config(const Graph& graph, Ref ref, const shard::Params&
     return found != params.end() && found->second > 0 ? found->second : args.needed(name);
   };
   out.num_layers = size("layers", "num_layers");
+  shard::require(out.num_layers <= 100'000, Code::BadFormat, [&] { return fmt::format("model: {} layers; at most 100000 are taken for real", out.num_layers); });
   out.hidden_size = size("hidden", "hidden_size");
   out.num_attention_heads = size("heads", "num_attention_heads");
   out.ffn_hidden_size = args.integer("ffn_hidden_size", 4 * out.hidden_size);

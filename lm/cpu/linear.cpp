@@ -44,16 +44,51 @@ void load_pairs(const Weight& w, Index row, Index rows, Index at, Index depth, s
   }
 }
 
-/// to[r] = c[r·width + t] + bias[r] for squares that stay in L1.
+/// The next block of weights comes from memory while this one is multiplied.
+void ask_ahead(const Weight& w, Index row, Index rows, Index at, Index depth) {
+  if (depth <= 0) return;
+  const auto item = size_of(w.dtype);
+  for (Index r = 0; r < rows; ++r) {
+    const auto* from = w.data + static_cast<std::size_t>((row + r) * w.stride + at) * item;
+    for (std::size_t byte = 0; byte < static_cast<std::size_t>(depth) * item; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+  }
+}
+
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+/// Eight rows of eight, turned, plus one number for each of the eight.
+SHARD_INLINE void turn_eight(const float* c, Index width, const float* bias, float* out, Index stride, Index tokens) {
+  Eight a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const Eight*>(c + i * width);
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[2 * i + 1] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * j + 1] = __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  const auto added = *reinterpret_cast<const Eight*>(bias);
+  for (Index i = 0; i < (tokens < 8 ? tokens : 8); ++i) {
+    const auto low = a[i & 3], high = a[4 + (i & 3)];
+    const auto row = i < 4 ? __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) : __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+    *reinterpret_cast<Eight*>(out + i * stride) = row + added;
+  }
+}
+
+/// out[t][r] = c[r·width + t] + bias[r], in squares that stay in L1.
 SHARD_CLONES void turn_back(const float* c, Index width, const float* bias, Index rows, Index tokens, float* out, Index stride, bool rounded) {
-  constexpr Index kSquare = 16;
-  for (Index from = 0; from < tokens; from += kSquare)
-    for (Index t = from; t < (from + kSquare < tokens ? from + kSquare : tokens); ++t) {
-      auto* to = out + t * stride;
-      for (Index r = 0; r < rows; ++r) to[r] = c[r * width + t] + bias[r];
+  const auto even = rows / 8 * 8;
+  for (Index t = 0; t < tokens; t += 8) {
+    for (Index r = 0; r < even; r += 8) turn_eight(c + r * width + t, width, bias + r, out + t * stride + r, stride, tokens - t);
+    for (Index i = t; i < (t + 8 < tokens ? t + 8 : tokens); ++i) {
+      auto* to = out + i * stride;
+      for (Index r = even; r < rows; ++r) to[r] = c[r * width + i] + bias[r];
       if (rounded)
         for (Index r = 0; r < rows; ++r) to[r] = cpu::round_bf16(to[r]);
     }
+  }
 }
 
 /// One token's features as a column of bf16 pairs.
@@ -75,16 +110,19 @@ Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features
   const auto panels = (tokens_ + kPanel - 1) / kPanel;
   const bool pairs = on.compute == Compute::Bf16 && cpu::products().bf16;
   const auto depth = pairs ? (features_ + 1) / 2 : features_;
-  if (pairs) pairs_.resize(static_cast<std::size_t>(panels * depth * kPanel));
-  else f32_.resize(static_cast<std::size_t>(panels * depth * kPanel));
+  const auto words = static_cast<std::size_t>(panels * depth * kPanel);
+  memory_ = take_buffer(words * 4);
+  if (pairs) pairs_ = reinterpret_cast<std::uint32_t*>(memory_.get());
+  else f32_ = reinterpret_cast<float*>(memory_.get());
+  if (tokens_ % kPanel) std::memset(memory_.get() + static_cast<std::size_t>((panels - 1) * depth * kPanel) * 4, 0, static_cast<std::size_t>(depth * kPanel) * 4);
   parallel_ranges(on, panels, 1, [&](Index lo, Index hi) {
     for (Index p = lo; p < hi; ++p)
       for (Index t = 0; t < std::min(kPanel, tokens_ - p * kPanel); ++t) {
         const auto* from = x.row(p * kPanel + t);
         if (pairs) {
-          pack_pairs(from, features_, pairs_.data() + p * depth * kPanel + t);
+          pack_pairs(from, features_, pairs_ + p * depth * kPanel + t);
         } else {
-          auto* to = f32_.data() + p * depth * kPanel + t;
+          auto* to = f32_ + p * depth * kPanel + t;
           for (Index i = 0; i < features_; ++i) to[i * kPanel] = from[i];
         }
       }
@@ -95,8 +133,8 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
   shard::require(w.columns == x.features_, shard::Code::Mismatch,
                  [&] { return fmt::format("model: a weight takes {} features; its input has {}", w.columns, x.features_); });
   const auto& kernel = cpu::products();
-  const bool pairs = !x.pairs_.empty() && w.dtype == shard::DType::BF16;
-  shard::require(pairs || x.pairs_.empty(), shard::Code::Mismatch, [] { return "model: an f32 weight in a bf16 product"; });
+  const bool pairs = x.pairs_ && w.dtype == shard::DType::BF16;
+  shard::require(pairs || !x.pairs_, shard::Code::Mismatch, [] { return "model: an f32 weight in a bf16 product"; });
   const auto features = x.features_, step = kDepth, token_blocks = (x.tokens_ + kTokenBlock - 1) / kTokenBlock;
   const auto row_blocks = (w.rows + kRowBlock - 1) / kRowBlock;
   cpu::run_on_workers(static_cast<std::size_t>(row_blocks * token_blocks), on.threads, [&](std::size_t task) {
@@ -113,13 +151,14 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
       const auto deep = (depth + 1) / 2;
       if (pairs) load_pairs(w, row, rows, at, depth, mine.pairs.data());
       else load_f32(w, row, rows, at, depth, mine.w.data());
+      ask_ahead(w, row, rows, at + block, std::min(block, features - at - block));
       for (Index p = 0; p < panels; ++p) {
         const auto panel = first / kPanel + p;
         if (pairs)
-          kernel.bf16(mine.pairs.data(), deep, x.pairs_.data() + (panel * ((features + 1) / 2) + at / 2) * kPanel, kPanel,
+          kernel.bf16(mine.pairs.data(), deep, x.pairs_ + (panel * ((features + 1) / 2) + at / 2) * kPanel, kPanel,
                       mine.c.data() + p * kPanel, width, rows, kPanel, deep, at > 0);
         else
-          kernel.f32(mine.w.data(), depth, x.f32_.data() + (panel * features + at) * kPanel, kPanel, mine.c.data() + p * kPanel, width, rows,
+          kernel.f32(mine.w.data(), depth, x.f32_ + (panel * features + at) * kPanel, kPanel, mine.c.data() + p * kPanel, width, rows,
                      kPanel, depth, at > 0);
       }
     }

@@ -1,0 +1,185 @@
+"""validate against genuine reference logits: families, layouts, precisions, token files, reports and what must fail."""
+import json
+import pathlib
+import re
+import shutil
+import struct
+import sys
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from support import DATA, Case, run, run_json  # noqa: E402
+
+LLAMA = DATA / "mcore/llama_untied_bf16/tp2pp2"
+REFERENCES = DATA / "references"
+LLAMA_REFERENCE = REFERENCES / "mcore_llama_untied_bf16.safetensors"
+DEEPSEEK = next((DATA / "pairs/deepseek_v3_mtp_bf16").glob("tp*"))
+DEEPSEEK_REFERENCE = REFERENCES / "pairs_deepseek_v3_mtp_bf16.safetensors"
+FAMILIES = sorted(f for f in (DATA / "hf").iterdir() if (f / "reference.safetensors").exists())
+
+
+def tensors_of(path):
+    """Name → (offset in the file, record) of a safetensors file."""
+    raw = pathlib.Path(path).read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + size])
+    header.pop("__metadata__", None)
+    return {name: (8 + size + record["data_offsets"][0], record) for name, record in header.items()}
+
+
+def patch(path, offset, data):
+    raw = bytearray(pathlib.Path(path).read_bytes())
+    raw[offset:offset + len(data)] = data
+    pathlib.Path(path).write_bytes(raw)
+
+
+class Reference(Case):
+    def near(self, checkpoint, reference, *more):
+        status, out = run_json("validate", checkpoint, "--reference", reference, *more)
+        self.assertEqual(status, 0, out["checks"])
+        self.assertLess(out["reference"]["max_abs_logits"], 1e-4)
+        self.assertLess(out["reference"]["max_abs_loss"], 1e-4)
+        self.assertLess(out["reference"]["mean_abs_loss"], 2e-5)
+        return out
+
+    def test_keys(self):
+        out = self.near(LLAMA, LLAMA_REFERENCE)
+        for key in ("ok", "device", "family", "layout", "tokens", "loss", "loss_true_vocab", "perplexity", "tokens_per_second", "seconds", "reference", "mtp", "findings"):
+            self.assertIn(key, out)
+        self.assertEqual((out["ok"], out["device"], out["tokens"], out["layout"]["tp"], out["mtp"]), (True, "cpu", 32, 2, []))
+        self.assertIn("load", out["seconds"])
+        self.assertIn("forward", out["seconds"])
+
+    def test_families(self):
+        for folder in FAMILIES:
+            with self.subTest(folder.name):
+                self.near(folder, folder / "reference.safetensors")
+
+    def test_learned_positions(self):
+        self.near(DATA / "mcore/gpt_tied_bf16_div128/tp2pp2", REFERENCES / "mcore_gpt_tied_bf16_div128.safetensors")
+
+    def test_mtp_and_single_steps(self):
+        out = self.near(DEEPSEEK, DEEPSEEK_REFERENCE)
+        depth = out["mtp"][0]
+        self.assertEqual(depth["depth"], 0)
+        self.assertLess(max(depth["max_abs_logits"], depth["max_abs_loss"], depth["step"]["max_abs_hidden"], depth["step"]["max_abs_logits"]), 1e-4)
+
+    def test_ranks(self):
+        for checkpoint, reference in ((LLAMA, LLAMA_REFERENCE), (DEEPSEEK, DEEPSEEK_REFERENCE), (FAMILIES[-1], FAMILIES[-1] / "reference.safetensors")):
+            for tp, pp in ((2, 2), (4, 1), (1, 4), (3, 2)):
+                with self.subTest(f"{checkpoint.name} tp{tp} pp{pp}"):
+                    self.near(checkpoint, reference, "--tp", tp, "--pp", pp)
+        self.refused(5, "validate", LLAMA, "--pp", 5)
+
+    def test_same_bits(self):
+        losses = {run_json("validate", LLAMA, "--reference", LLAMA_REFERENCE, *more)[1]["loss_true_vocab"]
+                  for more in ((), (), ("--threads", 1), ("--threads", 7), ("--mem-limit", "1KB"))}
+        for other in ("llama_untied_bf16/tp1pp1", "llama_untied_bf16/tp4pp1", "llama_nonhomogeneous_bf16/tp2pp2"):
+            losses.add(run_json("validate", DATA / "mcore" / other, "--reference", LLAMA_REFERENCE)[1]["loss_true_vocab"])
+        self.assertEqual(len(losses), 1, losses)
+
+    def test_bf16(self):
+        status, out = run_json("validate", LLAMA, "--reference", LLAMA_REFERENCE, "--compute", "bf16")
+        self.assertEqual(status, 0, out["checks"])
+        self.assertGreater(out["reference"]["max_abs_logits"], 1e-3)
+
+    def test_another_reference_fails(self):
+        status, out, _ = run("validate", DATA / "mcore/gpt_tied_bf16_div128/tp2pp2", "--reference", LLAMA_REFERENCE)
+        self.assertEqual(status, 1)
+        self.assertIn("FAIL", out)
+
+    def test_a_small_change_fails(self):
+        source = DATA / "hf/llama_untied_bf16"
+        copy = self.tmp / "copy"
+        shutil.copytree(source, copy)
+        config = json.loads((copy / "config.json").read_text())
+        config["rms_norm_eps"] = 1e-6
+        (copy / "config.json").write_text(json.dumps(config))
+        self.assertEqual(run("validate", copy, "--reference", source / "reference.safetensors")[0], 1)
+
+    def test_no_reference_file(self):
+        self.refused(3, "validate", LLAMA, "--reference", self.tmp / "none")
+        self.refused(4, "validate", LLAMA, "--reference", DATA / "hf/gemma2_tied_bf16/model.safetensors")
+
+
+class Against(Case):
+    def test_same_weights(self):
+        status, out = run_json("validate", DATA / "pairs/qwen3_moe_bf16/tp1pp1", "--against", DATA / "hf/qwen3_moe_bf16")
+        self.assertEqual(status, 0, out["checks"])
+
+    def test_where_they_part(self):
+        copy = self.copy("hf/qwen3_moe_bf16")
+        file = copy / "model.safetensors"
+        offset, _ = tensors_of(file)["model.layers.2.self_attn.o_proj.weight"]
+        patch(file, offset, b"\x80\x3f")
+        status, out, _ = run("validate", copy, "--against", DATA / "hf/qwen3_moe_bf16")
+        self.assertEqual(status, 1)
+        self.assertIn("first part ways at layer 2", out)
+
+
+class Tokens(Case):
+    def test_formats_agree(self):
+        ids = [3, 1, 4, 1, 5, 9, 2, 6]
+        (self.tmp / "ids.txt").write_text(" ".join(map(str, ids)))
+        header = "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 8), }".ljust(117) + "\n"
+        (self.tmp / "ids.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + struct.pack("<8i", *ids))
+        meta = json.dumps({"input_ids": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}).encode()
+        (self.tmp / "ids.safetensors").write_bytes(struct.pack("<Q", len(meta)) + meta + struct.pack("<8q", *ids))
+        results = [run_json("validate", LLAMA, "--tokens", self.tmp / f"ids.{kind}") for kind in ("txt", "npy", "safetensors")]
+        self.assertEqual({status for status, _ in results}, {0})
+        self.assertEqual(len({out["loss"] for _, out in results}), 1)
+        self.assertEqual(results[0][1]["tokens"], 7)
+        self.assertIsNone(results[0][1]["reference"])
+
+    def test_bad_tokens(self):
+        (self.tmp / "ids.txt").write_text("1 2 99999")
+        self.refused(6, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
+        (self.tmp / "ids.txt").write_text("1 two 3")
+        self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
+        (self.tmp / "ids.txt").write_text("1")
+        self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
+
+    def test_built_in_tokens_and_max_loss(self):
+        status, out = run_json("validate", LLAMA)
+        self.assertEqual((status, out["ok"]), (0, True))
+        self.assertEqual(run("validate", LLAMA, "--max-loss", out["loss_true_vocab"] + 0.01)[0], 0)
+        self.assertEqual(run("validate", LLAMA, "--max-loss", out["loss_true_vocab"] - 0.01)[0], 1)
+
+
+class Findings(Case):
+    def test_nonfinite_weight(self):
+        copy = self.copy("hf/gemma2_tied_bf16")
+        file = copy / "model.safetensors"
+        offset, _ = tensors_of(file)["model.layers.1.mlp.up_proj.weight"]
+        patch(file, offset, b"\xc0\x7f")
+        status, out = run_json("validate", copy)
+        self.assertEqual((status, out["ok"]), (1, False))
+        self.assertEqual([(f["rule"], f["key"]) for f in out["findings"]], [("nonfinite", "layers.1.mlp.up.weight")])
+
+    def test_constant_matrix(self):
+        copy = self.copy("hf/gemma2_tied_bf16")
+        file = copy / "model.safetensors"
+        offset, record = tensors_of(file)["model.layers.1.mlp.up_proj.weight"]
+        patch(file, offset, bytes(record["data_offsets"][1] - record["data_offsets"][0]))
+        status, out = run_json("validate", copy)
+        self.assertEqual(status, 0)
+        self.assertIn(("constant", "warning"), [(f["rule"], f["severity"]) for f in out["findings"]])
+
+    def test_what_the_model_lacks_or_has_too_much(self):
+        copy = self.copy("hf/llama_untied_bf16")
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"model_type": "frobnicator"}))
+        self.assertNotEqual(run("validate", copy)[0], 0)
+        (copy / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "spiral"}}))
+        self.refused(4, "validate", copy)
+
+    def test_reports(self):
+        html, junit = self.tmp / "report.html", self.tmp / "report.xml"
+        self.ok("validate", LLAMA, "--reference", LLAMA_REFERENCE, "--html", html, "--junit", junit)
+        self.assertRegex(html.read_text(), re.compile("<svg.*polyline", re.S))
+        self.assertNotIn("http", html.read_text())
+        self.assertIn('failures="0"', junit.read_text())
+
+
+if __name__ == "__main__":
+    unittest.main()

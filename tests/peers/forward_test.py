@@ -1,0 +1,100 @@
+"""Forward passes of random models that transformers makes, of families and rules that no fixture has: validate must meet their
+logits on one rank, on several, and in bf16."""
+import os
+import pathlib
+import sys
+import unittest
+
+PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
+if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
+    os.execv(PYTHON, [PYTHON, *sys.argv])
+if not PYTHON:
+    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch, safetensors and transformers")
+    sys.exit(77)
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from support import Case, run_json  # noqa: E402
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+
+
+def b(**more):
+    return dict(dict(vocab_size=250, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+                     max_position_embeddings=64, initializer_range=0.2), **more)
+
+
+MODELS = {
+    "mistral_win": ("Mistral", b(sliding_window=8,head_dim=8)),
+    "llama_bias": ("Llama", b(attention_bias=True,mlp_bias=True,rms_norm_eps=1e-3)),
+    "llama_linear": ("Llama", b(rope_scaling={"rope_type":"linear","factor":4.0})),
+    "llama_dyn": ("Llama", b(max_position_embeddings=16,rope_scaling={"rope_type":"dynamic","factor":4.0})),
+    "llama_yarn": ("Llama", b(rope_scaling={"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":16})),
+    "llama_3": ("Llama", b(rope_scaling={"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":2.0,"original_max_position_embeddings":24})),
+    "gemma": ("Gemma", b(head_dim=16)),
+    "gemma2": ("Gemma2", b(head_dim=16,query_pre_attn_scalar=24,sliding_window=8)),
+    "gemma3": ("Gemma3Text", b(head_dim=16,query_pre_attn_scalar=24,sliding_window=8,num_hidden_layers=7)),
+    "gemma3_scaled": ("Gemma3Text", b(head_dim=16,query_pre_attn_scalar=24,sliding_window=8,num_hidden_layers=7,rope_scaling={"rope_type":"linear","factor":8.0})),
+    "phi3": ("Phi3", b(sliding_window=8,pad_token_id=0)),
+    "phi3_partial": ("Phi3", b(partial_rotary_factor=0.5,pad_token_id=0)),
+    "phi3_long": ("Phi3", b(pad_token_id=0,original_max_position_embeddings=16,rope_scaling={"type":"longrope","short_factor":[1.0,1.1,1.2,1.3],"long_factor":[2.0,3.0,4.0,5.0]})),
+    "nemotron": ("Nemotron", b()),
+    "qwen2_sw": ("Qwen2", b(use_sliding_window=True,sliding_window=8,max_window_layers=2)),
+    "qwen2_moe": ("Qwen2Moe", b(num_experts=6,num_experts_per_tok=3,moe_intermediate_size=40,shared_expert_intermediate_size=48,decoder_sparse_step=2)),
+    "qwen2_moe_norm": ("Qwen2Moe", b(num_experts=6,num_experts_per_tok=3,moe_intermediate_size=40,shared_expert_intermediate_size=48,norm_topk_prob=True)),
+    "qwen3_moe_mixed": ("Qwen3Moe", b(num_experts=6,num_experts_per_tok=3,moe_intermediate_size=40,mlp_only_layers=[1],head_dim=12)),
+    "deepseek_v2": ("DeepseekV2", b(num_key_value_heads=8,q_lora_rank=None,kv_lora_rank=16,qk_nope_head_dim=8,qk_rope_head_dim=4,v_head_dim=6,n_routed_experts=8,num_experts_per_tok=3,moe_intermediate_size=40,n_shared_experts=2,first_k_dense_replace=1,topk_method="greedy",n_group=None,topk_group=None)),
+    "deepseek_v2_group": ("DeepseekV2", b(num_key_value_heads=8,q_lora_rank=24,kv_lora_rank=16,qk_nope_head_dim=8,qk_rope_head_dim=4,v_head_dim=6,n_routed_experts=8,num_experts_per_tok=3,moe_intermediate_size=40,n_shared_experts=2,first_k_dense_replace=1,topk_method="group_limited_greedy",n_group=4,topk_group=2,routed_scaling_factor=2.0,rms_norm_eps=1e-3)),
+    "deepseek_v3_yarn": ("DeepseekV3", b(num_key_value_heads=8,q_lora_rank=24,kv_lora_rank=16,qk_nope_head_dim=8,qk_rope_head_dim=8,v_head_dim=6,n_routed_experts=8,num_experts_per_tok=4,moe_intermediate_size=40,n_shared_experts=2,first_k_dense_replace=1,n_group=4,topk_group=2,rope_scaling={"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":16,"mscale":0.7,"mscale_all_dim":1.0,"beta_fast":32,"beta_slow":1})),
+    "deepseek_v3_nointer": ("DeepseekV3", b(num_key_value_heads=8,q_lora_rank=24,kv_lora_rank=16,qk_nope_head_dim=8,qk_rope_head_dim=8,v_head_dim=6,n_routed_experts=8,num_experts_per_tok=4,moe_intermediate_size=40,n_shared_experts=2,first_k_dense_replace=1,n_group=1,topk_group=1,rope_interleave=False,norm_topk_prob=False)),
+    "gpt_oss": ("GptOss", b(head_dim=12,num_local_experts=4,num_experts_per_tok=2,sliding_window=8,initializer_range=0.25)),
+    "mixtral_sw": ("Mixtral", b(num_local_experts=4,num_experts_per_tok=2,sliding_window=8)),
+    "gpt2": ("GPT2", dict(vocab_size=250,n_embd=64,n_layer=4,n_head=4,n_positions=64,n_inner=100,initializer_range=0.2,scale_attn_by_inverse_layer_idx=True)),
+    "neox": ("GPTNeoX", dict(vocab_size=250,hidden_size=64,intermediate_size=96,num_hidden_layers=4,num_attention_heads=8,max_position_embeddings=64,initializer_range=0.2,rotary_pct=0.25)),
+    "neox_seq": ("GPTNeoX", dict(vocab_size=250,hidden_size=64,intermediate_size=96,num_hidden_layers=4,num_attention_heads=8,max_position_embeddings=64,initializer_range=0.2,use_parallel_residual=False)),
+    "qwen3": ("Qwen3", b(head_dim=24,attention_bias=True)),
+}
+
+
+def reference(name, folder, path):
+    """Writes the model and what it computes; norms, biases and sinks away from where they start."""
+    torch.manual_seed(1)
+    kind, sizes = MODELS[name]
+    config = getattr(transformers, kind + "Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    ids = torch.randint(0, 250, (2, 41))
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "norm" in key or key.endswith("bias") or "ln_" in key:
+                value.add_(torch.randn_like(value) * 0.2)
+            elif "sinks" in key:
+                value.normal_()
+        for key, value in model.named_buffers():
+            if "e_score" in key:
+                value.normal_(0, 0.3)
+        inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        logits = model(inputs).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, -1)
+    model.save_pretrained(folder)
+    save_file(dict(input_ids=inputs, labels=labels, logits=logits, loss=loss), path)
+
+
+class Forward(Case):
+    def test_models(self):
+        for name in MODELS:
+            folder, path = self.tmp / name, self.tmp / f"{name}.reference.safetensors"
+            reference(name, folder, path)
+            for more, most in (((), 2e-4), (("--tp", 2, "--pp", 2), 2e-4), (("--compute", "bf16"), None)):
+                with self.subTest(f"{name} {more}"):
+                    _, out = run_json("validate", folder, "--reference", path, *more)
+                    if most:
+                        self.assertLess(out["reference"]["max_abs_logits"], most)
+                    else:
+                        self.assertLess(out["reference"]["mean_abs_loss"], 0.3)
+
+
+if __name__ == "__main__":
+    unittest.main()
