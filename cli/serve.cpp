@@ -165,7 +165,7 @@ int run(ServeAsk ask) {
   const auto watch_folder = ask.watch.empty() ? fs::path() : existing_folder("--watch", ask.watch);
   const auto root = existing_folder("--root", !ask.root.empty() ? ask.root : !ask.watch.empty() ? ask.watch : ".");
   auto watched = ask.watched;
-  for (auto* file : {&watched.reference, &watched.tokens})
+  for (auto* file : {&watched.reference, &watched.tokens, &watched.text})
     if (!file->empty()) {
       shard::require(fs::exists(*file), Code::NotFound, [&] { return fmt::format("{}: not found", *file); });
       *file = fs::absolute(*file).string();
@@ -249,6 +249,7 @@ void add_serve(CLI::App& app, Action& action) {
   command->add_option("--timeout", ask->timeout, "Seconds that a request may take, waiting included; 0: no limit (default 3600)");
   command->add_option("--reference", ask->watched.reference, "For --watch: inputs with the values that should come out")->type_name("FILE");
   command->add_option("--tokens", ask->watched.tokens, "For --watch: token ids")->type_name("FILE");
+  command->add_option("--text", ask->watched.text, "For --watch: text for the checkpoint's own tokenizer")->type_name("FILE");
   command->add_option("--max-loss", ask->watched.max_loss, "For --watch: bad above this mean loss");
   command->add_option("--compute", ask->watched.compute, "For --watch: f32 or bf16 (default f32)");
   command->add_option("--tp", ask->watched.tp, "For --watch: tensor parallel ranks, as threads (default 1)");

@@ -56,6 +56,7 @@ ValidateAsk read_ask(const fs::path& root, std::string_view body) {
     if (key == "checkpoint") ask.path = confined(root, key, text_of(value, key));
     else if (key == "reference") ask.reference = confined(root, key, text_of(value, key));
     else if (key == "tokens") ask.tokens = confined(root, key, text_of(value, key));
+    else if (key == "text") ask.text = confined(root, key, text_of(value, key));
     else if (key == "against") ask.against = confined(root, key, text_of(value, key));
     else if (key == "compute") ask.compute = text_of(value, key);
     else if (key == "tp") ask.tp = static_cast<int>(whole_of(value, key, 1, 64));
@@ -68,11 +69,11 @@ ValidateAsk read_ask(const fs::path& root, std::string_view body) {
       if (unknown.size() < 200) unknown += (unknown.empty() ? "" : ", ") + clipped(key);
     }
   }
-  if (!unknown.empty()) throw Refusal{400, fmt::format("request: unknown key {}; known are checkpoint, reference, tokens, against, compute, tp, pp, iteration, max_loss", unknown)};
+  if (!unknown.empty()) throw Refusal{400, fmt::format("request: unknown key {}; known are checkpoint, reference, tokens, text, against, compute, tp, pp, iteration, max_loss", unknown)};
   if (ask.path.empty()) throw Refusal{400, "request: \"checkpoint\" is missing"};
   if (ask.compute != "f32" && ask.compute != "bf16") throw Refusal{400, fmt::format("compute: '{}'; f32 and bf16 are known", clipped(ask.compute))};
-  if (!ask.reference.empty() && !ask.tokens.empty()) throw Refusal{400, "request: give one of reference and tokens"};
-  if (!ask.reference.empty() && !ask.against.empty()) throw Refusal{400, "request: against goes with tokens, not with reference"};
+  if (!ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty() > 1) throw Refusal{400, "request: give one of reference, tokens and text"};
+  if (!ask.reference.empty() && !ask.against.empty()) throw Refusal{400, "request: against goes with tokens or text, not with reference"};
   return ask;
 }
 

@@ -57,13 +57,14 @@ lm::Batch built_in_tokens(Index vocab, Index positions) {
 }
 
 /// Copies of one tensor that a checkpoint stores several times must agree.
-void refuse_differing_copies(const formats::Checkpoint& checkpoint) {
+void refuse_differing_copies(const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   const auto plan = compare_replicas(checkpoint.logical);
   const formats::LocalReader reader(checkpoint.logical, checkpoint.files);
   shard::SummedSource source(reader, formats::kernels());
   shard::Buffers buffers;
   std::vector<Finding> findings;
   for (const auto& comparison : plan.comparisons) {
+    shard::require(!budget.stop || !*budget.stop, Code::Io, [] { return "stopped by a signal"; });
     const auto difference = shard::compare_places(source, comparison, shard::kBlock, buffers);
     if (difference.count) findings.push_back(shard::describe_difference(source, plan.tensors[comparison.copy.tensor], comparison, difference));
   }
@@ -153,7 +154,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   shard::require(given <= 1 && (ask.reference.empty() || ask.against.empty()), Code::Usage, [] { return "command line: give one of --reference, --tokens and --text; --against goes with tokens or text"; });
   shard::require(ask.compute == "f32" || ask.compute == "bf16", Code::Usage, [&] { return fmt::format("--compute {}: f32 and bf16 are known", ask.compute); });
   const auto model = open_model(ask, ask.path, budget.threads);
-  refuse_differing_copies(model.checkpoint);
+  refuse_differing_copies(model.checkpoint, budget);
 
   Validation v;
   v.path = ask.path;

@@ -367,6 +367,7 @@ class Ends(Serve):
         time.sleep(0.1)
         server.process.kill()
         server.process.wait()
+        connection.close()
         _, rows = self.serve().json("GET", "/history")
         self.assertEqual([row["state"] for row in rows], ["interrupted", "sound"])
 
