@@ -17,6 +17,7 @@ void add_hash(CLI::App& app, Action& action);
 void add_diff(CLI::App& app, Action& action);
 void add_families(CLI::App& app, Action& action);
 void add_validate(CLI::App& app, Action& action);
+void add_serve(CLI::App& app, Action& action);
 void add_scan(CLI::App& app, Action& action);
 
 }  // namespace cli

@@ -59,6 +59,7 @@ int main(int argc, char** argv) {
   cli::add_diff(app, action);
   cli::add_families(app, action);
   cli::add_validate(app, action);
+  cli::add_serve(app, action);
   cli::add_scan(app, action);
   try {
     app.parse(argc, argv);

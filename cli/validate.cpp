@@ -1,7 +1,7 @@
 // shardkit validate: runs the model that a checkpoint describes and judges what comes out.
 #include "cli/commands.h"
 #include "cli/options.h"
-#include "cli/validate_report.h"
+#include "cli/validate.h"
 #include "formats/kernels.h"
 #include "formats/model_config.h"
 #include "libshard/error.h"
@@ -19,13 +19,7 @@ using shard::Code;
 using shard::Finding;
 using shard::Index;
 
-struct Ask {
-  std::string path, reference, against, tokens, text, compute = "f32", html, junit;
-  std::optional<double> max_loss;
-  int tp = 1, pp = 1;
-  ModelOptions model;
-  RunOptions run;
-};
+using Ask = ValidateAsk;
 
 double since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
 
@@ -64,13 +58,14 @@ lm::Batch built_in_tokens(Index vocab, Index positions) {
 }
 
 /// Copies of one tensor that a checkpoint stores several times must agree.
-void refuse_differing_copies(const formats::Checkpoint& checkpoint) {
+void refuse_differing_copies(const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   const auto plan = compare_replicas(checkpoint.logical);
   const formats::LocalReader reader(checkpoint.logical, checkpoint.files);
   shard::SummedSource source(reader, formats::kernels());
   shard::Buffers buffers;
   std::vector<Finding> findings;
   for (const auto& comparison : plan.comparisons) {
+    shard::require(!budget.stop || !*budget.stop, Code::Io, [] { return "stopped by a signal"; });
     const auto difference = shard::compare_places(source, comparison, shard::kBlock, buffers);
     if (difference.count) findings.push_back(shard::describe_difference(source, plan.tensors[comparison.copy.tensor], comparison, difference));
   }
@@ -152,14 +147,15 @@ void judge_against(Validation& v, const Ask& ask, const lm::Batch& batch, const 
                       different == 0});
 }
 
-int run(const Ask& ask) {
+}  // namespace
+
+Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   const auto start = std::chrono::steady_clock::now();
   const int given = !ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty();
   shard::require(given <= 1 && (ask.reference.empty() || ask.against.empty()), Code::Usage, [] { return "command line: give one of --reference, --tokens and --text; --against goes with tokens or text"; });
   shard::require(ask.compute == "f32" || ask.compute == "bf16", Code::Usage, [&] { return fmt::format("--compute {}: f32 and bf16 are known", ask.compute); });
-  const auto budget = ask.run.budget();
   const auto model = open_model(ask, ask.path, budget.threads);
-  refuse_differing_copies(model.checkpoint);
+  refuse_differing_copies(model.checkpoint, budget);
 
   Validation v;
   v.path = ask.path;
@@ -236,7 +232,13 @@ int run(const Ask& ask) {
   if (ask.max_loss) v.checks.push_back({"max loss", fmt::format("{:.6f}, at most {:g}", v.loss_true_vocab, *ask.max_loss), v.loss_true_vocab <= *ask.max_loss});
   if (!ask.against.empty()) judge_against(v, ask, batch, report, options, budget);
   v.all_seconds = since(start);
+  return v;
+}
 
+namespace {
+
+int run(const Ask& ask) {
+  const auto v = validate(ask, ask.run.budget());
   if (!ask.html.empty()) write_validation_html(ask.html, v);
   if (!ask.junit.empty()) write_validation_junit(ask.junit, v);
   if (ask.run.json) print_json(validation_json(v));

@@ -202,6 +202,8 @@ Weight WeightStream::take(const std::string& name, Index lo) {
   wanted_ = std::max(wanted_, found->second + 1);
   held_->changed.notify_all();
   held_->changed.wait(lock, [&] { return entry.ready || error_ || quit_; });
+  // A small model is read ahead whole: whoever computes has to look as well.
+  shard::require(!stop_ || !*stop_, Code::Io, [] { return "stopped by a signal"; });
   if (error_ && !entry.ready) std::rethrow_exception(error_);
   shard::require(entry.ready && entry.left > 0, Code::Io, [&] { return fmt::format("{}: was let go before its last use", name); });
   out = entry.weight;

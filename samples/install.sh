@@ -3,7 +3,7 @@
 set -euo pipefail
 
 packages=(g++ cmake ninja-build pkg-config libfmt-dev libcli11-dev nlohmann-json3-dev doctest-dev libzstd-dev libxxhash-dev
-          libdeflate-dev zlib1g-dev libhdf5-dev libpcre2-dev libutf8proc-dev "$@")
+          libdeflate-dev zlib1g-dev libhdf5-dev libpcre2-dev libutf8proc-dev libevent-dev libsqlite3-dev "$@")
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")

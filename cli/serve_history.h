@@ -1,0 +1,60 @@
+// What `serve` remembers over restarts: one row a validation, and which watched iterations are done.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace cli {
+
+/// How a validation ended. Running rows of a server that died become Interrupted when the next one opens the history.
+enum class State { Running, Sound, Bad, Failed, Interrupted };
+const char* name(State state);
+
+struct Record {
+  std::int64_t id = 0;
+  std::string checkpoint, origin;  ///< as shown to people; "request" or "watch"
+  State state = State::Running;
+  int status = 0;                  ///< exit status that `shardkit validate` would have had
+  double started = 0, seconds = 0; ///< since 1970; of work
+  std::optional<double> loss;      ///< over the true vocabulary
+  std::string error, answer;       ///< one line where there is no answer; the JSON object of `validate --json`
+};
+
+/// An SQLite file that one server at a time holds. Safe to call from any thread; throws Io where the disk does not take a row.
+class History {
+ public:
+  /// Makes the file and its folder where they are missing and keeps the newest `keep` rows. Throws Usage where another server
+  /// holds it, BadFormat where it is no history or one of a newer shardkit.
+  History(const std::filesystem::path& file, std::int64_t keep);
+  ~History();
+
+  std::int64_t begin(const std::string& checkpoint, const std::string& origin);
+  /// Fills the row of `record.id`.
+  void finish(const Record& record);
+  /// For a shutdown that cannot wait for the worker.
+  void interrupt_running();
+
+  /// Newest first; answers only where asked for.
+  std::vector<Record> latest(std::int64_t most, bool answers) const;
+  std::optional<Record> find(std::int64_t id) const;
+
+  /// A watched folder in the state that `stamp` stands for: done, or begun three times without an end.
+  bool is_done(const std::string& path, const std::string& stamp) const;
+  void attempt(const std::string& path, const std::string& stamp);
+  void done(const std::string& path, const std::string& stamp);
+  /// The attempt was cut short by a shutdown and does not count.
+  void again(const std::string& path, const std::string& stamp);
+
+ private:
+  struct Database;
+  std::unique_ptr<Database> database_;
+  mutable std::mutex mutex_;
+  std::int64_t keep_;
+};
+
+}  // namespace cli

@@ -1,0 +1,145 @@
+// The worker survives whatever a checkpoint does to it short of ending the process.
+#include "cli/serve_queue.h"
+
+#include "libshard/error.h"
+
+#include <fmt/format.h>
+
+#include <new>
+
+namespace cli {
+namespace {
+
+const char* explain(Cut why) {
+  switch (why) {
+    case Cut::Timeout: return "the time for this request is over";
+    case Cut::ClientGone: return "the client went away";
+    default: return "the server stops";
+  }
+}
+
+}  // namespace
+
+void Job::cut(Cut reason) {
+  auto none = Cut::No;
+  why.compare_exchange_strong(none, reason);
+  stop = true;
+}
+
+Queue::Queue(std::size_t longest, shard::Budget budget, History& history, Metrics& metrics, std::function<void(const Record&)> after)
+    : longest_(longest), budget_(budget), history_(history), metrics_(metrics), after_(std::move(after)), worker_([this] { work(); }) {}
+
+Queue::~Queue() {
+  close();
+  worker_.join();
+}
+
+bool Queue::push(std::shared_ptr<Job> job) {
+  const std::lock_guard lock(mutex_);
+  if (closed_ || line_.size() >= longest_) return false;
+  line_.push_back(std::move(job));
+  wake_.notify_one();
+  return true;
+}
+
+void Queue::tick() {
+  const std::lock_guard lock(mutex_);
+  const auto now = std::chrono::steady_clock::now();
+  const auto look = [&](Job& job) {
+    if (job.deadline && *job.deadline <= now) job.cut(Cut::Timeout);
+  };
+  if (current_) look(*current_);
+  for (auto& job : line_) look(*job);
+}
+
+void Queue::close() {
+  const std::lock_guard lock(mutex_);
+  closed_ = true;
+  if (current_) current_->cut(Cut::Shutdown);
+  for (auto& job : line_) job->cut(Cut::Shutdown);
+  wake_.notify_one();
+}
+
+bool Queue::wait(std::chrono::milliseconds most) {
+  std::unique_lock lock(mutex_);
+  return ended_.wait_for(lock, most, [&] { return worker_ended_; });
+}
+
+std::size_t Queue::length() const {
+  const std::lock_guard lock(mutex_);
+  return line_.size();
+}
+
+bool Queue::running() const {
+  const std::lock_guard lock(mutex_);
+  return current_ != nullptr;
+}
+
+void Queue::work() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    wake_.wait(lock, [&] { return closed_ || !line_.empty(); });
+    if (line_.empty()) break;
+    current_ = std::move(line_.front());
+    line_.pop_front();
+    const auto job = current_;
+    lock.unlock();
+    const auto record = run(*job);
+    job->done(record);
+    if (after_ && record.id) after_(record);
+    lock.lock();
+    current_ = nullptr;
+  }
+  worker_ended_ = true;
+  ended_.notify_all();
+}
+
+Record Queue::run(Job& job) {
+  Record record;
+  record.checkpoint = job.shown;
+  record.origin = job.origin;
+  const auto end = [&](State state, shard::Code code, const std::string& error) {
+    record.state = state;
+    record.status = static_cast<int>(code);
+    record.error = error;
+  };
+  if (job.stop) {  // never begun: nothing to remember
+    end(State::Interrupted, shard::Code::Io, explain(job.why));
+    return record;
+  }
+  try {
+    if (job.begun) job.begun();
+    record.id = history_.begin(job.shown, job.origin);
+  } catch (const std::exception& error) {
+    metrics_.trouble("history");
+    end(State::Failed, shard::Code::Io, error.what());
+    return record;
+  }
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    auto budget = budget_;
+    budget.stop = &job.stop;
+    const auto validation = validate(job.ask, budget);
+    record.state = validation.ok() ? State::Sound : State::Bad;
+    record.status = validation.ok() ? 0 : 1;
+    record.loss = validation.loss_true_vocab;
+    record.answer = validation_json(validation).dump(-1, ' ', false, Json::error_handler_t::replace);
+  } catch (const shard::Error& error) {
+    end(State::Failed, error.code, error.what());
+  } catch (const std::bad_alloc&) {
+    end(State::Failed, shard::Code::Io, "memory: the input asks for more than there is");
+  } catch (const std::exception& error) {
+    end(State::Failed, shard::Code::Io, error.what());
+  }
+  if (record.state == State::Failed && job.stop) end(State::Interrupted, shard::Code::Io, explain(job.why));
+  record.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  try {
+    history_.finish(record);
+    metrics_.validation(record);
+  } catch (const std::exception&) {
+    metrics_.trouble("history");
+  }
+  return record;
+}
+
+}  // namespace cli

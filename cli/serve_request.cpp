@@ -1,0 +1,80 @@
+// Strict: an unknown key is an error that names it, since a misspelt one would silently judge something else.
+#include "cli/serve_request.h"
+
+#include "formats/json.h"
+#include "libshard/error.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string clipped(const std::string& text) { return text.size() > 200 ? text.substr(0, 200) + "…" : text; }
+
+bool inside(const fs::path& root, const fs::path& path) {
+  return std::mismatch(root.begin(), root.end(), path.begin(), path.end()).first == root.end();
+}
+
+std::string text_of(const nlohmann::json& value, const std::string& key) {
+  if (!value.is_string()) throw Refusal{400, fmt::format("{}: is a JSON {}; should be a string", key, value.type_name())};
+  return value.get<std::string>();
+}
+
+std::int64_t whole_of(const nlohmann::json& value, const std::string& key, std::int64_t least, std::int64_t most) {
+  if (value.is_number_integer() && !(value.is_number_unsigned() && value.get<std::uint64_t>() > static_cast<std::uint64_t>(most)))
+    if (const auto number = value.get<std::int64_t>(); number >= least && number <= most) return number;
+  throw Refusal{400, fmt::format("{}: should be a whole number from {} to {}", key, least, most)};
+}
+
+}  // namespace
+
+std::string confined(const fs::path& root, const std::string& key, const std::string& given) {
+  if (given.empty() || given.find('\0') != given.npos) throw Refusal{400, fmt::format("{}: is no path", key)};
+  std::error_code error;
+  // Resolves links as far as the path exists; the rest is taken as text, so that what lies outside looks the same whether it is there or not.
+  const auto path = fs::weakly_canonical(root / given, error);
+  if (error) throw Refusal{404, fmt::format("{}: '{}': not found", key, clipped(given)), 3};
+  if (!inside(root, path)) throw Refusal{403, fmt::format("{}: '{}' is outside the root; should be inside", key, clipped(given))};
+  if (!fs::exists(path, error)) throw Refusal{404, fmt::format("{}: '{}': not found", key, clipped(given)), 3};
+  return path.lexically_relative(root).string();
+}
+
+ValidateAsk read_ask(const fs::path& root, std::string_view body) {
+  nlohmann::json json;
+  try {
+    json = formats::parse_json(body, "request");
+  } catch (const shard::Error& error) {
+    throw Refusal{400, error.what()};
+  }
+  if (!json.is_object()) throw Refusal{400, fmt::format("request: is a JSON {}; should be an object with \"checkpoint\"", json.type_name())};
+  ValidateAsk ask;
+  std::string unknown;
+  for (const auto& [key, value] : json.items()) {
+    if (key == "checkpoint") ask.path = confined(root, key, text_of(value, key));
+    else if (key == "reference") ask.reference = confined(root, key, text_of(value, key));
+    else if (key == "tokens") ask.tokens = confined(root, key, text_of(value, key));
+    else if (key == "text") ask.text = confined(root, key, text_of(value, key));
+    else if (key == "against") ask.against = confined(root, key, text_of(value, key));
+    else if (key == "compute") ask.compute = text_of(value, key);
+    else if (key == "tp") ask.tp = static_cast<int>(whole_of(value, key, 1, 64));
+    else if (key == "pp") ask.pp = static_cast<int>(whole_of(value, key, 1, 64));
+    else if (key == "iteration") ask.model.open.iteration = whole_of(value, key, 0, 1'000'000'000'000);
+    else if (key == "max_loss") {
+      if (!value.is_number() || !std::isfinite(value.get<double>())) throw Refusal{400, "max_loss: should be a number"};
+      ask.max_loss = value.get<double>();
+    } else {
+      if (unknown.size() < 200) unknown += (unknown.empty() ? "" : ", ") + clipped(key);
+    }
+  }
+  if (!unknown.empty()) throw Refusal{400, fmt::format("request: unknown key {}; known are checkpoint, reference, tokens, text, against, compute, tp, pp, iteration, max_loss", unknown)};
+  if (ask.path.empty()) throw Refusal{400, "request: \"checkpoint\" is missing"};
+  if (ask.compute != "f32" && ask.compute != "bf16") throw Refusal{400, fmt::format("compute: '{}'; f32 and bf16 are known", clipped(ask.compute))};
+  if (!ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty() > 1) throw Refusal{400, "request: give one of reference, tokens and text"};
+  if (!ask.reference.empty() && !ask.against.empty()) throw Refusal{400, "request: against goes with tokens or text, not with reference"};
+  return ask;
+}
+
+}  // namespace cli

@@ -1,0 +1,24 @@
+// One validation: what can be asked of it, and the function that the command and the resident server share.
+#pragma once
+
+#include "cli/options.h"
+#include "cli/validate_report.h"
+
+#include <optional>
+#include <string>
+
+namespace cli {
+
+struct ValidateAsk {
+  std::string path, reference, against, tokens, text, compute = "f32", html, junit;
+  std::optional<double> max_loss;
+  int tp = 1, pp = 1;
+  ModelOptions model;
+  RunOptions run;
+};
+
+/// Opens, computes, judges; prints and writes nothing. Takes threads, memory and the stop flag from `budget`, not from `ask.run`.
+/// Throws shard::Error as `shardkit validate` ends; Io where the stop flag was set.
+Validation validate(const ValidateAsk& ask, const shard::Budget& budget);
+
+}  // namespace cli
