@@ -16,7 +16,7 @@
 namespace cli {
 namespace {
 
-struct Ask {
+struct ConvertAsk {
   std::string from, to, format, dtype, max_shard_size = "50GB", pad = "zeros", report, part;
   std::optional<std::int64_t> tp, pp, vpp, ep, etp, first, last;
   std::optional<std::string> pp_layout;
@@ -26,7 +26,7 @@ struct Ask {
 };
 
 /// Sizes left out are kept from the source; a new pipeline forgets what only fitted the old one.
-shard::Parallel wanted_layout(const Ask& ask, const formats::Checkpoint& source) {
+shard::Parallel wanted_layout(const ConvertAsk& ask, const formats::Checkpoint& source) {
   auto out = source.parallel.value_or(shard::Parallel{});
   const bool etp_follows = out.etp == out.tp;
   if (ask.pp || ask.vpp) {
@@ -52,7 +52,7 @@ shard::Parallel wanted_layout(const Ask& ask, const formats::Checkpoint& source)
 
 shard::Pad wanted_pad(const std::string& text) { return text == "last" ? shard::Pad::Last : text == "mean" ? shard::Pad::Mean : shard::Pad::Zeros; }
 
-formats::TargetOptions target_options(const Ask& ask, const formats::Checkpoint& source) {
+formats::TargetOptions target_options(const ConvertAsk& ask, const formats::Checkpoint& source) {
   formats::TargetOptions out;
   out.format = ask.format.empty() ? source.format : ask.format;
   out.keep_spelling = ask.format.empty() || ask.format == source.format;
@@ -68,7 +68,7 @@ formats::TargetOptions target_options(const Ask& ask, const formats::Checkpoint&
 }
 
 /// What quantised weights are dequantised to; types as narrow as theirs are not.
-std::optional<shard::DType> wanted_weights(const Ask& ask) {
+std::optional<shard::DType> wanted_weights(const ConvertAsk& ask) {
   const auto dtype = shard::dtype_named(ask.dtype);
   return dtype && (*dtype == shard::DType::BF16 || *dtype == shard::DType::F16 || *dtype == shard::DType::F32 || *dtype == shard::DType::F64) ? dtype : std::nullopt;
 }
@@ -120,7 +120,7 @@ struct Outcome {
 
 bool is_cut(const formats::TargetOptions& options) { return options.format == "torch_dist" || options.format == "mp_rank"; }
 
-Json outcome_json(const Ask& ask, const Outcome& outcome) {
+Json outcome_json(const ConvertAsk& ask, const Outcome& outcome) {
   auto ties = Json::array();
   for (const auto& [alias, owner] : outcome.source.logical.ties) ties.push_back({{"alias", alias}, {"owner", owner}});
   Json out{{"source", {{"path", ask.from}, {"format", outcome.source.format}, {"layout", layout_json(outcome.source.parallel)}}},
@@ -140,7 +140,7 @@ Json outcome_json(const Ask& ask, const Outcome& outcome) {
   return out;
 }
 
-void print_summary(const Ask& ask, const Outcome& outcome) {
+void print_summary(const ConvertAsk& ask, const Outcome& outcome) {
   const auto& report = outcome.report;
   fmt::print(stderr, "{} {} → {}: {} tensors, {} in {:.2f} s ({}/s), {} files\n", ask.dry_run ? "would write" : "wrote", outcome.source.format, outcome.options.format,
              outcome.target.logical.tensors.size(), human_bytes(report.bytes_written), outcome.seconds,
@@ -161,7 +161,7 @@ std::vector<formats::Dropped> all_dropped(const formats::Checkpoint& source, con
   return out;
 }
 
-int run(const Ask& ask) {
+int run_convert(const ConvertAsk& ask) {
   const auto start = std::chrono::steady_clock::now();
   const auto budget = ask.run.budget();
   auto open = ask.model.open;
@@ -212,7 +212,7 @@ int run(const Ask& ask) {
   return 0;
 }
 
-void add_options(CLI::App& command, Ask& ask) {
+void add_options(CLI::App& command, ConvertAsk& ask) {
   command.add_option("SRC", ask.from, "Source checkpoint")->required();
   command.add_option("DST", ask.to, "Target folder; must not exist")->required();
   const auto size = [&](const char* flag, auto& value, const char* what) { command.add_option(flag, value, what)->group("Layout"); };
@@ -234,7 +234,7 @@ void add_options(CLI::App& command, Ask& ask) {
   ask.run.add_to(command);
 }
 
-void add_format(CLI::App& command, Ask& ask, bool required) {
+void add_format(CLI::App& command, ConvertAsk& ask, bool required) {
   auto* option = command.add_option("--to", ask.format, "torch_dist, mp_rank, dcp or hf")->type_name("FORMAT");
   if (required) option->required();
   command.add_option("--dtype", ask.dtype, "Cast floating tensors: bf16, f16, f32 …");
@@ -246,14 +246,14 @@ void add_format(CLI::App& command, Ask& ask, bool required) {
 
 void add_convert(CLI::App& app, Action& action) {
   const auto add = [&](const char* name, const char* what, bool format, bool required, bool dry) {
-    auto ask = std::make_shared<Ask>();
+    auto ask = std::make_shared<ConvertAsk>();
     auto* command = app.add_subcommand(name, what);
     add_options(*command, *ask);
     if (format) add_format(*command, *ask, required);
     if (!dry) command->add_flag("--dry-run", ask->dry_run, "Say what would be done");
     command->callback([ask, dry, &action] {
       if (dry) ask->dry_run = true;
-      action = [ask] { return run(*ask); };
+      action = [ask] { return run_convert(*ask); };
     });
   };
   add("reshard", "Another parallel layout, same format and keys", false, false, false);

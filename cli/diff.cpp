@@ -11,7 +11,7 @@
 namespace cli {
 namespace {
 
-struct Ask {
+struct DiffAsk {
   std::string a, b;
   double atol = 0, rtol = 0;
   ModelOptions model;
@@ -29,7 +29,7 @@ shard::Shape index_of(const formats::Checkpoint& a, const shard::TensorDifferenc
   return shard::unravel(static_cast<shard::Index>(one.difference.first), a.logical.tensors.at(one.key).natural);
 }
 
-Result compare(const Ask& ask, const formats::Checkpoint& a, const formats::Checkpoint& b, const shard::Budget& budget) {
+Result compare(const DiffAsk& ask, const formats::Checkpoint& a, const formats::Checkpoint& b, const shard::Budget& budget) {
   Result out;
   for (const auto& [key, tensor] : a.logical.tensors)
     if (!b.logical.tensors.contains(key)) out.only_in_a.push_back(key);
@@ -70,7 +70,7 @@ Json other_hints(const Result& result) {
   return out;
 }
 
-void print_result(const Ask& ask, const formats::Checkpoint& a, const Result& result) {
+void print_result(const DiffAsk& ask, const formats::Checkpoint& a, const Result& result) {
   const auto only = [&](const std::string& where, const std::vector<std::string>& keys) {
     for (const auto& key : keys) {
       const auto hint = result.hints.find(key);
@@ -91,7 +91,7 @@ void print_result(const Ask& ask, const formats::Checkpoint& a, const Result& re
   if (result.same()) fmt::print("same: {} tensors\n", a.logical.tensors.size());
 }
 
-int run(const Ask& ask) {
+int run_diff(const DiffAsk& ask) {
   const auto budget = ask.run.budget();
   auto options = ask.model.open;
   options.threads = budget.threads;
@@ -119,7 +119,7 @@ int run(const Ask& ask) {
 }  // namespace
 
 void add_diff(CLI::App& app, Action& action) {
-  auto ask = std::make_shared<Ask>();
+  auto ask = std::make_shared<DiffAsk>();
   auto* command = app.add_subcommand("diff", "Where two checkpoints differ, across formats and layouts");
   command->add_option("A", ask->a, "Checkpoint")->required();
   command->add_option("B", ask->b, "Checkpoint")->required();
@@ -127,7 +127,7 @@ void add_diff(CLI::App& app, Action& action) {
   command->add_option("--rtol", ask->rtol, "Tolerate tensors whose largest relative difference is at most this");
   ask->model.add_to(*command);
   ask->run.add_to(*command);
-  command->callback([ask, &action] { action = [ask] { return run(*ask); }; });
+  command->callback([ask, &action] { action = [ask] { return run_diff(*ask); }; });
 }
 
 }  // namespace cli

@@ -8,7 +8,7 @@
 namespace cli {
 namespace {
 
-int run(const std::string& name, bool json) {
+int run_families(const std::string& name, bool json) {
   if (!name.empty()) {
     const auto family = formats::hf::family_named(name);
     if (json) {
@@ -40,15 +40,15 @@ int run(const std::string& name, bool json) {
 }  // namespace
 
 void add_families(CLI::App& app, Action& action) {
-  struct Ask {
+  struct FamiliesAsk {
     std::string name;
     bool json = false;
   };
-  auto ask = std::make_shared<Ask>();
+  auto ask = std::make_shared<FamiliesAsk>();
   auto* command = app.add_subcommand("families", "The model families it knows");
   command->add_option("NAME", ask->name, "A family, or a .json file of one");
   command->add_flag("--json", ask->json, "As JSON: one family is an example to start from");
-  command->callback([ask, &action] { action = [ask] { return run(ask->name, ask->json); }; });
+  command->callback([ask, &action] { action = [ask] { return run_families(ask->name, ask->json); }; });
 }
 
 }  // namespace cli

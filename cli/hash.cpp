@@ -9,13 +9,13 @@
 namespace cli {
 namespace {
 
-struct Ask {
+struct HashAsk {
   std::string path;
   ModelOptions model;
   RunOptions run;
 };
 
-int run(const Ask& ask) {
+int run_hash(const HashAsk& ask) {
   const auto budget = ask.run.budget();
   auto options = ask.model.open;
   options.threads = budget.threads;
@@ -43,12 +43,12 @@ int run(const Ask& ask) {
 }  // namespace
 
 void add_hash(CLI::App& app, Action& action) {
-  auto ask = std::make_shared<Ask>();
+  auto ask = std::make_shared<HashAsk>();
   auto* command = app.add_subcommand("hash", "Layout-free digests");
   command->add_option("CKPT", ask->path, "Checkpoint folder or file")->required();
   ask->model.add_to(*command);
   ask->run.add_to(*command);
-  command->callback([ask, &action] { action = [ask] { return run(*ask); }; });
+  command->callback([ask, &action] { action = [ask] { return run_hash(*ask); }; });
 }
 
 }  // namespace cli

@@ -11,14 +11,14 @@
 namespace cli {
 namespace {
 
-struct Ask {
+struct InspectAsk {
   std::string path;
   std::vector<std::string> tensors;
   ModelOptions model;
   RunOptions run;
 };
 
-bool wanted(const Ask& ask, const std::string& key) {
+bool wanted(const InspectAsk& ask, const std::string& key) {
   return ask.tensors.empty() || std::any_of(ask.tensors.begin(), ask.tensors.end(), [&](const auto& pattern) { return formats::glob(pattern, key); });
 }
 
@@ -50,7 +50,7 @@ Totals totals(const formats::Checkpoint& checkpoint) {
   return out;
 }
 
-int print_as_json(const Ask& ask, const formats::Checkpoint& checkpoint) {
+int print_as_json(const InspectAsk& ask, const formats::Checkpoint& checkpoint) {
   const auto sums = totals(checkpoint);
   Json out{{"format", checkpoint.format},
            {"iteration", checkpoint.iteration ? Json(*checkpoint.iteration) : Json(nullptr)},
@@ -71,7 +71,7 @@ int print_as_json(const Ask& ask, const formats::Checkpoint& checkpoint) {
   return 0;
 }
 
-int print_for_people(const Ask& ask, const formats::Checkpoint& checkpoint) {
+int print_for_people(const InspectAsk& ask, const formats::Checkpoint& checkpoint) {
   const auto sums = totals(checkpoint);
   std::vector<std::vector<std::string>> head{{"format", checkpoint.format}};
   if (!checkpoint.family.empty()) head.push_back({"family", checkpoint.family});
@@ -100,7 +100,7 @@ int print_for_people(const Ask& ask, const formats::Checkpoint& checkpoint) {
 }  // namespace
 
 void add_inspect(CLI::App& app, Action& action) {
-  auto ask = std::make_shared<Ask>();
+  auto ask = std::make_shared<InspectAsk>();
   auto* command = app.add_subcommand("inspect", "What is in a checkpoint, from metadata only");
   command->add_option("CKPT", ask->path, "Checkpoint folder or file")->required();
   command->add_option("--tensors", ask->tensors, "Only tensors whose key fits GLOB")->type_name("GLOB");

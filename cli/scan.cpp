@@ -9,7 +9,7 @@
 namespace cli {
 namespace {
 
-struct Ask {
+struct ScanAsk {
   std::vector<std::string> files;
   RunOptions run;
 };
@@ -47,7 +47,7 @@ std::vector<formats::pickle::Name> names_in(const std::string& path) {
   return out;
 }
 
-int run(const Ask& ask) {
+int run_scan(const ScanAsk& ask) {
   bool refused = false;
   auto files = Json::array();
   for (const auto& path : ask.files) {
@@ -67,11 +67,11 @@ int run(const Ask& ask) {
 }  // namespace
 
 void add_scan(CLI::App& app, Action& action) {
-  auto ask = std::make_shared<Ask>();
+  auto ask = std::make_shared<ScanAsk>();
   auto* command = app.add_subcommand("scan", "What a pickle would import; never runs it");
   command->add_option("FILE", ask->files, "Torch files or pickles")->required();
   ask->run.add_to(*command);
-  command->callback([ask, &action] { action = [ask] { return run(*ask); }; });
+  command->callback([ask, &action] { action = [ask] { return run_scan(*ask); }; });
 }
 
 }  // namespace cli

@@ -19,8 +19,6 @@ using shard::Code;
 using shard::Finding;
 using shard::Index;
 
-using Ask = ValidateAsk;
-
 double since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
 
 struct Opened {
@@ -29,7 +27,7 @@ struct Opened {
   Index stored_vocab = 0, vocab = 0;
 };
 
-Opened open_model(const Ask& ask, const std::string& path, unsigned threads) {
+Opened open_model(const ValidateAsk& ask, const std::string& path, unsigned threads) {
   auto options = ask.model.open;
   options.threads = threads;
   options.dequantise = shard::DType::BF16;  // what transformers computes them as
@@ -121,7 +119,7 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
   if (!compared.main.logits && !compared.main.loss) v.notes.push_back("the reference holds neither logits nor a loss that fits; nothing was compared");
 }
 
-void judge_against(Validation& v, const Ask& ask, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, const shard::Budget& budget) {
+void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, const shard::Budget& budget) {
   const auto other = open_model(ask, ask.against, budget.threads);
   const formats::LocalReader reader(other.checkpoint.logical, other.checkpoint.files);
   const std::vector<lm::MtpStep> none;
@@ -237,7 +235,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
 
 namespace {
 
-int run(const Ask& ask) {
+int run_validate(const ValidateAsk& ask) {
   const auto v = validate(ask, ask.run.budget());
   if (!ask.html.empty()) write_validation_html(ask.html, v);
   if (!ask.junit.empty()) write_validation_junit(ask.junit, v);
@@ -249,7 +247,7 @@ int run(const Ask& ask) {
 }  // namespace
 
 void add_validate(CLI::App& app, Action& action) {
-  auto ask = std::make_shared<Ask>();
+  auto ask = std::make_shared<ValidateAsk>();
   auto* command = app.add_subcommand("validate", "Run the model and judge its logits and losses");
   command->add_option("CKPT", ask->path, "Checkpoint folder or file")->required();
   command->add_option("--reference", ask->reference, "Inputs with the logits and losses that should come out (safetensors)")->type_name("FILE");
@@ -264,7 +262,7 @@ void add_validate(CLI::App& app, Action& action) {
   command->add_option("--junit", ask->junit, "Write the checks as JUnit XML")->type_name("FILE");
   ask->model.add_to(*command);
   ask->run.add_to(*command);
-  command->callback([ask, &action] { action = [ask] { return run(*ask); }; });
+  command->callback([ask, &action] { action = [ask] { return run_validate(*ask); }; });
 }
 
 }  // namespace cli

@@ -1,6 +1,7 @@
 // The same figures in four forms; numbers that are not finite become null in JSON.
 #include "cli/validate_report.h"
 
+#include "cli/markup.h"
 #include "libshard/error.h"
 
 #include <algorithm>
@@ -11,19 +12,6 @@ namespace cli {
 namespace {
 
 Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
-
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '&') out += "&amp;";
-    else if (c == '<') out += "&lt;";
-    else if (c == '>') out += "&gt;";
-    else if (c == '"') out += "&quot;";
-    else if (static_cast<unsigned char>(c) < 0x20) out += ' ';
-    else out += c;
-  }
-  return out;
-}
 
 void write_file(const std::string& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);

@@ -18,7 +18,7 @@ using shard::Finding;
 constexpr const char* kRules[] = {"coverage", "overlap", "replica", "tie", "nonfinite", "shape", "dtype", "missing",
                                   "unexpected", "padding", "checksum", "rank", "unverifiable"};
 
-struct Ask {
+struct VerifyAsk {
   std::string path, against, receipt, junit;
   ModelOptions model;
   RunOptions run;
@@ -47,7 +47,7 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared
   if (checkpoint.megatron && !checkpoint.vocab) note("vocabulary", "args do not say the true vocabulary size; padding rows are taken for tokens");
 }
 
-Result check(const Ask& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
+Result check(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   Result out{checkpoint.findings, {}};
   const auto stored = readable(checkpoint.stored, checkpoint.findings);
   auto logical = readable(checkpoint.logical, checkpoint.findings);
@@ -70,7 +70,7 @@ Result check(const Ask& ask, const formats::Checkpoint& checkpoint, const shard:
   return out;
 }
 
-void compare_with(const Ask& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget, Result& out) {
+void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget, Result& out) {
   auto options = ask.model.open;
   options.threads = budget.threads;
   const auto other = formats::open(ask.against, options);
@@ -87,7 +87,7 @@ void compare_with(const Ask& ask, const formats::Checkpoint& checkpoint, const s
     if (!checkpoint.logical.tensors.contains(key)) out.findings.push_back({"missing", Finding::Severity::Error, key, fmt::format("{} holds it", ask.against)});
 }
 
-int run(const Ask& ask) {
+int run_verify(const VerifyAsk& ask) {
   const auto budget = ask.run.budget();
   auto options = ask.model.open;
   options.threads = budget.threads;
@@ -118,7 +118,7 @@ int run(const Ask& ask) {
 }  // namespace
 
 void add_verify(CLI::App& app, Action& action) {
-  auto ask = std::make_shared<Ask>();
+  auto ask = std::make_shared<VerifyAsk>();
   auto* command = app.add_subcommand("verify", "Is a checkpoint whole and consistent?");
   command->add_option("CKPT", ask->path, "Checkpoint folder or file")->required();
   command->add_option("--against", ask->against, "Another checkpoint that should hold the same weights")->type_name("CKPT");
@@ -126,7 +126,7 @@ void add_verify(CLI::App& app, Action& action) {
   command->add_option("--junit", ask->junit, "Write the findings as JUnit XML")->type_name("FILE");
   ask->model.add_to(*command);
   ask->run.add_to(*command);
-  command->callback([ask, &action] { action = [ask] { return run(*ask); }; });
+  command->callback([ask, &action] { action = [ask] { return run_verify(*ask); }; });
 }
 
 }  // namespace cli

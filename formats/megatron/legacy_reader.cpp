@@ -20,7 +20,7 @@ using shard::Code;
 using shard::Finding;
 using shard::Index;
 
-constexpr std::string_view kExtra = "_extra_state";
+constexpr std::string_view kExtraState = "_extra_state";
 constexpr std::string_view kLayers = "decoder.layers.";
 
 /// The numbers of "mp_rank_00_001"; empty where the name is of another kind.
@@ -279,7 +279,7 @@ class LegacyReader {
         continue;
       }
       key = modern_name(key);
-      if (key.ends_with(kExtra)) {
+      if (key.ends_with(kExtraState)) {
         out.push_back({std::move(key), chunk, std::nullopt, {}, extra_state(file, archive, value)});
         continue;
       }

@@ -1,5 +1,7 @@
 // No script and nothing from the network: a table, <details> and inline SVG.
-#include "cli/serve_page.h"
+#include "cli/serve/page.h"
+
+#include "cli/markup.h"
 
 #include <fmt/chrono.h>
 #include <fmt/format.h>
@@ -10,19 +12,6 @@
 
 namespace cli {
 namespace {
-
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '&') out += "&amp;";
-    else if (c == '<') out += "&lt;";
-    else if (c == '>') out += "&gt;";
-    else if (c == '"') out += "&quot;";
-    else if (c == '\'') out += "&#39;";
-    else out += static_cast<unsigned char>(c) < 0x20 && c != '\n' ? '?' : c;
-  }
-  return out;
-}
 
 std::string when(double started) { return fmt::format("{:%Y-%m-%d %H:%M:%S}", fmt::gmtime(static_cast<std::time_t>(started))); }
 

@@ -1,7 +1,7 @@
 // The operator's command for a bad verdict.
 #pragma once
 
-#include "cli/serve_history.h"
+#include "cli/serve/history.h"
 
 #include <atomic>
 #include <string>

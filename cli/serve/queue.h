@@ -1,8 +1,8 @@
 // One validation at a time, the others wait in a short line; each can be cut short.
 #pragma once
 
-#include "cli/serve_history.h"
-#include "cli/serve_metrics.h"
+#include "cli/serve/history.h"
+#include "cli/serve/metrics.h"
 #include "cli/validate.h"
 
 #include <atomic>

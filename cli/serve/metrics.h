@@ -1,7 +1,7 @@
 // Counters of a running server, as Prometheus text.
 #pragma once
 
-#include "cli/serve_history.h"
+#include "cli/serve/history.h"
 
 #include <array>
 #include <chrono>

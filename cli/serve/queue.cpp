@@ -1,5 +1,5 @@
 // The worker survives whatever a checkpoint does to it short of ending the process.
-#include "cli/serve_queue.h"
+#include "cli/serve/queue.h"
 
 #include "libshard/error.h"
 

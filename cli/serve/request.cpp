@@ -1,5 +1,5 @@
 // Strict: an unknown key is an error that names it, since a misspelt one would silently judge something else.
-#include "cli/serve_request.h"
+#include "cli/serve/request.h"
 
 #include "formats/json.h"
 #include "libshard/error.h"

@@ -1,5 +1,5 @@
 // Polling, since checkpoints land on network file systems where inotify sees nothing.
-#include "cli/serve_watch.h"
+#include "cli/serve/watch.h"
 
 #include "formats/checkpoint.h"
 

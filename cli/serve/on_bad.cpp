@@ -1,7 +1,7 @@
 // stdin is an unnamed file, not a pipe: a command that never reads it cannot block the server.
-#include "cli/serve_on_bad.h"
+#include "cli/serve/on_bad.h"
 
-#include "cli/serve_page.h"
+#include "cli/serve/page.h"
 
 #include <fmt/format.h>
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cli/print.h"
-#include "cli/serve_history.h"
+#include "cli/serve/history.h"
 
 #include <string>
 #include <vector>

@@ -1,5 +1,5 @@
 // Labels come from requests, so their number is capped: the checkpoint judged longest ago makes room.
-#include "cli/serve_metrics.h"
+#include "cli/serve/metrics.h"
 
 #include "cli/print.h"
 

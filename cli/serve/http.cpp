@@ -1,5 +1,5 @@
 // libevent's evhttp: one thread for all connections, so that a slow or silent client holds a descriptor and nothing else.
-#include "cli/serve_http.h"
+#include "cli/serve/http.h"
 
 #include "libshard/error.h"
 

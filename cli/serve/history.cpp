@@ -1,5 +1,5 @@
 // SQLite in WAL mode: a row is begun before the work, so that a kill at any moment leaves a row that says so.
-#include "cli/serve_history.h"
+#include "cli/serve/history.h"
 
 #include "libshard/error.h"
 

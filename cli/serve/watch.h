@@ -1,8 +1,8 @@
 // Which checkpoints of a watched folder are complete and new.
 #pragma once
 
-#include "cli/serve_history.h"
-#include "cli/serve_queue.h"
+#include "cli/serve/history.h"
+#include "cli/serve/queue.h"
 
 #include <chrono>
 #include <condition_variable>

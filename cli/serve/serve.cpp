@@ -1,14 +1,14 @@
 // shardkit serve: wires listener, queue, watcher and history together, and decides how it starts and ends.
 #include "cli/commands.h"
 #include "cli/options.h"
-#include "cli/serve_history.h"
-#include "cli/serve_http.h"
-#include "cli/serve_metrics.h"
-#include "cli/serve_on_bad.h"
-#include "cli/serve_page.h"
-#include "cli/serve_queue.h"
-#include "cli/serve_request.h"
-#include "cli/serve_watch.h"
+#include "cli/serve/history.h"
+#include "cli/serve/http.h"
+#include "cli/serve/metrics.h"
+#include "cli/serve/on_bad.h"
+#include "cli/serve/page.h"
+#include "cli/serve/queue.h"
+#include "cli/serve/request.h"
+#include "cli/serve/watch.h"
 #include "libshard/error.h"
 
 #include <charconv>

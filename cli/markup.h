@@ -1,0 +1,12 @@
+// Text inside XML and HTML.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace cli {
+
+/// Safe as text and inside quotes; what is no character of XML 1.0 in UTF-8 becomes '?'.
+std::string escaped(std::string_view text);
+
+}  // namespace cli
