@@ -1,4 +1,4 @@
-// torch_dist: one DCP item per chunk of the target's grid, in one file per rank, and a common.pt.
+// torch_dist: one DCP item per chunk of the target's grid, in one or two files per rank, and a common.pt.
 #include "formats/megatron/common_state.h"
 #include "formats/megatron/writers.h"
 #include "formats/torch_dcp/metadata.h"
@@ -20,7 +20,11 @@ struct PendingItem {
   const Wanted* wanted = nullptr;
   shard::Box local;        ///< the box without stacked dimensions
   const ExtraState* extra = nullptr;
+
+  std::uint64_t bytes() const { return wanted ? static_cast<std::uint64_t>(shard::volume(box.size)) * size_of(wanted->dtype) : extra->bytes.size(); }
 };
+
+constexpr std::uint64_t kTwoFiles = 64 << 20;
 
 class DistWriter {
  public:
@@ -30,7 +34,7 @@ class DistWriter {
   void write() {
     folder_ = iteration_folder(writer_, source_);
     collect();
-    for (auto& [rank, items] : files_) rank_file(rank, items);
+    for (auto& [rank, items] : files_) rank_files(rank, items);
     small_file("common.pt", common_pickle(source_, model_, target_));
     const auto metadata = torch_dcp::write_metadata(metadata_, false);
     plain_file(".metadata", metadata);
@@ -110,11 +114,26 @@ class DistWriter {
     items.push_back({key + "/shard_" + at + "_" + of, {}, nullptr, {}, &found->second});
   }
 
-  void rank_file(Index rank, std::vector<PendingItem>& items) {
+  /// Ranks with much to write have two files, as Megatron's writer (thread_count 2) leaves them: a file system lets one
+  /// thread at a time extend a file.
+  void rank_files(Index rank, std::vector<PendingItem>& items) {
     std::stable_sort(items.begin(), items.end(), [](const PendingItem& a, const PendingItem& b) {
       return a.key != b.key ? a.key < b.key : a.box.lo < b.box.lo;
     });
-    const auto name = fmt::format("__{}_0.distcp", rank);
+    std::uint64_t all = 0;
+    for (const auto& item : items) all += item.bytes();
+    std::vector<PendingItem> files[2];
+    std::uint64_t filled[2] = {};
+    for (auto& item : items) {
+      const int to = all >= kTwoFiles && filled[1] < filled[0];
+      filled[to] += item.bytes();
+      files[to].push_back(std::move(item));
+    }
+    for (int i = 0; i < 2; ++i)
+      if (i == 0 || !files[i].empty()) rank_file(fmt::format("__{}_{}.distcp", rank, i), files[i]);
+  }
+
+  void rank_file(const std::string& name, const std::vector<PendingItem>& items) {
     const auto file = writer_.folder().add(folder_ + name);
     const auto in_metadata = static_cast<std::uint32_t>(metadata_.files.size());
     metadata_.files.push_back(name);
@@ -124,7 +143,7 @@ class DistWriter {
       std::vector<std::uint64_t> storages;
       pickle::Ref root;
       if (item.wanted) {
-        storages.push_back(static_cast<std::uint64_t>(shard::volume(item.box.size)) * size_of(item.wanted->dtype));
+        storages.push_back(item.bytes());
         root = tensor_node(g, item.wanted->dtype, "0", item.box.size);
       } else {
         if (item.extra->kind == ExtraState::Kind::Tensor) storages.push_back(item.extra->bytes.size());
