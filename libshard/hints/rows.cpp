@@ -287,7 +287,7 @@ std::string explain_ranks(const Both& both, const Subject& subject, const Window
           if (same_at(first_row * width + other * share, first_row * width + block * share, count)) from[static_cast<std::size_t>(block)] = other;
       const auto block_of_first = subject.first % width / share;
       if (std::find(from.begin(), from.end(), -1) != from.end() || from[static_cast<std::size_t>(block_of_first)] == block_of_first) continue;
-      if (std::all_of(look.rows.begin(), look.rows.end(), [&](Index row) {
+      if (std::all_of(look.rows.begin(), look.rows.end(), [&, width = width](Index row) {
             for (Index block = 0; block < ways; ++block)
               if (!same_at(row * width + from[static_cast<std::size_t>(block)] * share, row * width + block * share, count)) return false;
             return true;
@@ -317,7 +317,7 @@ std::string explain_row_order(const Both& both, const Subject& subject, const Wi
     const auto [entry, fresh] = at.emplace(name_of(both.a.read(subject.a, row * width + look.column, prefix)), row);
     if (!fresh) entry->second = -1;  // not told apart
   }
-  const auto from_of = [&](Index row) -> std::optional<RowOf> {
+  const auto from_of = [&, width = width](Index row) -> std::optional<RowOf> {
     const auto found = at.find(name_of(both.b.read(subject.b, row * width + look.column, prefix)));
     if (found == at.end() || found->second < 0) return std::nullopt;
     return RowOf{&subject.a, found->second};

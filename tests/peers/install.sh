@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs the real packages that read what shardkit writes, outside this folder and kept between runs; prints their Python.
+set -euo pipefail
+cd "$(dirname "$0")"
+peers=${SHARDKIT_PEERS_ENV:-$HOME/.cache/shardkit/peers}
+wanted=$(cat requirements.txt requirements-no-deps.txt)
+if [ "$(cat "$peers/installed.txt" 2>/dev/null)" != "$wanted" ]; then
+  rm -rf "$peers"
+  python3 -m venv "$peers"
+  "$peers/bin/pip" install -q --disable-pip-version-check -r requirements.txt >&2
+  "$peers/bin/pip" install -q --disable-pip-version-check --no-deps -r requirements-no-deps.txt >&2
+  echo "$wanted" >"$peers/installed.txt"
+fi
+echo "$peers/bin/python"
