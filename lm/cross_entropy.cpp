@@ -21,18 +21,6 @@ SHARD_CLONES double exp_sum(const float* x, Index n, float shift) {
   return sum;
 }
 
-SHARD_CLONES float max_of(const float* x, Index n) {
-  float lanes[16];
-  for (auto& lane : lanes) lane = -std::numeric_limits<float>::infinity();
-  Index i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int l = 0; l < 16; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-  for (; i < n; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-  float out = lanes[0];
-  for (const auto lane : lanes) out = lane > out ? lane : out;
-  return out;
-}
-
 }  // namespace
 
 CrossEntropy::CrossEntropy(std::vector<Index> labels, Index limit)
@@ -46,7 +34,7 @@ void CrossEntropy::add(const Context& on, const Tensor& block, Index first) {
     for (Index r = lo; r < hi; ++r) {
       const auto at = static_cast<std::size_t>(r);
       const auto* x = block.row(r);
-      const auto top = std::max(top_[at], max_of(x, columns));
+      const auto top = std::max(top_[at], cpu::max_of(x, columns));
       if (sum_[at] != 0) sum_[at] *= std::exp(static_cast<double>(top_[at]) - static_cast<double>(top));
       sum_[at] += exp_sum(x, columns, top);
       top_[at] = top;

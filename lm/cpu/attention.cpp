@@ -16,17 +16,6 @@ constexpr Index kLanes = 32;
 
 Index padded(Index n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-SHARD_CLONES float max_of(const float* x, Index n) {
-  float lanes[16];
-  std::fill(lanes, lanes + 16, -std::numeric_limits<float>::infinity());
-  Index i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int l = 0; l < 16; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-  float out = lanes[0];
-  for (const auto lane : lanes) out = std::max(out, lane);
-  for (; i < n; ++i) out = std::max(out, x[i]);
-  return out;
-}
 SHARD_CLONES void scale_row(float* x, Index n, float factor, bool bf16) {
   if (bf16)
     for (Index i = 0; i < n; ++i) x[i] = cpu::round_bf16(cpu::round_bf16(x[i]) * factor);
@@ -103,7 +92,7 @@ Tensor attention(const Context& on, const AttentionShape& shape, const Tensor& q
       scale_row(seen, count, factor, bf16);
       if (cap != 0)
         for (Index j = 0; j < count; ++j) seen[j] = cap * std::tanh(seen[j] / cap);
-      auto top = max_of(seen, count);
+      auto top = cpu::max_of(seen, count);
       const auto sink = sinks ? sinks.at(0, head) : 0.0f;
       const bool extra = sinks || shape.off_by_one;
       if (extra) top = std::max(top, sink);

@@ -6,6 +6,23 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+
+namespace lm::cpu {
+
+SHARD_CLONES float max_of(const float* x, Index n) {
+  float lanes[16];
+  for (auto& lane : lanes) lane = -std::numeric_limits<float>::infinity();
+  Index i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int l = 0; l < 16; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+  for (; i < n; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+  float out = lanes[0];
+  for (const auto lane : lanes) out = lane > out ? lane : out;
+  return out;
+}
+
+}  // namespace lm::cpu
 
 namespace lm {
 namespace {

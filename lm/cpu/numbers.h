@@ -41,4 +41,7 @@ SHARD_INLINE float tanh_f32(float x) {
   return x < 0.04f && x > -0.04f ? small : large;
 }
 
+/// The largest of n > 0 numbers; NaNs are passed over.
+float max_of(const float* x, std::int64_t n);
+
 }  // namespace lm::cpu
