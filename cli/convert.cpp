@@ -229,6 +229,7 @@ int run_convert(const ConvertAsk& ask) {
   else if (!ask.run.quiet) print_summary(ask, outcome);
   if (!ask.report.empty()) {
     std::optional<ReceiptSource> receipt;
+    open.adapter.clear();  // what was published holds it
     if (published) receipt.emplace(ReceiptSource{filled_source, target.writer->describe(), whole, ask.pad, outcome.files, path, open});
     write_report(ask.report, outcome_json(ask, outcome), receipt, budget, ask.run.quiet || ask.run.json);
   }
