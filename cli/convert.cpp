@@ -4,6 +4,7 @@
 #include "cli/parts.h"
 #include "cli/print.h"
 #include "cli/receipt.h"
+#include "formats/hf/lora.h"
 #include "formats/kernels.h"
 #include "formats/target.h"
 #include "libshard/error.h"
@@ -17,7 +18,7 @@ namespace cli {
 namespace {
 
 struct ConvertAsk {
-  std::string from, to, format, dtype, max_shard_size = "50GB", pad = "zeros", report, part;
+  std::string from, to, format, dtype, adapter, max_shard_size = "50GB", pad = "zeros", report, part;
   std::optional<std::int64_t> tp, pp, vpp, ep, etp, first, last;
   std::optional<std::string> pp_layout;
   bool force = false, no_sync = false, weights_only = false, dry_run = false, merge_lora = false;
@@ -161,14 +162,34 @@ std::vector<formats::Dropped> all_dropped(const formats::Checkpoint& source, con
   return out;
 }
 
+/// A conversion's source, and the adapter that is merged into it; "" where none is.
+struct Origin {
+  std::string base, adapter;
+  std::vector<std::string> notes;
+};
+
+/// --merge-lora takes the adapter that --adapter names, or the one that lies in SRC: beside its base, or alone with the base's name.
+Origin origin_of(const ConvertAsk& ask) {
+  shard::require(ask.merge_lora || ask.adapter.empty(), shard::Code::Usage, [] { return "--adapter: has no meaning without --merge-lora"; });
+  if (!ask.merge_lora || !ask.adapter.empty()) return {ask.from, ask.adapter, {}};
+  shard::require(std::filesystem::exists(ask.from), shard::Code::NotFound, [&] { return fmt::format("{}: not found", ask.from); });
+  shard::require(formats::hf::is_adapter(ask.from), shard::Code::Usage, [&] { return fmt::format("--merge-lora: {} holds no adapter_config.json; --adapter names the adapter's folder", ask.from); });
+  if (!formats::hf::is_bare_adapter(ask.from)) return {ask.from, ask.from, {}};
+  const auto base = formats::hf::read_lora_config(ask.from).base;
+  shard::require(std::filesystem::is_directory(base), shard::Code::NotFound,
+                 [&] { return fmt::format("{}: its base '{}' is no folder here; give the base as SRC and this folder as --adapter", ask.from, base); });
+  return {base, ask.from, {fmt::format("the base is {}, as adapter_config.json says", base)}};
+}
+
 int run_convert(const ConvertAsk& ask) {
   const auto start = std::chrono::steady_clock::now();
   const auto budget = ask.run.budget();
   auto open = ask.model.open;
   open.threads = budget.threads;
-  shard::require(!ask.merge_lora, shard::Code::Usage, [] { return "--merge-lora: LoRA adapters are not supported yet"; });
+  const auto origin = origin_of(ask);
+  open.adapter = origin.adapter;
   open.dequantise = wanted_weights(ask);
-  const auto source = formats::open(ask.from, open);                                                     // open
+  const auto source = formats::open(origin.base, open);                                                   // open
   shard::require(!source.needs_weights_only || ask.weights_only, shard::Code::BadFormat,
                  [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });
   refuse(source.findings);
@@ -179,6 +200,8 @@ int run_convert(const ConvertAsk& ask) {
   const auto part = ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
   if (part) options.joint = true;
   auto target = formats::create(part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
+  target.notes.insert(target.notes.begin(), source.notes.begin(), source.notes.end());
+  target.notes.insert(target.notes.begin(), origin.notes.begin(), origin.notes.end());
   const auto& filled_source = target.source ? *target.source : source;
   const formats::LocalReader reader(filled_source.logical, filled_source.files);
   const auto whole = make_plan(filled_source.logical, target.logical,                                     // plan
@@ -206,6 +229,7 @@ int run_convert(const ConvertAsk& ask) {
   else if (!ask.run.quiet) print_summary(ask, outcome);
   if (!ask.report.empty()) {
     std::optional<ReceiptSource> receipt;
+    open.adapter.clear();  // what was published holds it
     if (published) receipt.emplace(ReceiptSource{filled_source, target.writer->describe(), whole, ask.pad, outcome.files, path, open});
     write_report(ask.report, outcome_json(ask, outcome), receipt, budget, ask.run.quiet || ask.run.json);
   }
@@ -239,7 +263,8 @@ void add_format(CLI::App& command, ConvertAsk& ask, bool required) {
   if (required) option->required();
   command.add_option("--dtype", ask.dtype, "Cast floating tensors: bf16, f16, f32 …");
   command.add_option("--max-shard-size", ask.max_shard_size, "Largest safetensors file (default 50GB)")->type_name("SIZE");
-  command.add_flag("--merge-lora", ask.merge_lora, "Merge a LoRA adapter");
+  command.add_flag("--merge-lora", ask.merge_lora, "Add a LoRA adapter to the weights");
+  command.add_option("--adapter", ask.adapter, "PEFT folder of the adapter that --merge-lora merges (default: SRC)")->type_name("DIR");
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/print.h"
+#include "formats/hf/lora.h"
 #include "libshard/error.h"
 
 #include <set>
@@ -50,6 +51,30 @@ Totals totals(const formats::Checkpoint& checkpoint) {
   return out;
 }
 
+Json adapter_json(const formats::hf::Adapter& adapter) {
+  const auto& config = adapter.config;
+  return {{"type", "lora"},
+          {"r", config.rank},
+          {"lora_alpha", config.alpha},
+          {"use_rslora", config.root},
+          {"target_modules", config.target_pattern.empty() ? Json(config.targets) : Json(config.target_pattern)},
+          {"modules_to_save", config.saved},
+          {"base_model", config.base.empty() ? Json(nullptr) : Json(config.base)},
+          {"modules", adapter.modules.size()}};
+}
+
+std::string shown(const Json& text) { return text.dump(-1, ' ', true, Json::error_handler_t::replace); }
+
+/// "LoRA, r 8, alpha 16 (rsLoRA)"
+void add_adapter(const formats::hf::Adapter& adapter, std::vector<std::vector<std::string>>& head) {
+  const auto& config = adapter.config;
+  head.push_back({"adapter", fmt::format("LoRA, r {}, alpha {}{}", config.rank, config.alpha, config.root ? " (rsLoRA)" : "")});
+  head.push_back({"of", config.base.empty() ? "a base that is not named" : shown(config.base)});
+  std::string targets = config.target_pattern.empty() ? "" : shown(config.target_pattern);
+  for (const auto& name : config.targets) targets += (targets.empty() ? "" : ", ") + name;
+  head.push_back({"modules", fmt::format("{}: {}", adapter.modules.size(), targets)});
+}
+
 int print_as_json(const InspectAsk& ask, const formats::Checkpoint& checkpoint) {
   const auto sums = totals(checkpoint);
   Json out{{"format", checkpoint.format},
@@ -59,6 +84,7 @@ int print_as_json(const InspectAsk& ask, const formats::Checkpoint& checkpoint) 
            {"tied", checkpoint.tied ? Json(*checkpoint.tied) : Json(nullptr)},
            {"parameters", sums.parameters},
            {"bytes", sums.bytes}};
+  if (checkpoint.adapter) out["adapter"] = adapter_json(*checkpoint.adapter);
   if (checkpoint.vocab) out["vocab_size"] = *checkpoint.vocab;
   auto& tensors = out["tensors"] = Json::array();
   for (const auto& [key, tensor] : checkpoint.stored.tensors)
@@ -75,6 +101,7 @@ int print_for_people(const InspectAsk& ask, const formats::Checkpoint& checkpoin
   const auto sums = totals(checkpoint);
   std::vector<std::vector<std::string>> head{{"format", checkpoint.format}};
   if (!checkpoint.family.empty()) head.push_back({"family", checkpoint.family});
+  if (checkpoint.adapter) add_adapter(*checkpoint.adapter, head);
   if (checkpoint.iteration) head.push_back({"iteration", std::to_string(*checkpoint.iteration)});
   if (checkpoint.parallel) head.push_back({"layout", layout_line(*checkpoint.parallel)});
   if (checkpoint.tied) head.push_back({"embeddings", *checkpoint.tied ? "tied" : "untied"});

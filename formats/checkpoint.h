@@ -19,6 +19,7 @@ namespace formats {
 
 namespace hf {
 struct State;
+struct Adapter;
 }
 
 /// What a module keeps beside its weights (`_extra_state`): nothing, a byte tensor, or some pickled object.
@@ -62,9 +63,11 @@ struct Checkpoint {
   std::vector<shard::Finding> findings;
   std::vector<Dropped> not_carried;              ///< RNG, scheduler and the like
   std::set<std::string> quantised;               ///< stored keys of weights and their scales, which are their own logical names
+  std::vector<std::string> notes;                ///< what became of the weights on the way in, worth saying
   bool needs_weights_only = false;               ///< holds optimizer state that cannot be placed
   std::optional<MegatronState> megatron;
   std::shared_ptr<const hf::State> hf;           ///< of a Hugging Face folder, or carried beside a Megatron one
+  std::shared_ptr<const hf::Adapter> adapter;    ///< where this is a LoRA adapter, not a model
   std::string embedded_config;                   ///< config.json that an HDF5 file brings inside
   struct Sizes {
     shard::Index layers = 0, experts = 0, mtp_layers = 0;
@@ -79,6 +82,7 @@ struct OpenOptions {
   std::string family;                              ///< a Hugging Face family by name or file, over what config.json says
   std::vector<std::string> drop;                   ///< globs over logical and stored keys
   std::optional<shard::DType> dequantise;          ///< quantised weights and their scales become one tensor of this type
+  std::filesystem::path adapter;                   ///< a LoRA adapter that is merged into the weights; empty: none
   bool places = true;                              ///< false: metadata only, payloads are not located
   unsigned threads = 1;
 };

@@ -185,7 +185,8 @@ void create_dcp(const std::filesystem::path& path, const Checkpoint& source, con
   join(source, target);
 }
 
-void write_safetensors(Target& target, const std::vector<PlainTensor>& tensors, std::uint64_t max_shard_size, std::map<std::string, std::string> metadata) {
+void write_safetensors(Target& target, const std::vector<PlainTensor>& tensors, std::uint64_t max_shard_size, std::map<std::string, std::string> metadata,
+                       const std::string& stem) {
   auto& writer = *target.writer;
   std::vector<std::vector<const PlainTensor*>> shards(1);
   std::uint64_t filled = 0, total = 0;
@@ -202,7 +203,7 @@ void write_safetensors(Target& target, const std::vector<PlainTensor>& tensors, 
   metadata["format"] = "pt";
   std::map<std::string, std::string> weight_map;
   for (std::size_t i = 0; i < shards.size(); ++i) {
-    const auto name = shards.size() == 1 ? std::string("model.safetensors") : fmt::format("model-{:05d}-of-{:05d}.safetensors", i + 1, shards.size());
+    const auto name = shards.size() == 1 ? stem + ".safetensors" : fmt::format("{}-{:05d}-of-{:05d}.safetensors", stem, i + 1, shards.size());
     const auto file = writer.folder().add(name);
     std::vector<safetensors::Entry> entries;
     std::uint64_t at = 0;
@@ -219,7 +220,7 @@ void write_safetensors(Target& target, const std::vector<PlainTensor>& tensors, 
   }
   if (shards.size() > 1) {
     const nlohmann::ordered_json index{{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
-    writer.folder().write(writer.folder().add("model.safetensors.index.json"), 0, index.dump(2) + "\n");
+    writer.folder().write(writer.folder().add(stem + ".safetensors.index.json"), 0, index.dump(2) + "\n");
   }
 }
 

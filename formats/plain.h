@@ -26,7 +26,8 @@ std::vector<PlainTensor> same_keys(const Checkpoint& source, const TargetOptions
 void join(const Checkpoint& source, Target& target);
 
 /// Lays out safetensors files, sharded greedily in this order, and the index where there are several.
-void write_safetensors(Target& target, const std::vector<PlainTensor>& tensors, std::uint64_t max_shard_size, std::map<std::string, std::string> metadata);
+void write_safetensors(Target& target, const std::vector<PlainTensor>& tensors, std::uint64_t max_shard_size, std::map<std::string, std::string> metadata,
+                       const std::string& stem = "model");
 
 /// Same keys, one chunk a tensor.
 void create_dcp(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target);

@@ -2,6 +2,7 @@
 #include "formats/checkpoint.h"
 #include "formats/hdf5/hdf5.h"
 #include "formats/hf/hf.h"
+#include "formats/hf/lora.h"
 #include "formats/megatron/readers.h"
 #include "formats/megatron/writers.h"
 #include "formats/plain.h"
@@ -31,10 +32,12 @@ constexpr FolderFormat kFolders[] = {
     {"dcp", has_metadata, torch_dcp::open_plain},
     {"hf", safetensors::matches, safetensors::open},
     {"hdf5", hdf5::matches, hdf5::open},
+    {"hf", hf::is_adapter, hf::open_adapter},
 };
 
 /// Where no family is known, or weights stay quantised, keys stay as they are.
 void create_hf(const fs::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
+  if (source.adapter) return hf::create_adapter(path, source, options, target);
   const bool spelled = (source.hf && source.quantised.empty()) || source.megatron;
   (spelled ? hf::create : create_safetensors)(path, source, options, target);
 }
@@ -92,7 +95,14 @@ Checkpoint open(const fs::path& path, const OpenOptions& options) {
              : hdf5::matches(path)        ? hdf5::open(path, options)
                                           : open_torch_file(path, options);
   out.path = path;
-  if (out.format == "hf" || out.format == "dcp" || (out.format == "hdf5" && !out.megatron)) hf::interpret(out, options);
+  const bool by_keys = out.format == "hf" || out.format == "dcp" || (out.format == "hdf5" && !out.megatron);
+  shard::require(options.adapter.empty() || (by_keys && !out.adapter), Code::BadFormat,
+                 [&] { return fmt::format("{}: an adapter merges into a model with Hugging Face keys; convert this to hf first", path.string()); });
+  if (out.adapter) {
+    if (!options.drop.empty()) drop_tensors(out, options);
+    return out;
+  }
+  if (by_keys) hf::interpret(out, options);
   hf::take_up_carried(out, options);
   if (!options.drop.empty() && !out.megatron && !out.hf) drop_tensors(out, options);
   return out;
@@ -107,6 +117,8 @@ Target create(const fs::path& path, const Checkpoint& source, const TargetOption
     if (options.format != format.name) continue;
     Target out;
     const bool to_megatron = options.format == "torch_dist" || options.format == "mp_rank";
+    shard::require(!source.adapter || options.format == std::string_view("hf"), Code::BadFormat,
+                   [&] { return fmt::format("{}: is a LoRA adapter, which has no place in {}; --merge-lora merges it into its base", source.path.string(), options.format); });
     shard::require(source.quantised.empty() || (!to_megatron && !options.dtype), Code::BadFormat, [&] {
       return fmt::format("{}: {} is quantised, and its scale has no place in {}; --dtype bf16, f16 or f32 dequantises", source.path.string(), *source.quantised.begin(), options.format);
     });

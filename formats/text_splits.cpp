@@ -1,10 +1,9 @@
 // Patterns run in PCRE2, normal forms in utf8proc; bytes become letters as GPT-2's table has them.
 #include "formats/text_splits.h"
 
+#include "formats/pattern.h"
 #include "libshard/error.h"
 
-#define PCRE2_CODE_UNIT_WIDTH 8
-#include <pcre2.h>
 #include <utf8proc.h>
 
 #include <array>
@@ -19,31 +18,6 @@ using shard::Code;
 
 constexpr const char* kGpt2 = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 constexpr std::uint32_t kMostMatching = 10'000'000;  // steps before a pattern is given up
-
-/// A compiled pattern; copies share it.
-class Pattern {
- public:
-  explicit Pattern(const std::string& text) {
-    int error = 0;
-    PCRE2_SIZE at = 0;
-    code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &error, &at, nullptr), pcre2_code_free);
-    shard::require(code_ != nullptr, Code::BadFormat, [&] { return fmt::format("tokenizer: pattern '{}' cannot be read at {}", text, at); });
-  }
-  /// The next match from `from`: [begin, end); begin is npos where there is none.
-  std::pair<std::size_t, std::size_t> next(std::string_view text, std::size_t from) const {
-    const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data(pcre2_match_data_create(1, nullptr), pcre2_match_data_free);
-    const std::unique_ptr<pcre2_match_context, decltype(&pcre2_match_context_free)> context(pcre2_match_context_create(nullptr), pcre2_match_context_free);
-    pcre2_set_match_limit(context.get(), kMostMatching);
-    const int found = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from, PCRE2_NO_UTF_CHECK | PCRE2_NOTEMPTY, data.get(), context.get());
-    if (found == PCRE2_ERROR_NOMATCH) return {text.npos, text.npos};
-    shard::require(found >= 0, Code::BadFormat, [&] { return fmt::format("tokenizer: its pattern gives up on this text (PCRE2 error {})", found); });
-    const auto* range = pcre2_get_ovector_pointer(data.get());
-    return {range[0], range[1]};
-  }
-
- private:
-  std::shared_ptr<pcre2_code> code_;
-};
 
 enum class Behaviour { Isolated, Removed, MergedWithPrevious, MergedWithNext, Contiguous };
 
@@ -95,7 +69,7 @@ void cut(const std::string& text, const std::vector<Piece>& pieces, Behaviour be
 }
 
 Split by_pattern(const std::string& text, const std::string& behaviour, bool invert) {
-  return [pattern = Pattern(text), how = behaviour_of(behaviour), invert](const std::string& piece, bool, std::vector<std::string>& out) {
+  return [pattern = Pattern(text, "tokenizer", kMostMatching), how = behaviour_of(behaviour), invert](const std::string& piece, bool, std::vector<std::string>& out) {
     cut(piece, pieces_of(pattern, piece, invert), how, out);
   };
 }

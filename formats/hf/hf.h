@@ -30,6 +30,9 @@ nlohmann::ordered_json config_of(const Family& family, const Checkpoint& source)
 /// size is not known or a tensor has no place.
 void create(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target);
 
+/// The files of a folder that travel with a model: configuration and tokenizer.
+std::vector<std::string> small_files(const std::filesystem::path& folder);
+
 /// Copies config.json and the small files below `below` ("hf/" in a Megatron run), all but `except`.
 void carry_files(const Checkpoint& source, Target& target, const std::string& below, const std::string& except = "");
 

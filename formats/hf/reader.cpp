@@ -1,5 +1,6 @@
 // What a Hugging Face folder's config.json says of its tensors.
 #include "formats/hf/hf.h"
+#include "formats/hf/lora.h"
 #include "formats/hf/quantised.h"
 #include "formats/json.h"
 #include "libshard/error.h"
@@ -23,17 +24,6 @@ constexpr std::uint64_t kCompareBlock = 1 << 20;
 /// Names that travel with a model; anything else in the folder may be a weight in another format, or a stranger's.
 constexpr const char* kSmallFiles[] = {"config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
                                        "merges.txt", "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model", "preprocessor_config.json"};
-
-std::vector<std::string> small_files(const fs::path& folder) {
-  std::vector<std::string> out;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    const auto name = entry.path().filename().string();
-    const bool known = std::any_of(std::begin(kSmallFiles), std::end(kSmallFiles), [&](const char* pattern) { return glob(pattern, name); });
-    if (known && entry.is_regular_file() && entry.file_size() <= kLargestSmallFile) out.push_back(name);
-  }
-  std::sort(out.begin(), out.end());
-  return out;
-}
 
 /// The folder's state; null where it has no config.json or no family speaks for it.
 std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& options, const std::string& embedded = "") {
@@ -162,18 +152,34 @@ void say_dtype(State& state, shard::DType dtype) {
 
 }  // namespace
 
+std::vector<std::string> small_files(const fs::path& folder) {
+  std::vector<std::string> out;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const auto name = entry.path().filename().string();
+    const bool known = std::any_of(std::begin(kSmallFiles), std::end(kSmallFiles), [&](const char* pattern) { return glob(pattern, name); });
+    if (known && entry.is_regular_file() && entry.file_size() <= kLargestSmallFile) out.push_back(name);
+  }
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
 void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
-  if (checkpoint.metadata.contains("DCP_SHARDING_INFO")) return;
+  if (checkpoint.metadata.contains("DCP_SHARDING_INFO")) {
+    shard::require(options.adapter.empty(), Code::BadFormat, [&] { return fmt::format("{}: lies in shards of torch's own; convert it to hf before an adapter is merged", checkpoint.folder.string()); });
+    return;
+  }
   const auto state = state_of(checkpoint.folder, options, checkpoint.embedded_config);
   if (!state) {
     std::vector<Finding> ignored;
     shard::require(!options.dequantise || quantised_pairs(checkpoint.stored, nlohmann::ordered_json::object(), ignored).empty(), Code::BadFormat,
                    [&] { return fmt::format("{}: holds quantised weights, which --dtype cannot read without a config.json of a known family", checkpoint.folder.string()); });
+    shard::require(options.adapter.empty(), Code::BadFormat, [&] { return fmt::format("{}: an adapter needs a config.json of a known family to be merged by", checkpoint.folder.string()); });
     return;
   }
   const auto& family = state->family;
   checkpoint.hf = state;
   checkpoint.family = family.name;
+  if (options.adapter.empty() && is_adapter(checkpoint.folder)) checkpoint.not_carried.push_back({"adapter_config.json", "a LoRA adapter beside the weights; --merge-lora merges it"});
   auto& params = checkpoint.params;
   params = params_of(family, state->config);
   for (const auto& [name, value] : options.parameters) params[name] = value;
@@ -191,11 +197,23 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
     checkpoint.stored = weights;
     say_dtype(*state, *options.dequantise);
   }
+  if (!options.adapter.empty()) {
+    shard::require(pairs.empty() || options.dequantise, Code::BadFormat,
+                   [&] { return fmt::format("{}: holds quantised weights, to which no adapter can be added; --dtype bf16, f16 or f32 dequantises", checkpoint.folder.string()); });
+    refuse(findings);
+    merge_adapter(checkpoint, open_adapter(options.adapter, {}), family, rows_for(family, checkpoint.stored));
+    weights = checkpoint.stored;
+  }
   const shard::Table table(rows_for(family, weights), "h");
   auto translation = to_logical(weights, table, params, {}, findings);
   checkpoint.logical = std::move(translation.logical);
   drop(checkpoint, checkpoint.logical, options.drop, "--drop");
+  const bool tied = shard::holds("tied", params);
   resolve_tie(checkpoint, params);
+  if (tied && !*checkpoint.tied && !options.adapter.empty()) {  // the adapter parted head and embedding
+    state->config["tie_word_embeddings"] = false;
+    state->rewritten = true;
+  }
   if (options.places) widen_selection_bias(checkpoint);
   const Index layers = translation.layers, experts = translation.experts;
   Index depths = translation.depths;
