@@ -209,4 +209,15 @@ void check_tensor_parallel(const Params& params, Index tp, Index etp) {
   if (size("mtp") > 0) divides("hidden", "hidden rows", tp, "tensor parallel size");
 }
 
+Side side_of(const Row& row, const Parallel& parallel, const Cell& cell) {
+  if (row.cut < 0) return {};
+  if (row.ways == Ways::ExpertTensor) return {row.cut, parallel.etp, cell.expert_tensor};
+  return {row.cut, parallel.tp, cell.tensor};
+}
+
+bool has_extra_state(std::string_view module) {
+  const auto last = module.substr(module.rfind('.') + 1);
+  return last.starts_with("linear_") || last == "eh_proj";
+}
+
 }  // namespace shard

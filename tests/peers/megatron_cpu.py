@@ -97,6 +97,11 @@ class Rank:
         return {"pipeline": parallel_state.get_pipeline_model_parallel_rank(), "tensor": parallel_state.get_tensor_model_parallel_rank(),
                 "data": parallel_state.get_data_parallel_rank(with_context_parallel=True)}
 
+    def chunks(self):
+        """Numbers of virtual stages; [None] without them."""
+        stages = self.args.get("virtual_pipeline_model_parallel_size")
+        return range(stages) if stages else [None]
+
     def model(self, chunk):
         """The model of one virtual stage (None without them), as pretrain_gpt builds and get_model wraps it."""
         args, config = self.args, config_of(self.args)
@@ -122,10 +127,10 @@ def flatten(state_dict):
 
     def walk(name, value):
         if isinstance(value, ShardedTensor):
-            assert value.flattened_range is None
+            assert value.flattened_range is None and value.local_shape == value.data.shape
             tensors.append({
                 "name": name, "key": value.key, "dtype": str(value.dtype).removeprefix("torch."), "local_shape": list(value.local_shape),
-                "data_shape": list(value.data.shape), "global_shape": list(value.global_shape), "global_offset": list(value.global_offset),
+                "global_shape": list(value.global_shape), "global_offset": list(value.global_offset),
                 "axis_fragmentations": list(value.axis_fragmentations), "prepend_axis_num": value.prepend_axis_num,
                 "replica_id": list(value.replica_id), "allow_shape_mismatch": value.allow_shape_mismatch})
         elif isinstance(value, ShardedObject):
