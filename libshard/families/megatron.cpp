@@ -95,13 +95,18 @@ void latent_attention(Rows& rows) {
   rows.one("l", a + "linear_q_down_proj.weight", "q_lora | hidden", "attention.q_down.weight", kRows, "mla q_lora");
   rows.one("dt", a + "linear_q_down_proj.weight", "q_lora | hidden", "attention.q_down.weight", kWhole, "mla q_lora");
   rows.one("dlt", a + "linear_q_up_proj.weight", "heads nope+rope_dim | q_lora", "attention.q_up.weight", kRows, "mla q_lora");
-  rows.one("dt", a + "linear_q_up_proj.layer_norm_weight", "q_lora", "attention.q_norm.weight", kWhole, "mla q_lora");
   rows.one("l", a + "linear_kv_down_proj.weight", "kv_lora+rope_dim | hidden", "attention.kv_down.weight", kRows, "mla");
   rows.one("dt", a + "linear_kv_down_proj.weight", "kv_lora+rope_dim | hidden", "attention.kv_down.weight", kWhole, "mla");
   rows.one("dlt", a + "linear_kv_up_proj.weight", "heads nope+value_head | kv_lora", "attention.kv_up.weight", kRows, "mla");
-  rows.one("dt", a + "linear_kv_up_proj.layer_norm_weight", "kv_lora", "attention.kv_norm.weight", kWhole, "mla");
-  rows.one("dl", a + "q_layernorm.weight", "q_lora", "attention.q_norm.weight", kWhole, "mla q_lora");
-  rows.one("dl", a + "kv_layernorm.weight", "kv_lora", "attention.kv_norm.weight", kWhole, "mla");
+  for (const auto& [part, layernorm] : {std::pair{"weight", ""}, std::pair{"bias", " layernorm"}}) {
+    const auto norm = [&](const char* dialects, const std::string& key, const char* size, const char* logical, const char* when) {
+      rows.one(dialects, a + key + part, size, std::string(logical) + part, kWhole, std::string(when) + layernorm);
+    };
+    norm("dt", "linear_q_up_proj.layer_norm_", "q_lora", "attention.q_norm.", "mla q_lora qk_norm");
+    norm("dt", "linear_kv_up_proj.layer_norm_", "kv_lora", "attention.kv_norm.", "mla qk_norm");
+    norm("dl", "q_layernorm.", "q_lora", "attention.q_norm.", "mla q_lora qk_norm");
+    norm("dl", "kv_layernorm.", "kv_lora", "attention.kv_norm.", "mla qk_norm");
+  }
 }
 
 /// Norms behind the sublayers, as Megatron-Bridge's Gemma layers name them.

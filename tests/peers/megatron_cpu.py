@@ -68,8 +68,9 @@ def config_of(args):
     dtype = DTYPES[args["params_dtype"]]
     given.update(params_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, pipeline_dtype=dtype,
                  use_cpu_initialization=True, perform_initialization=False, gradient_accumulation_fusion=False, persist_layer_norm=False)
-    kind = MLATransformerConfig if args.get("multi_latent_attention") else TransformerConfig
-    return kind(**given)
+    if not args.get("multi_latent_attention"):
+        return TransformerConfig(**given)
+    return MLATransformerConfig(**{"q_lora_rank": None, **given})  # the argument's default; the class has another
 
 
 class Rank:

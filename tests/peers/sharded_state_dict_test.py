@@ -51,14 +51,14 @@ MODELS = {
     "llama, layers by number": dict(LLAMA, hetereogenous_dist_checkpoint=True),
     "moe softmax": dict(MOE, **UNTIED),
     "moe softmax tied": MOE,
-    "moe with biases": dict(MOE, add_bias_linear=True, normalization="LayerNorm"),
+    "moe with biases": dict(MOE, add_bias_linear=True, normalization="LayerNorm", expert_tensor_parallel_size=1),
     "moe ungated": dict(MOE, swiglu=False),
     "moe every second": dict(MOE, moe_layer_freq=2),
     "moe sigmoid, shared": dict(SIGMOID, **UNTIED),
     "moe shared with a gate": dict(SIGMOID, moe_shared_expert_gate=True, moe_layer_freq=1),
     "mla": dict(MLA, **UNTIED),
     "mla stacked": dict(MLA, moe_layer_freq=1),
-    "mla dense, no q lora": dict(MLA, q_lora_rank=None, num_experts=None, moe_layer_freq=None, moe_shared_expert_intermediate_size=None,
+    "mla dense, no q lora": dict(MLA, q_lora_rank=None, num_experts=None, moe_ffn_hidden_size=None, moe_layer_freq=None, moe_shared_expert_intermediate_size=None,
                                  moe_router_enable_expert_bias=None, moe_router_score_function=None),
     "mla, no norms": dict(MLA, qk_layernorm=False),
     "mla, norms with bias": dict(MLA, normalization="LayerNorm"),
@@ -86,9 +86,7 @@ EXPERT_LAYOUTS = {
     "ep2": layout(1, ep=2), "tp2 ep2": layout(2, ep=2), "tp2 ep2 etp1": layout(2, ep=2, expert_tensor_parallel_size=1),
     "tp4 ep2 etp2": layout(4, ep=2, expert_tensor_parallel_size=2), "tp2 pp2 vpp2 ep2": layout(2, 2, 2, 2), "tp4 ep4 etp1": layout(4, ep=4, expert_tensor_parallel_size=1),
 }
-STAGE_TEXTS = {  # stages by letters; with MTP "m" stands where its layers go
-    "Ett|tt": "Ett|tt{m}L", "E|tttt|L": "Et|tt{m}L", "vpp": "Et|t|t|t{m}L", "empty stages": "E|tt|tt|{m}L",
-}
+STAGE_TEXTS = ("Ett|tt{m}L", "Et|ttt{m}L", "Et|t|t|t{m}L", "E|tt|tt|{m}L")  # pipeline_model_parallel_layout; {m}: MTP layers
 METADATA = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True})
 
 
@@ -168,7 +166,7 @@ class ShardedStateDicts(unittest.TestCase):
         for name, model in MODELS.items():
             for at, sizes in (LAYOUTS | (EXPERT_LAYOUTS if model.get("num_experts") else {})).items():
                 with self.subTest(f"{name}, {at}"):
-                    self.every_rank(f"{name}, {at}", dict(model, **sizes), {})
+                    self.every_rank(f"{name}, {at}", sizes | model, {})
 
     def test_metadata(self):
         for name in ("gpt tied", "llama untied", "moe softmax", "moe with biases", "mla stacked", "mtp2 tied", "mtp1 of experts"):
@@ -180,7 +178,7 @@ class ShardedStateDicts(unittest.TestCase):
     def test_stage_texts(self):
         for name in ("gpt tied", "llama untied", "moe softmax", "mtp1", "mtp2 tied"):
             depths = MODELS[name].get("mtp_num_layers") or 0
-            for text in STAGE_TEXTS.values():
+            for text in STAGE_TEXTS:
                 stages = text.replace("{m}", "m" * depths)
                 vpp = (stages.count("|") + 1) // 2
                 with self.subTest(f"{name}, {stages}"):
