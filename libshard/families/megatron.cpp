@@ -136,6 +136,7 @@ void mixture(Rows& rows) {
   rows.fc2("t", "mlp.experts.linear_fc2.", logical, "expert_ffn", Ways::ExpertTensor, "moe", "{e}");
   rows.fc1("dlt", "mlp.shared_experts.linear_fc1.", "mlp.shared.", "shared_ffn", Ways::Tensor, "moe shared_ffn");
   rows.fc2("dlt", "mlp.shared_experts.linear_fc2.", "mlp.shared.", "shared_ffn", Ways::Tensor, "moe shared_ffn");
+  rows.singleton("mlp.shared_experts.linear_fc1.", "mlp.shared.", "shared_ffn", Ways::Tensor, "moe shared_ffn");
   rows.one("dlt", "mlp.shared_experts.gate_weight", "1 | hidden", "mlp.shared.gate_weight", kWhole, "moe shared_gate");
 }
 
