@@ -97,7 +97,7 @@ class Builder {
       if (layer >= 0 && stacked_) one.prepend(layer, layers_);
       if (one.expert >= 0 && !model_.singleton_local_shards) one.prepend(one.expert, experts_);
       add_tensors(one);
-      add_object(one, e);
+      add_objects(one, e);
     }
   }
 
@@ -170,28 +170,30 @@ class Builder {
     }
   }
 
-  /// Linears have an extra state, beside their weight; so does Transformer Engine's attention.
-  void add_object(const Instance& one, Index local_expert) {
-    const auto end = one.key.rfind(".weight");
-    if (end == one.key.npos || end + 7 != one.key.size()) return;
-    const auto module = one.key.substr(0, end);
-    if (!has_extra_state(module)) return;
-    const auto add = [&](std::string name, const std::string& key) {
-      auto id = replica({}, one.expert >= 0);  // never cut
-      LocalObject object{std::move(name), key, one.extent, one.offset, id};
-      if (object.global_shape.empty()) object.global_shape = {1}, object.global_offset = {0};
-      out_.objects.push_back(std::move(object));
-    };
-    auto name = one.name.substr(0, one.name.rfind(".weight")) + "._extra_state";
+  /// Linears have an extra state; so do all modules of Transformer Engine 2, of which attention saves its own with its sinks only
+  /// (TEDotProductAttention.sharded_state_dict), but for MTP layers, where the block's default adds it (MultiTokenPredictionBlock).
+  void add_objects(const Instance& one, Index local_expert) {
     const bool engine = model_.spec == LayerSpec::TransformerEngine;
-    if (engine && local_expert > 0) name += std::to_string(local_expert);
-    if (const std::string_view projection = "linear_proj"; engine && module.ends_with(projection)) {
-      auto core = name, core_key = module;
-      replace(core, projection, "core_attention");
-      replace(core_key, projection, "core_attention");
-      add(std::move(core), core_key + "._extra_state");
+    for (const std::string_view parameter : {".weight", ".softmax_offset"}) {
+      if (!one.key.ends_with(parameter)) continue;
+      const auto module = one.key.substr(0, one.key.size() - parameter.size());
+      const bool attention = module.ends_with(".core_attention");
+      if (!has_extra_state(module) && !(engine && (attention || module.ends_with("norm")))) continue;
+      auto name = one.name.substr(0, one.name.rfind(parameter));
+      const auto number = engine && local_expert > 0 ? std::to_string(local_expert) : "";
+      add_object(one, name, module, number);
+      if (!engine || one.row.stage != Stage::Mtp || size("sinks") != 0 || !module.ends_with(".linear_proj")) continue;
+      auto core = module;
+      replace(name, ".linear_proj", ".core_attention");
+      replace(core, ".linear_proj", ".core_attention");
+      add_object(one, name, core, "");
     }
-    add(std::move(name), module + "._extra_state");
+  }
+
+  void add_object(const Instance& one, const std::string& name, const std::string& module, const std::string& number) {
+    LocalObject object{name + "._extra_state" + number, module + "._extra_state", one.extent, one.offset, replica({}, one.expert >= 0)};
+    if (object.global_shape.empty()) object.global_shape = {1}, object.global_offset = {0};
+    out_.objects.push_back(std::move(object));
   }
 
   const GptModel& model_;

@@ -186,7 +186,7 @@ TEST_CASE("a gated fc1 is two tensors of one key, or two keys") {
   CHECK(apart[1].global_offset == Shape{48, 0});
 }
 
-TEST_CASE("Transformer Engine's modules: norms inside linears, experts of one module, attention has an extra state") {
+TEST_CASE("Transformer Engine's modules: norms inside linears, experts of one module, extra states of norms and of MTP's attention") {
   auto model = everything();
   model.spec = LayerSpec::TransformerEngine;
   const auto dict = of(model, sizes(2, 1, 1, 2), {0, 0, 1, 1});
@@ -199,7 +199,10 @@ TEST_CASE("Transformer Engine's modules: norms inside linears, experts of one mo
   const auto has = [&](const std::string& name) {
     return std::any_of(dict.objects.begin(), dict.objects.end(), [&](const auto& object) { return object.name == name; });
   };
-  CHECK(has("decoder.layers.1.self_attention.core_attention._extra_state"));
+  CHECK_FALSE(has("decoder.layers.1.self_attention.core_attention._extra_state"));
+  CHECK(has("mtp.layers.1.transformer_layer.self_attention.core_attention._extra_state"));
+  CHECK(has("decoder.final_layernorm._extra_state"));
+  CHECK_FALSE(has("decoder.layers.1.mlp.router._extra_state"));
   CHECK(has("decoder.layers.1.mlp.experts.linear_fc1._extra_state"));
   CHECK(has("decoder.layers.1.mlp.experts.linear_fc1._extra_state1"));
 }

@@ -1,6 +1,8 @@
 """GPT models of the real megatron-core on a machine without a GPU, as any rank of any layout: torch.cuda is answered by stubs, and the
-process group is torch's fake one, whose collectives do nothing."""
+process group is torch's fake one, whose collectives do nothing. With "--te" on the command line layers are those of the Transformer
+Engine spec, over a stand-in for that package."""
 import os
+import sys
 import warnings
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -17,6 +19,11 @@ torch.cuda.current_device = lambda: CPU
 torch.cuda.get_device_capability = lambda *ignored: (8, 0)
 torch.cuda.get_rng_state = lambda *ignored: torch.get_rng_state()
 torch.Tensor.cuda = lambda self, *ignored, **also: self
+
+TRANSFORMER_ENGINE = "--te" in sys.argv
+if TRANSFORMER_ENGINE:
+    import transformer_engine_stub
+    transformer_engine_stub.install()
 
 import megatron.core  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -48,7 +55,7 @@ def allow_local_latent_attention():
         plain(self, *args, **more)
 
     DotProductAttention.__init__ = init
-    multi_latent_attention.HAVE_TE = False
+    multi_latent_attention.HAVE_TE = TRANSFORMER_ENGINE
 
 
 allow_local_latent_attention()
@@ -66,6 +73,8 @@ def config_of(args):
         if args.get("moe_router_enable_expert_bias"):
             given.update(moe_router_bias_update_rate=1e-3)
     dtype = DTYPES[args["params_dtype"]]
+    if TRANSFORMER_ENGINE and args.get("num_experts"):
+        given.update(moe_grouped_gemm=True)
     given.update(params_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, pipeline_dtype=dtype,
                  use_cpu_initialization=True, perform_initialization=False, gradient_accumulation_fusion=False, persist_layer_norm=False)
     if not args.get("multi_latent_attention"):
@@ -106,12 +115,12 @@ class Rank:
     def model(self, chunk):
         """The model of one virtual stage (None without them), as pretrain_gpt builds and get_model wraps it."""
         args, config = self.args, config_of(self.args)
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization, vp_stage=chunk)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=TRANSFORMER_ENGINE, normalization=config.normalization, vp_stage=chunk)
         mtp = None
         if config.mtp_num_layers:
             from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
-            last = get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization=config.normalization, qk_l2_norm=False)[-1]
-            mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=False, vp_stage=chunk)
+            last = get_gpt_decoder_layer_specs(config, use_transformer_engine=TRANSFORMER_ENGINE, normalization=config.normalization, qk_l2_norm=False)[-1]
+            mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=TRANSFORMER_ENGINE, vp_stage=chunk)
         model = GPTModel(
             config=config, transformer_layer_spec=spec, vocab_size=args["padded_vocab_size"], max_sequence_length=args["max_position_embeddings"],
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),

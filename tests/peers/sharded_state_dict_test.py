@@ -1,5 +1,6 @@
 """Sharded state dicts of every rank and virtual stage, key by key and field by field, against what the real megatron-core computes for
-the same arguments with its local layer spec."""
+the same arguments with its local layer spec; with "--te", with the Transformer Engine spec over a stand-in for that package."""
+import importlib.util
 import json
 import os
 import pathlib
@@ -13,16 +14,15 @@ if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
 if not PYTHON:
     print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch and megatron-core")
     sys.exit(77)
-try:
-    import megatron.core  # noqa: F401
-except ImportError as missing:
-    print(f"skipped: {missing}")
+if not all(importlib.util.find_spec(one) for one in ("torch", "megatron")):
+    print(f"skipped: {PYTHON} has no torch or no megatron-core")
     sys.exit(77)
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent), str(pathlib.Path(__file__).resolve().parent.parent)]
 from support import SHARDKIT  # noqa: E402
 import megatron_cpu  # noqa: E402
 
+SPEC = "transformer_engine" if megatron_cpu.TRANSFORMER_ENGINE else "local"
 SAMPLE = pathlib.Path(SHARDKIT).parent / "sharded_state_dict"
 
 GPT = dict(num_layers=4, hidden_size=32, ffn_hidden_size=96, num_attention_heads=8, max_position_embeddings=24, padded_vocab_size=128,
@@ -134,7 +134,7 @@ class ShardedStateDicts(unittest.TestCase):
         print("compared:", ", ".join(f"{count} {what}" for what, count in cls.counts.items()))
 
     def compare(self, what, args, metadata, place, chunk, theirs):
-        ours = self.ours.ask(args=args, rank=dict(place, chunk=chunk or 0), metadata=metadata)
+        ours = self.ours.ask(args=args, rank=dict(place, chunk=chunk or 0), metadata=metadata, spec=SPEC)
         for kind, expected in zip(("tensors", "objects"), theirs):
             # One name stands for both halves of a gated fc1: the key and the offset tell them apart.
             order = lambda one: (one["name"], one["key"], one["global_offset"])  # noqa: E731
@@ -192,4 +192,4 @@ class ShardedStateDicts(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main()
+    unittest.main(argv=[one for one in sys.argv if one != "--te"])
