@@ -1,6 +1,7 @@
 // A switch is on where any layer has the weight that it stands for.
 #include "lm/saved_model.h"
 
+#include "libshard/error.h"
 #include "libshard/families/megatron.h"
 
 #include <algorithm>

@@ -99,8 +99,9 @@ void latent_attention(Rows& rows) {
   rows.one("dt", a + "linear_kv_down_proj.weight", "kv_lora+rope_dim | hidden", "attention.kv_down.weight", kWhole, "mla");
   rows.one("dlt", a + "linear_kv_up_proj.weight", "heads nope+value_head | kv_lora", "attention.kv_up.weight", kRows, "mla");
   for (const auto& [part, layernorm] : {std::pair{"weight", ""}, std::pair{"bias", " layernorm"}}) {
-    const auto norm = [&](const char* dialects, const std::string& key, const char* size, const char* logical, const char* when) {
-      rows.one(dialects, a + key + part, size, std::string(logical) + part, kWhole, std::string(when) + layernorm);
+    const auto norm = [&, end = std::string(part), more = std::string(layernorm)](const char* dialects, const std::string& key, const char* size,
+                                                                                  const std::string& logical, const std::string& when) {
+      rows.one(dialects, a + key + end, size, logical + end, kWhole, when + more);
     };
     norm("dt", "linear_q_up_proj.layer_norm_", "q_lora", "attention.q_norm.", "mla q_lora qk_norm");
     norm("dt", "linear_kv_up_proj.layer_norm_", "kv_lora", "attention.kv_norm.", "mla qk_norm");

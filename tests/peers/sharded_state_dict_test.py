@@ -66,6 +66,7 @@ MODELS = {
     "mtp1 tied": dict(LLAMA, mtp_num_layers=1),
     "mtp2": dict(QWEN3, mtp_num_layers=2, **UNTIED),
     "mtp2 tied": dict(QWEN3, mtp_num_layers=2),
+    "mtp1 with sinks": dict(QWEN3, mtp_num_layers=1, softmax_type="learnable"),
     "mtp1 of experts": dict(MLA, mtp_num_layers=1, **UNTIED),
     "mtp1, moe stacked": dict(MOE, mtp_num_layers=1, **UNTIED),
     "mtp1, learned positions": dict(GPT, mtp_num_layers=1, **UNTIED),
@@ -183,6 +184,14 @@ class ShardedStateDicts(unittest.TestCase):
                 vpp = (stages.count("|") + 1) // 2
                 with self.subTest(f"{name}, {stages}"):
                     self.every_rank(f"{name}, {stages}", dict(MODELS[name], **layout(1, 2, vpp if vpp > 1 else None, pipeline_model_parallel_layout=stages)), {})
+
+    def test_the_comparison_sees_another_rank(self):
+        args = dict(MODELS["moe softmax"], **layout(2, ep=2))
+        with megatron_cpu.Rank(args, 4, 3) as here:
+            theirs = megatron_cpu.flatten(here.model(None).sharded_state_dict(metadata={}))
+            for name in ("tensor", "data"):
+                with self.assertRaises(AssertionError):
+                    self.compare(name, args, {}, dict(here.place(), **{name: 0}), None, theirs)
 
     def test_tied_head_of_an_mtp_stage_fails_megatrons_own_assertion(self):
         args = dict(MODELS["mtp1 tied"], **layout(1, 2))
