@@ -202,12 +202,14 @@ Pipeline place_layers(const Parallel& p, Index num_layers, Index mtp_layers) {
 
 Index ranks_per_stage(const Parallel& p) { return std::lcm(p.tp, p.etp * p.ep); }
 
+Cell cell_of(const Parallel& p, Index r) { return {r % p.tp, (r / p.etp) % p.ep, r % p.etp, r}; }
+
 std::vector<Cell> cells(const Parallel& p) {
   std::vector<Cell> out;
   std::set<std::pair<Index, Index>> seen;
   std::set<std::array<Index, 3>> writers;
   for (Index r = 0; r < ranks_per_stage(p); ++r) {
-    const Cell cell{r % p.tp, (r / p.etp) % p.ep, r % p.etp, r};
+    const auto cell = cell_of(p, r);
     if (seen.insert({cell.tensor, cell.expert}).second) out.push_back(cell);
     writers.insert({cell.tensor, cell.expert, cell.expert_tensor});
   }

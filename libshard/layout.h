@@ -47,6 +47,7 @@ struct Cell {
   auto operator<=>(const Cell&) const = default;
 };
 
+Cell cell_of(const Parallel& parallel, Index rank_in_stage);
 /// The distinct (tensor, expert) cells of one pipeline stage, by ascending rank. Throws BadLayout where two expert
 /// tensor ranks would write one legacy file (etp > tp).
 std::vector<Cell> cells(const Parallel& parallel);

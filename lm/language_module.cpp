@@ -3,10 +3,12 @@
 
 #include "libshard/error.h"
 #include "lm/cpu/numbers.h"
+#include "lm/saved_model.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 #include <set>
 
 namespace lm {
@@ -47,6 +49,19 @@ Placement placement_of(const shard::TransformerConfig& config, int pipeline_rank
   const auto share = share_of(config.num_layers, pipeline_rank, pipeline_size);
   const bool last = pipeline_rank == pipeline_size - 1;
   return {pipeline_rank, pipeline_size, share.lo, share.count, pipeline_rank == 0, last, last && config.mtp_num_layers > 0};
+}
+
+shard::Pipeline pipeline_of(const shard::TransformerConfig& config, int pipeline_size) {
+  shard::Pipeline out;
+  out.stages = pipeline_size;
+  out.mtp_layers = config.mtp_num_layers;
+  for (int p = 0; p < pipeline_size; ++p) {
+    const auto place = placement_of(config, p, pipeline_size);
+    auto& layers = out.layers.emplace_back(static_cast<std::size_t>(place.layers));
+    std::iota(layers.begin(), layers.end(), place.first_layer);
+  }
+  out.output = out.mtp = out.final_norm = {pipeline_size - 1, 0};
+  return out;
 }
 
 std::vector<int> embedding_ranks(const shard::TransformerConfig& config, int pipeline_size) {
@@ -196,17 +211,20 @@ Tensor LanguageModule::compute_mtp_single_step(WeightStream& weights, const MtpS
   return hidden;
 }
 
-std::vector<SavedTensor> LanguageModule::sharded_state_dict(const std::string& prefix) const {
-  const auto mine = vocabulary_share();
-  const shard::Box box{{mine.lo, 0}, {mine.count, config_.hidden_size}};
-  const auto embedding = prefix + "embedding.word_embeddings.weight", output = prefix + "output_layer.weight";
-  std::vector<SavedTensor> out;
-  if (placement_.pre_process) out.push_back({embedding, box, {0, 0, 0}, true});
-  else if (placement_.mtp_process) out.push_back({embedding, box, {1, 0, 0}, true});
-  if (!placement_.post_process) return out;
-  if (!config_.tied) out.push_back({output, box, {0, 0, 0}, true});
-  else if (!placement_.pre_process && !placement_.mtp_process) out.push_back({embedding, box, {1, 0, 0}, true});
-  return out;
+shard::RankStateDict LanguageModule::sharded_state_dict(const std::string& prefix, shard::LayerSpec spec) const {
+  auto model = saved_model(config_, source_);
+  model.spec = spec;
+  shard::Parallel parallel;
+  parallel.tp = parallel.etp = tensor_.size();
+  parallel.pp = placement_.pipeline_size;
+  return shard::sharded_state_dict(model, parallel, pipeline_of(config_, placement_.pipeline_size), {placement_.pipeline_rank, 0, tensor_.rank(), 0}, prefix);
+}
+
+void LanguageModule::tie_embeddings_and_output_weights_state_dict(shard::RankStateDict& dict, const std::string& output_layer_weight_key,
+                                                                  const std::string& first_stage_word_emb_key) const {
+  if (!config_.tied) return;
+  const shard::StageRole role{placement_.pre_process, placement_.post_process, placement_.mtp_process};
+  shard::tie_embeddings_and_output_weights_state_dict(dict, role, output_layer_weight_key, first_stage_word_emb_key, 0);
 }
 
 void LanguageModule::note(const std::string& name, const Tensor& hidden, ForwardResult& result, std::mutex& mutex) const {

@@ -2,6 +2,7 @@
 // Member names are Megatron's; activations are [batch·length, hidden], a sequence after another.
 #pragma once
 
+#include "libshard/rank_state_dict.h"
 #include "lm/cross_entropy.h"
 #include "lm/transformer_layer.h"
 
@@ -20,6 +21,9 @@ struct Placement {
 };
 /// Layers cut evenly; everything behind the last layer, MTP included, on the last stage. Throws BadLayout for more stages than layers.
 Placement placement_of(const shard::TransformerConfig& config, int pipeline_rank, int pipeline_size);
+
+/// All stages of that placement.
+shard::Pipeline pipeline_of(const shard::TransformerConfig& config, int pipeline_size);
 
 /// Pipeline ranks that hold a copy of the embedding or the head: the first; the last where tied or where MTP embeds tokens.
 std::vector<int> embedding_ranks(const shard::TransformerConfig& config, int pipeline_size);
@@ -73,13 +77,6 @@ struct ForwardRequest {
   bool mtp = true;
 };
 
-struct SavedTensor {
-  std::string key;
-  shard::Box box;
-  shard::ReplicaId replica_id{};
-  bool allow_shape_mismatch = false;
-};
-
 class LanguageModule {
  public:
   /// `source` must hold what the configuration calls for; throws Mismatch naming what is missing or left over.
@@ -101,8 +98,11 @@ class LanguageModule {
   void setup_embeddings_and_output_layer();
   /// One MTP step: the new hidden state [N, hidden]; its logits come with the head's blocks. Rows see the rows before them.
   Tensor compute_mtp_single_step(WeightStream& weights, const MtpStep& step);
-  /// Keys, boxes and replica numbers of this rank's embedding and head as Megatron saves them.
-  std::vector<SavedTensor> sharded_state_dict(const std::string& prefix) const;
+  /// What this rank would save: all of its stage, the first of its copies along data ranks.
+  shard::RankStateDict sharded_state_dict(const std::string& prefix, shard::LayerSpec spec = shard::LayerSpec::Local) const;
+  /// Makes this stage's output layer, where it is the embedding's copy, one; sharded_state_dict has done so.
+  void tie_embeddings_and_output_weights_state_dict(shard::RankStateDict& dict, const std::string& output_layer_weight_key,
+                                                    const std::string& first_stage_word_emb_key) const;
 
   /// The whole pass; collective over all ranks of the model.
   void forward(WeightStream& weights, const ForwardRequest& request, ForwardResult& result, std::mutex& result_mutex);

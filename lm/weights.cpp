@@ -58,6 +58,11 @@ const shard::Shape& WeightSource::shape(const std::string& name) const {
   return dict_.at(name).natural;
 }
 
+shard::DType WeightSource::dtype(const std::string& name) const {
+  shape(name);  // refuses a name that is not there
+  return dict_.at(name).dtype;
+}
+
 Weight WeightSource::read(const std::string& name, Index lo, Index count) {
   const auto& natural = shape(name);
   const auto& tensor = dict_.at(name);

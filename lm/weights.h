@@ -33,6 +33,7 @@ class WeightSource {
   bool has(const std::string& name) const;
   /// Natural shape. Throws Mismatch where there is no such tensor.
   const shard::Shape& shape(const std::string& name) const;
+  shard::DType dtype(const std::string& name) const;
   /// Reads now. A vector is one row.
   Weight read(const std::string& name, Index lo = 0, Index count = -1);
   /// Rows of a table, one for each id, as f32 [ids, columns]; ids outside [lo, hi) give zeros.

@@ -131,6 +131,12 @@ std::vector<bool> moe_layers_of(const Graph& graph, const Args& args, Index laye
   return out;
 }
 
+bool non_homogeneous_layers(const Graph& graph, const Args& args) {
+  const auto frequency = args.value("moe_layer_freq");
+  const bool listed = frequency && graph.kind(*frequency) == Kind::List;
+  return args.flag("hetereogenous_dist_checkpoint") || listed || args.integer("moe_layer_freq").value_or(1) > 1;
+}
+
 std::string layout_text(const Graph& g, Ref value) {
   if (g.kind(value) == Kind::Text) return std::string(g.text(value));
   if (g.kind(value) == Kind::Object) {

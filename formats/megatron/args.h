@@ -32,6 +32,8 @@ shard::Params params_of(const Args& args, const std::map<std::string, shard::Ind
 shard::Parallel parallel_of(const Args& args);
 /// Which layers are mixtures of experts, by args.moe_layer_freq (every n-th, or a list); empty where it does not say.
 std::vector<bool> moe_layers_of(const pickle::Graph& graph, const Args& args, shard::Index layers);
+/// Whether layers are saved under keys of their own, whichever kind they are. Source: TransformerBlock.sharded_state_dict.
+bool non_homogeneous_layers(const pickle::Graph& graph, const Args& args);
 /// The text form of args.pipeline_model_parallel_layout, which may be a text, a list of lists, or an object.
 std::string layout_text(const pickle::Graph& graph, pickle::Ref value);
 

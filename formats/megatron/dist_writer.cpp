@@ -3,6 +3,7 @@
 #include "formats/megatron/writers.h"
 #include "formats/torch_dcp/metadata.h"
 #include "libshard/error.h"
+#include "libshard/families/megatron.h"
 
 #include <algorithm>
 
@@ -52,7 +53,7 @@ class DistWriter {
       std::set<Index> seen;
       for (const auto& cell : all) {
         if (wanted.match.expert >= 0 && wanted.match.expert / (model_.experts / model_.parallel.ep) != cell.expert) continue;
-        const auto side = side_of(model_, *wanted.row, cell);
+        const auto side = side_of(*wanted.row, model_.parallel, cell);
         if (!seen.insert(side.rank).second) continue;
         add_chunks(wanted, side, files_[stage * per_stage + cell.rank_in_stage]);
       }
@@ -60,7 +61,7 @@ class DistWriter {
     }
   }
 
-  void add_chunks(const Wanted& wanted, const Side& side, std::vector<PendingItem>& items) {
+  void add_chunks(const Wanted& wanted, const shard::Side& side, std::vector<PendingItem>& items) {
     const auto pieces = side.dim < 0 ? std::vector<shard::Cut>{{0, 0}}
                                      : shard::cut(wanted.shape[static_cast<std::size_t>(side.dim)], wanted.row->pieces, side.ways, side.rank);
     for (const auto& piece : pieces) {

@@ -78,12 +78,6 @@ shard::Chunk chunk_of(const Model& model, const shard::Wanted& wanted) {
   return {};
 }
 
-Side side_of(const Model& model, const shard::Row& row, const shard::Cell& cell) {
-  if (row.cut < 0) return {};
-  if (row.ways == shard::Ways::ExpertTensor) return {row.cut, model.parallel.etp, cell.expert_tensor};
-  return {row.cut, model.parallel.tp, cell.tensor};
-}
-
 std::map<std::string, ExtraState> extra_states(const Checkpoint& source, const Model& model, bool with_defaults) {
   std::map<std::string, ExtraState> out;
   const auto& state = *source.megatron;
@@ -92,10 +86,9 @@ std::map<std::string, ExtraState> extra_states(const Checkpoint& source, const M
     const auto weight = one.key.rfind(".weight");
     if (weight == std::string::npos) continue;
     const auto module = one.key.substr(0, weight);
-    const auto last = module.substr(module.rfind('.') + 1);
     const auto found = state.extra.find(shard::spell(one.row->parts.front().name, one.match.layer, one.match.expert, one.match.depth));
     if (found != state.extra.end() && one.row->stage != shard::Stage::Output) out.try_emplace(module, found->second);
-    else if (defaults && (last.starts_with("linear_") || last == "eh_proj"))
+    else if (defaults && shard::has_extra_state(module))
       out[module] = state.te ? ExtraState{ExtraState::Kind::Tensor, {}, nullptr, 0} : ExtraState{};
   }
   return out;

@@ -2,6 +2,7 @@
 #include "formats/megatron/args.h"
 #include "formats/megatron/writers.h"
 #include "libshard/error.h"
+#include "libshard/families/megatron.h"
 
 #include <algorithm>
 
@@ -133,7 +134,7 @@ class LegacyWriter {
 
   shard::Shape local_shape(const Wanted& wanted, const Cell& cell) const {
     auto shape = wanted.shape;
-    if (const auto side = side_of(model_, *wanted.row, cell); side.dim >= 0) {
+    if (const auto side = side_of(*wanted.row, model_.parallel, cell); side.dim >= 0) {
       Index rows = 0;
       for (const auto& part : shard::cut(shape[static_cast<std::size_t>(side.dim)], wanted.row->pieces, side.ways, side.rank)) rows += part.size;
       shape[static_cast<std::size_t>(side.dim)] = rows;
@@ -160,7 +161,7 @@ class LegacyWriter {
     const auto item = static_cast<Index>(size_of(wanted.dtype));
     auto stride = shard::row_major(local_shape(wanted, cell));
     for (auto& step : stride) step *= item;
-    const auto side = side_of(model_, *wanted.row, cell);
+    const auto side = side_of(*wanted.row, model_.parallel, cell);
     const shard::ReplicaId id{slot.copy ? 1 : 0, side.dim < 0 ? static_cast<int>(cell.tensor) : 0, static_cast<int>(cell.expert)};
     if (side.dim < 0) {
       tensor.shards.push_back({shard::whole(wanted.shape), {stream, 0, stride}, id});

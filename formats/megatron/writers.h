@@ -30,13 +30,6 @@ void describe_logical(Target& target, const Model& model);
 /// The stage and chunk where a row's tensor of that layer lies.
 shard::Chunk chunk_of(const Model& model, const shard::Wanted& wanted);
 
-/// The size of the dimension that is cut, how many ways, and which rank a cell is.
-struct Side {
-  int dim = -1;
-  shard::Index ways = 1, rank = 0;
-};
-Side side_of(const Model& model, const shard::Row& row, const shard::Cell& cell);
-
 /// Extra states by module (the key without "._extra_state"): carried from the source, or the spec's own default.
 std::map<std::string, ExtraState> extra_states(const Checkpoint& source, const Model& model, bool with_defaults);
 

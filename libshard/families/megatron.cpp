@@ -95,13 +95,19 @@ void latent_attention(Rows& rows) {
   rows.one("l", a + "linear_q_down_proj.weight", "q_lora | hidden", "attention.q_down.weight", kRows, "mla q_lora");
   rows.one("dt", a + "linear_q_down_proj.weight", "q_lora | hidden", "attention.q_down.weight", kWhole, "mla q_lora");
   rows.one("dlt", a + "linear_q_up_proj.weight", "heads nope+rope_dim | q_lora", "attention.q_up.weight", kRows, "mla q_lora");
-  rows.one("dt", a + "linear_q_up_proj.layer_norm_weight", "q_lora", "attention.q_norm.weight", kWhole, "mla q_lora");
   rows.one("l", a + "linear_kv_down_proj.weight", "kv_lora+rope_dim | hidden", "attention.kv_down.weight", kRows, "mla");
   rows.one("dt", a + "linear_kv_down_proj.weight", "kv_lora+rope_dim | hidden", "attention.kv_down.weight", kWhole, "mla");
   rows.one("dlt", a + "linear_kv_up_proj.weight", "heads nope+value_head | kv_lora", "attention.kv_up.weight", kRows, "mla");
-  rows.one("dt", a + "linear_kv_up_proj.layer_norm_weight", "kv_lora", "attention.kv_norm.weight", kWhole, "mla");
-  rows.one("dl", a + "q_layernorm.weight", "q_lora", "attention.q_norm.weight", kWhole, "mla q_lora");
-  rows.one("dl", a + "kv_layernorm.weight", "kv_lora", "attention.kv_norm.weight", kWhole, "mla");
+  for (const auto& [part, layernorm] : {std::pair{"weight", ""}, std::pair{"bias", " layernorm"}}) {
+    const auto norm = [&, end = std::string(part), more = std::string(layernorm)](const char* dialects, const std::string& key, const char* size,
+                                                                                  const std::string& logical, const std::string& when) {
+      rows.one(dialects, a + key + end, size, logical + end, kWhole, when + more);
+    };
+    norm("dt", "linear_q_up_proj.layer_norm_", "q_lora", "attention.q_norm.", "mla q_lora qk_norm");
+    norm("dt", "linear_kv_up_proj.layer_norm_", "kv_lora", "attention.kv_norm.", "mla qk_norm");
+    norm("dl", "q_layernorm.", "q_lora", "attention.q_norm.", "mla q_lora qk_norm");
+    norm("dl", "kv_layernorm.", "kv_lora", "attention.kv_norm.", "mla qk_norm");
+  }
 }
 
 /// Norms behind the sublayers, as Megatron-Bridge's Gemma layers name them.
@@ -131,6 +137,7 @@ void mixture(Rows& rows) {
   rows.fc2("t", "mlp.experts.linear_fc2.", logical, "expert_ffn", Ways::ExpertTensor, "moe", "{e}");
   rows.fc1("dlt", "mlp.shared_experts.linear_fc1.", "mlp.shared.", "shared_ffn", Ways::Tensor, "moe shared_ffn");
   rows.fc2("dlt", "mlp.shared_experts.linear_fc2.", "mlp.shared.", "shared_ffn", Ways::Tensor, "moe shared_ffn");
+  rows.singleton("mlp.shared_experts.linear_fc1.", "mlp.shared.", "shared_ffn", Ways::Tensor, "moe shared_ffn");
   rows.one("dlt", "mlp.shared_experts.gate_weight", "1 | hidden", "mlp.shared.gate_weight", kWhole, "moe shared_gate");
 }
 
@@ -207,6 +214,17 @@ void check_tensor_parallel(const Params& params, Index tp, Index etp) {
   divides("shared_ffn", "shared expert rows", tp, "tensor parallel size");
   if (size("experts") > 0) divides("expert_ffn", "expert feed-forward rows", etp, "expert tensor parallel size");
   if (size("mtp") > 0) divides("hidden", "hidden rows", tp, "tensor parallel size");
+}
+
+Side side_of(const Row& row, const Parallel& parallel, const Cell& cell) {
+  if (row.cut < 0) return {};
+  if (row.ways == Ways::ExpertTensor) return {row.cut, parallel.etp, cell.expert_tensor};
+  return {row.cut, parallel.tp, cell.tensor};
+}
+
+bool has_extra_state(std::string_view module) {
+  const auto last = module.substr(module.rfind('.') + 1);
+  return last.starts_with("linear_") || last == "eh_proj";
 }
 
 }  // namespace shard

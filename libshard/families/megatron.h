@@ -2,6 +2,7 @@
 #pragma once
 
 #include "libshard/family.h"
+#include "libshard/layout.h"
 
 namespace shard {
 
@@ -13,5 +14,15 @@ void complete(Params& params);
 
 /// Throws BadLayout, with the reason, where a model of these sizes cannot be cut so many ways.
 void check_tensor_parallel(const Params& params, Index tp, Index etp);
+
+/// The size of the dimension that is cut, how many ways, and which rank a cell is.
+struct Side {
+  int dim = -1;
+  Index ways = 1, rank = 0;
+};
+Side side_of(const Row& row, const Parallel& parallel, const Cell& cell);
+
+/// Whether a module (a key without "._extra_state") has one: linears do.
+bool has_extra_state(std::string_view module);
 
 }  // namespace shard

@@ -1,0 +1,84 @@
+// A language module's state dict is the one that libshard gives for its model, stage and tensor rank.
+#include "lm/language_module.h"
+
+#include "formats/kernels.h"
+#include "libshard/families/megatron.h"
+#include "libshard/translate.h"
+#include "tests/libshard/memory_checkpoint.h"
+
+#include <doctest/doctest.h>
+
+using namespace lm;
+
+namespace {
+
+struct Case {
+  shard::TransformerConfig config;
+  shard::GptModel model;
+};
+
+Case small(bool tied, Index depths) {
+  Case out;
+  auto& config = out.config;
+  config.num_layers = 3;
+  config.hidden_size = 16;
+  config.ffn_hidden_size = 24;
+  config.num_attention_heads = 4;
+  config.num_query_groups = 2;
+  config.kv_channels = 4;
+  config.layers.resize(3);
+  config.tied = tied;
+  config.mtp_num_layers = depths;
+  out.model.dtype = shard::DType::F32;
+  out.model.params = {{"layers", 3}, {"hidden", 16}, {"ffn", 24}, {"heads", 4}, {"groups", 2}, {"head", 4}, {"vocab", 32}, {"gated", 1}, {"qk_norm", 1}, {"tied", tied}, {"mtp", depths}};
+  shard::complete(out.model.params);
+  out.model.moe_layers = {false, false, false};
+  return out;
+}
+
+/// The logical tensors of a checkpoint of that model, without bytes.
+shard::ShardedStateDict logical(const shard::GptModel& model) {
+  shard::ShardedStateDict stored;
+  stored.streams.push_back({});
+  for (const auto& tensor : shard::sharded_state_dict(model, {}, shard::place_layers({}, 3, model.params.at("mtp")), {}).tensors) {
+    auto& into = stored.tensors[tensor.key];
+    into = {tensor.key, tensor.dtype, tensor.global_shape, tensor.global_shape, {}, tensor.allow_shape_mismatch};
+    into.shards = {{shard::whole(tensor.global_shape), {0, 0, shard::row_major(tensor.global_shape)}, {}}};
+  }
+  std::vector<shard::Finding> findings;
+  auto out = to_logical(stored, shard::Table(shard::megatron_rows(), "d"), model.params, {}, findings).logical;
+  refuse(findings);
+  if (model.params.at("tied")) out.ties["output.weight"] = "embedding.word.weight";
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("sharded_state_dict of every stage and tensor rank, stages uneven") {
+  for (const bool tied : {false, true})
+    for (const Index depths : {0, 1}) {
+      const auto [config, model] = small(tied, depths);
+      const testing::Memory checkpoint(logical(model));
+      WeightSource source(checkpoint, formats::kernels(), Compute::F32);
+      Group tensor(2), pipeline(2);
+      for (int p = 0; p < 2; ++p)
+        for (int t = 0; t < 2; ++t) {
+          const LanguageModule module(config, source, placement_of(config, p, 2), Comm(tensor, t), Comm(pipeline, p), {});
+          auto dict = module.sharded_state_dict("");
+          shard::Parallel parallel;
+          parallel.tp = parallel.etp = parallel.pp = 2;
+          const auto wanted = shard::sharded_state_dict(model, parallel, pipeline_of(config, 2), {p, 0, t, 0});
+          REQUIRE(dict.tensors.size() == wanted.tensors.size());
+          CHECK(dict.objects.size() == wanted.objects.size());
+          for (std::size_t i = 0; i < wanted.tensors.size(); ++i) {
+            CHECK(dict.tensors[i].key == wanted.tensors[i].key);
+            CHECK(dict.tensors[i].global_offset == wanted.tensors[i].global_offset);
+            CHECK(dict.tensors[i].replica_id == wanted.tensors[i].replica_id);
+            CHECK(dict.tensors[i].dtype == shard::DType::F32);
+          }
+          module.tie_embeddings_and_output_weights_state_dict(dict, "output_layer.weight", "embedding.word_embeddings.weight");
+          const auto copies = std::count_if(dict.tensors.begin(), dict.tensors.end(), [](const auto& one) { return one.key == "embedding.word_embeddings.weight"; });
+          CHECK(copies == (p == 0 || tied || depths > 0));
+        }
+    }
+}
