@@ -2,10 +2,10 @@
 #include "cli/junit.h"
 
 #include "cli/markup.h"
-#include "libshard/error.h"
+
+#include <fmt/format.h>
 
 #include <algorithm>
-#include <fstream>
 
 namespace cli {
 
@@ -27,11 +27,7 @@ void write_junit(const std::string& path, std::string_view suite, std::string_vi
     ++failures;
     cases += fmt::format("><failure message=\"{}\">{}</failure></testcase>\n", escaped(text.substr(0, text.find('\n'))), escaped(text));
   }
-  std::ofstream file(path);
-  file << "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n"
-       << fmt::format("<testsuite name=\"{}\" tests=\"{}\" failures=\"{}\">\n{}</testsuite>\n", escaped(name), all.size(), failures, cases);
-  file.flush();
-  shard::require(file.good(), shard::Code::Io, [&] { return fmt::format("{}: cannot write", path); });
+  write_text(path, fmt::format("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"{}\" tests=\"{}\" failures=\"{}\">\n{}</testsuite>\n", escaped(name), all.size(), failures, cases));
 }
 
 }  // namespace cli

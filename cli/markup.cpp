@@ -1,7 +1,10 @@
 // Keys come from strangers: whatever bytes they hold, the page stays HTML and the report XML.
 #include "cli/markup.h"
 
+#include "libshard/error.h"
+
 #include <algorithm>
+#include <fstream>
 
 namespace cli {
 namespace {
@@ -39,6 +42,13 @@ std::string escaped(std::string_view text) {
     at += std::max<std::size_t>(length, 1);
   }
   return out;
+}
+
+void write_text(const std::string& path, std::string_view text) {
+  std::ofstream file(path, std::ios::binary);
+  file << text;
+  file.flush();
+  shard::require(file.good(), shard::Code::Io, [&] { return fmt::format("{}: cannot write", path); });
 }
 
 }  // namespace cli

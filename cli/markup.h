@@ -1,4 +1,4 @@
-// Text inside XML and HTML.
+// Text inside XML and HTML, and the files that hold it.
 #pragma once
 
 #include <string>
@@ -8,5 +8,7 @@ namespace cli {
 
 /// Safe as text and inside quotes; what is no character of XML 1.0 in UTF-8 becomes '?'.
 std::string escaped(std::string_view text);
+/// Throws Io.
+void write_text(const std::string& path, std::string_view text);
 
 }  // namespace cli

@@ -202,6 +202,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   for (const auto& finding : report.findings)
     if (finding.rule == "checksum") shard::refuse({finding});
   v.findings = report.findings;
+  v.weights = report.weights;
+  for (auto& finding : lm::norm_outliers(v.weights)) v.findings.push_back(std::move(finding));
 
   const auto& result = report.result;
   v.tokens = batch.batch * batch.length;
@@ -210,6 +212,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   v.token_loss = result.main.limited;
   v.peak_logit = result.peak_logit;
   v.hidden = result.hidden;
+  v.pipeline = shard::place_layers(v.layout.value_or(shard::Parallel()), model.config.num_layers, model.config.mtp_num_layers);
+  v.tied = model.config.tied;
   bool finite = result.nonfinite_logits == 0 && std::isfinite(v.loss);
   for (std::size_t k = 0; k < result.mtp.size(); ++k) {
     v.mtp.push_back({static_cast<Index>(k), mean(result.mtp[k].all, result.mtp_labels[k], batch.length, static_cast<Index>(k) + 1), std::nullopt, std::nullopt});

@@ -34,6 +34,9 @@ struct Validation {
   std::optional<Comparer::Figures> reference;
   std::vector<MtpReport> mtp;
   std::vector<lm::HiddenStats> hidden;
+  std::vector<lm::WeightStats> weights;
+  shard::Pipeline pipeline;                  ///< as stored
+  bool tied = false;                         ///< the output head is the embedding
   std::vector<float> token_loss;             ///< over the true vocabulary
   std::vector<shard::Finding> findings;
   std::vector<Check> checks;
@@ -42,6 +45,14 @@ struct Validation {
   bool ok() const;
 };
 
+/// The matrices of one decoder layer together.
+struct LayerWeights {
+  shard::Index layer = 0;
+  double rms = 0, max_abs = 0;
+};
+std::vector<LayerWeights> layer_weights(const Validation& validation);
+/// "TP 2, PP 2" as stored.
+std::string layout_text(const Validation& validation);
 Json validation_json(const Validation& validation);
 void print_validation(const Validation& validation);
 /// Throw Io.

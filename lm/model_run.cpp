@@ -58,6 +58,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
     if (rank % tp == 0) streams[p]->drain();
   });
   report.findings = source.findings(options.threads);
+  report.weights = source.stats();
   report.bytes_read = source.bytes_read();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   // Stages finish their notes in any order.

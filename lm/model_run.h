@@ -16,6 +16,7 @@ struct RunOptions {
 struct RunReport {
   ForwardResult result;
   std::vector<shard::Finding> findings;        ///< of weights: checksums, numbers
+  std::vector<WeightStats> weights;
   std::uint64_t bytes_read = 0;
   double seconds = 0;
 };

@@ -5,6 +5,7 @@
 #include "libshard/float_bits.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -16,7 +17,18 @@ using shard::DType;
 
 struct Sight {
   bool nonfinite = false, constant = true;
+  float max_abs = 0;
+  double squares = 0;
 };
+
+// Sixteen lanes of f32 over short blocks, blocks in f64: the same sum for every instruction set.
+constexpr std::uint64_t kLanes = 16, kBlock = 4096;
+
+SHARD_INLINE double sum_of(const float (&lanes)[kLanes]) {
+  double sum = 0;
+  for (const auto lane : lanes) sum += static_cast<double>(lane);
+  return sum;
+}
 
 SHARD_CLONES Sight look_bf16(const std::byte* data, std::uint64_t count) {
   std::uint16_t first;
@@ -28,7 +40,18 @@ SHARD_CLONES Sight look_bf16(const std::byte* data, std::uint64_t count) {
     other = static_cast<std::uint16_t>(other | (bits ^ first));
     top = magnitude > top ? magnitude : top;
   }
-  return {top >= 0x7f80, other == 0};
+  const auto value = [](std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); };
+  double squares = 0;
+  for (std::uint64_t begin = 0; begin < count; begin += kBlock) {
+    const auto end = std::min(count, begin + kBlock);
+    float lanes[kLanes] = {};
+    auto i = begin;
+    for (; i + kLanes <= end; i += kLanes)
+      for (std::uint64_t l = 0; l < kLanes; ++l) lanes[l] += value(items[i + l]) * value(items[i + l]);
+    for (; i < end; ++i) lanes[0] += value(items[i]) * value(items[i]);
+    squares += sum_of(lanes);
+  }
+  return {top >= 0x7f80, other == 0, value(top), squares};
 }
 SHARD_CLONES Sight look_f32(const std::byte* data, std::uint64_t count) {
   std::uint32_t first;
@@ -40,7 +63,17 @@ SHARD_CLONES Sight look_f32(const std::byte* data, std::uint64_t count) {
     other |= bits ^ first;
     top = magnitude > top ? magnitude : top;
   }
-  return {top >= 0x7f800000, other == 0};
+  double squares = 0;
+  for (std::uint64_t begin = 0; begin < count; begin += kBlock) {
+    const auto end = std::min(count, begin + kBlock);
+    float lanes[kLanes] = {};
+    auto i = begin;
+    for (; i + kLanes <= end; i += kLanes)
+      for (std::uint64_t l = 0; l < kLanes; ++l) lanes[l] += std::bit_cast<float>(items[i + l]) * std::bit_cast<float>(items[i + l]);
+    for (; i < end; ++i) lanes[0] += std::bit_cast<float>(items[i]) * std::bit_cast<float>(items[i]);
+    squares += sum_of(lanes);
+  }
+  return {top >= 0x7f800000, other == 0, std::bit_cast<float>(top), squares};
 }
 
 }  // namespace
@@ -109,7 +142,7 @@ Tensor WeightSource::gather(const std::string& name, std::span<const Index> ids,
   return out;
 }
 
-void WeightSource::check(const std::string& name, const Weight& weight) {
+void WeightSource::check(const std::string& name, Index lo, const Weight& weight) {
   const auto count = static_cast<std::uint64_t>(weight.rows * weight.columns);
   if (count == 0) return;
   const auto sight = weight.dtype == DType::BF16 ? look_bf16(weight.data, count) : look_f32(weight.data, count);
@@ -120,6 +153,8 @@ void WeightSource::check(const std::string& name, const Weight& weight) {
   if (seen.elements == 0) seen.value = weight.at(0, 0);
   seen.constant = seen.constant && sight.constant && weight.at(0, 0) == seen.value;
   seen.matrix = seen.matrix || (weight.columns > 1 && dict_.at(name).natural.size() > 1);
+  seen.max_abs = std::max(seen.max_abs, sight.max_abs);
+  seen.squares[lo] = {sight.squares, count};
   seen.nonfinite += bad.nan + bad.inf;
   seen.elements += count;
 }
@@ -135,6 +170,44 @@ std::vector<shard::Finding> WeightSource::findings(unsigned threads) {
                                  shard::to_string(shard::unravel(static_cast<Index>(seen.first), dict_.at(name).natural)))});
     else if (seen.constant && seen.matrix && seen.elements > 1)
       out.push_back({"constant", Severity::Warning, name, fmt::format("all {} numbers are {}; no trained matrix is like that", seen.elements, seen.value)});
+  }
+  return out;
+}
+
+std::vector<WeightStats> WeightSource::stats() const {
+  std::vector<WeightStats> out;
+  const std::lock_guard lock(mutex_);
+  for (const auto& [name, seen] : seen_) {
+    double sum = 0;
+    std::uint64_t count = 0;
+    for (const auto& [lo, rows] : seen.squares) sum += rows.first, count += rows.second;
+    out.push_back({name, count, count ? std::sqrt(sum / static_cast<double>(count)) : 0, static_cast<double>(seen.max_abs), seen.matrix});
+  }
+  return out;
+}
+
+std::vector<shard::Finding> norm_outliers(const std::vector<WeightStats>& weights) {
+  constexpr double kFar = 10;
+  constexpr std::size_t kLeastLayers = 4;
+  std::map<std::string, std::vector<const WeightStats*>> kinds;  // by name without its numbers
+  for (const auto& weight : weights) {
+    if (!weight.matrix || !std::isfinite(weight.rms)) continue;
+    std::string kind;
+    for (const char c : weight.name)
+      if (c < '0' || c > '9') kind += c;
+    if (kind != weight.name) kinds[kind].push_back(&weight);
+  }
+  std::vector<shard::Finding> out;
+  for (const auto& [kind, all] : kinds) {
+    if (all.size() < kLeastLayers) continue;
+    std::vector<double> sizes;
+    for (const auto* weight : all) sizes.push_back(weight->rms);
+    const auto middle = sizes.begin() + static_cast<std::ptrdiff_t>(sizes.size() / 2);
+    std::nth_element(sizes.begin(), middle, sizes.end());
+    for (const auto* weight : all)
+      if (*middle > 0 && (weight->rms > kFar * *middle || weight->rms * kFar < *middle))
+        out.push_back({"norm", shard::Finding::Severity::Warning, weight->name,
+                       fmt::format("root mean square {:.3g}; {:.3g} in the median layer", weight->rms, *middle)});
   }
   return out;
 }
@@ -180,7 +253,7 @@ void WeightStream::run() {
         held->bytes -= bytes;
         held->changed.notify_all();
       });
-      source_.check(use.name, weight);
+      source_.check(use.name, use.lo, weight);
       // In a block of its own: a weight let go takes the same lock.
       {
         const std::lock_guard lock(held_->mutex);

@@ -24,6 +24,18 @@ struct WeightUse {
   int times = 1;
 };
 
+/// What a weight's numbers look like.
+struct WeightStats {
+  std::string name;
+  std::uint64_t elements = 0;
+  double rms = 0, max_abs = 0;
+  bool matrix = false;
+};
+
+/// Weights whose root mean square is ten times that of the same weight in the median layer, or a tenth of it, as warnings.
+/// Only matrices that at least four layers have.
+std::vector<shard::Finding> norm_outliers(const std::vector<WeightStats>& weights);
+
 /// Weights of one checkpoint, in types that products take.
 class WeightSource {
  public:
@@ -38,10 +50,12 @@ class WeightSource {
   Weight read(const std::string& name, Index lo = 0, Index count = -1);
   /// Rows of a table, one for each id, as f32 [ids, columns]; ids outside [lo, hi) give zeros.
   Tensor gather(const std::string& name, std::span<const Index> ids, Index lo, Index hi);
-  /// Whether values are finite, and a matrix is more than one number repeated.
-  void check(const std::string& name, const Weight& weight);
+  /// Whether values are finite, a matrix is more than one number repeated, and how large they are. `lo` is its first row.
+  void check(const std::string& name, Index lo, const Weight& weight);
   /// What reading found: checksums that do not match (with `threads` for the rest of summed streams), numbers.
   std::vector<shard::Finding> findings(unsigned threads);
+  /// Of everything that was read, by name.
+  std::vector<WeightStats> stats() const;
   std::uint64_t bytes_read() const { return source_.bytes_read(); }
 
  private:
@@ -49,13 +63,15 @@ class WeightSource {
     std::uint64_t nonfinite = 0, first = 0, elements = 0;
     float value = 0;
     bool constant = true, matrix = false;
+    float max_abs = 0;
+    std::map<Index, std::pair<double, std::uint64_t>> squares;  ///< sum and count of the rows from here; ranks may read the same
   };
 
   const shard::ShardedStateDict& dict_;
   const shard::Kernels& kernels_;
   Compute compute_;
   shard::SummedSource source_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::map<std::string, Seen> seen_;
 };
 

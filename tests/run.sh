@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 jobs=$(nproc)
 
 samples/install.sh python3 python3-venv
+samples/install.sh chromium || echo "no chromium: the tests of pages will be skipped"  # Ubuntu has it as a snap only
 
 # Sanitizers first: they find what the release build would hide.
 cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-O1 -DSHARDKIT_SANITIZE=address,undefined >/dev/null

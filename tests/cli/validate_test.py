@@ -165,6 +165,24 @@ class Findings(Case):
         self.assertEqual(status, 0)
         self.assertIn(("constant", "warning"), [(f["rule"], f["severity"]) for f in out["findings"]])
 
+    def test_a_layer_whose_weights_are_much_larger(self):
+        copy = self.copy("hf/deepseek_v3_mtp_bf16")
+        file = next(f for f in sorted(copy.glob("*.safetensors")) if "model.layers.2.self_attn.o_proj.weight" in tensors_of(f))
+        offset, record = tensors_of(file)["model.layers.2.self_attn.o_proj.weight"]
+        data = bytearray(file.read_bytes())
+        end = offset + record["data_offsets"][1] - record["data_offsets"][0]
+        for at in range(offset, end, 2):  # bf16: five more in the exponent is 32 times the number
+            bits = int.from_bytes(data[at:at + 2], "little")
+            if bits & 0x7F80:
+                data[at:at + 2] = (bits + (5 << 7)).to_bytes(2, "little")
+        file.write_bytes(data)
+        _, out = run_json("validate", copy)
+        self.assertEqual([(f["rule"], f["severity"], f["key"]) for f in out["findings"]], [("norm", "warning", "layers.2.attention.out.weight")])
+        _, before = run_json("validate", DATA / "hf/deepseek_v3_mtp_bf16")
+        self.assertEqual([layer["layer"] for layer in before["weights"]], [0, 1, 2, 3])
+        self.assertEqual(before["findings"], [])
+        self.assertGreater(out["weights"][2]["rms"], 2 * before["weights"][2]["rms"])
+
     def test_what_the_model_lacks_or_has_too_much(self):
         copy = self.copy("hf/llama_untied_bf16")
         config = json.loads((copy / "config.json").read_text())
