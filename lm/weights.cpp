@@ -35,15 +35,15 @@ SHARD_CLONES Sight look_bf16(const std::byte* data, std::uint64_t count) {
   std::memcpy(&first, data, 2);
   std::uint16_t other = 0, top = 0;
   const auto* items = reinterpret_cast<const std::uint16_t*>(data);  // buffers are aligned; written as bytes only
-  for (std::uint64_t i = 0; i < count; ++i) {
-    const std::uint16_t bits = items[i], magnitude = bits & 0x7fff;
-    other = static_cast<std::uint16_t>(other | (bits ^ first));
-    top = magnitude > top ? magnitude : top;
-  }
   const auto value = [](std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); };
   double squares = 0;
   for (std::uint64_t begin = 0; begin < count; begin += kBlock) {
     const auto end = std::min(count, begin + kBlock);
+    for (auto i = begin; i < end; ++i) {
+      const std::uint16_t bits = items[i], magnitude = bits & 0x7fff;
+      other = static_cast<std::uint16_t>(other | (bits ^ first));
+      top = magnitude > top ? magnitude : top;
+    }
     float lanes[kLanes] = {};
     auto i = begin;
     for (; i + kLanes <= end; i += kLanes)
@@ -58,14 +58,14 @@ SHARD_CLONES Sight look_f32(const std::byte* data, std::uint64_t count) {
   std::memcpy(&first, data, 4);
   std::uint32_t other = 0, top = 0;
   const auto* items = reinterpret_cast<const std::uint32_t*>(data);
-  for (std::uint64_t i = 0; i < count; ++i) {
-    const std::uint32_t bits = items[i], magnitude = bits & 0x7fffffff;
-    other |= bits ^ first;
-    top = magnitude > top ? magnitude : top;
-  }
   double squares = 0;
   for (std::uint64_t begin = 0; begin < count; begin += kBlock) {
     const auto end = std::min(count, begin + kBlock);
+    for (auto i = begin; i < end; ++i) {
+      const std::uint32_t bits = items[i], magnitude = bits & 0x7fffffff;
+      other |= bits ^ first;
+      top = magnitude > top ? magnitude : top;
+    }
     float lanes[kLanes] = {};
     auto i = begin;
     for (; i + kLanes <= end; i += kLanes)
