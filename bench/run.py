@@ -46,8 +46,8 @@ def main():
         "reshard mp_rank TP4 → TP2·PP2": (ranks, ["reshard", ranks, out, "--tp", "2", "--pp", "2"], "reshard"),
         "mp_rank → torch_dist": (ranks, ["convert", ranks, out, "--to", "torch_dist"], "to_dist"),
         "torch_dist → mp_rank TP2·PP2": (dist, ["convert", dist, out, "--to", "mp_rank", "--tp", "2", "--pp", "2"], "from_dist"),
-        "mp_rank → Hugging Face, one file": (ranks, ["convert", ranks, out, "--to", "hf"], "to_hf"),
-        "mp_rank → Hugging Face, `--max-shard-size 600MB`": (ranks, ["convert", ranks, out, "--to", "hf", "--max-shard-size", "600MB"], "to_hf"),
+        "mp_rank → Hugging Face": (ranks, ["convert", ranks, out, "--to", "hf"], "to_hf"),
+        "mp_rank → Hugging Face, one file": (ranks, ["convert", ranks, out, "--to", "hf", "--max-shard-size", "5GB"], "to_hf"),
         "Hugging Face → mp_rank TP2·PP2": (hf, ["convert", hf, out, "--to", "mp_rank", "--tp", "2", "--pp", "2"], "from_hf"),
         "Hugging Face → torch_dist": (hf, ["convert", hf, out, "--to", "torch_dist"], "hf_to_dist"),
     }

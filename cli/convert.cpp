@@ -18,7 +18,7 @@ namespace cli {
 namespace {
 
 struct ConvertAsk {
-  std::string from, to, format, dtype, adapter, max_shard_size = "50GB", pad = "zeros", report, part;
+  std::string from, to, format, dtype, adapter, max_shard_size = "1GB", pad = "zeros", report, part;
   std::optional<std::int64_t> tp, pp, vpp, ep, etp, first, last;
   std::optional<std::string> pp_layout;
   bool force = false, no_sync = false, weights_only = false, dry_run = false, merge_lora = false;
@@ -262,7 +262,7 @@ void add_format(CLI::App& command, ConvertAsk& ask, bool required) {
   auto* option = command.add_option("--to", ask.format, "torch_dist, mp_rank, dcp or hf")->type_name("FORMAT");
   if (required) option->required();
   command.add_option("--dtype", ask.dtype, "Cast floating tensors: bf16, f16, f32 …");
-  command.add_option("--max-shard-size", ask.max_shard_size, "Largest safetensors file (default 50GB)")->type_name("SIZE");
+  command.add_option("--max-shard-size", ask.max_shard_size, "Largest safetensors file (default 1GB)")->type_name("SIZE");
   command.add_flag("--merge-lora", ask.merge_lora, "Add a LoRA adapter to the weights");
   command.add_option("--adapter", ask.adapter, "PEFT folder of the adapter that --merge-lora merges (default: SRC)")->type_name("DIR");
 }

@@ -13,7 +13,7 @@ struct TargetOptions {
   std::string format;                       ///< "torch_dist", "mp_rank", "dcp", "hf"
   shard::Parallel parallel;
   std::optional<shard::DType> dtype;        ///< cast floating tensors to this
-  std::uint64_t max_shard_size = 50'000'000'000;
+  std::uint64_t max_shard_size = 1'000'000'000;
   bool keep_spelling = false;               ///< reshard: the source's keys
   bool force = false;
   bool joint = false;                       ///< `path` is a folder that several processes write together

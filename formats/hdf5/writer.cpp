@@ -75,7 +75,7 @@ class ChunkSink final : public StreamSink {
       status = H5Dwrite_chunk(output_->dataset, H5P_DEFAULT, 0, offset_.data(), packed.size(), packed.data());
     }
     shard::require(status >= 0, Code::Io, [&] { return fmt::format("{}: a chunk cannot be written; is the disk full?", output_->key); });
-    bytes_ = {};
+    std::vector<std::byte>().swap(bytes_);  // an assignment would keep the memory
   }
 
   std::shared_ptr<Output> output_;

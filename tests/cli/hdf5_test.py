@@ -1,10 +1,15 @@
 """HDF5 there and back, for Megatron and Hugging Face sources; damaged files."""
+import json
+import os
 import pathlib
+import random
+import struct
+import subprocess
 import sys
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from support import DATA, Case, digest, files_below, run, run_json  # noqa: E402
+from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json  # noqa: E402
 
 
 class Hdf5(Case):
@@ -31,6 +36,23 @@ class Hdf5(Case):
             self.ok("convert", source, out, "--to", "hdf5", "--threads", threads, "-q")
             tensors.append(digest(out))
         self.assertEqual(*tensors)
+
+    def test_memory_does_not_grow_with_the_model(self):
+        """Most of what is resident is the program; a chunk that was written is let go."""
+        source, out = self.tmp / "big", self.tmp / "h5"
+        source.mkdir()
+        tensors, size = 24, 4 << 20
+        header = json.dumps({f"t{i}": {"dtype": "BF16", "shape": [2048, 1024], "data_offsets": [i * size, (i + 1) * size]} for i in range(tensors)}).encode()
+        with open(source / "model.safetensors", "wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for i in range(tensors):
+                file.write(random.Random(i).randbytes(size))
+        child = subprocess.Popen([SHARDKIT, "convert", source, out, "--to", "hdf5", "--threads", "2", "--no-sync", "-q"])
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = status
+        self.assertEqual(status, 0)
+        self.assertLess(usage.ru_maxrss, 64 << 10)  # KiB; the model has 96 MiB
+        self.assertEqual(digest(source), digest(out))
 
     def test_inspect(self):
         out = self.tmp / "x"
