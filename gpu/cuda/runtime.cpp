@@ -1,0 +1,134 @@
+// The runtime over CUDA's, linked statically: the driver is loaded by the first call and its absence is an answer.
+#include "gpu/runtime.h"
+
+#include "gpu/cuda/check.h"
+
+namespace gpu {
+namespace {
+
+cudaStream_t raw(StreamView stream) { return static_cast<cudaStream_t>(stream.handle); }
+
+std::string arch_text(int major, int minor) { return fmt::format("{}.{}", major, minor); }
+
+}  // namespace
+
+DeviceInfo device_info(int index) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "asking for a device");
+  DeviceInfo out{index, properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem, 0};
+  int before = 0;
+  check(cudaGetDevice(&before), "asking for a device");
+  check(cudaSetDevice(index), "choosing a device");
+  std::size_t free = 0, all = 0;
+  const auto status = cudaMemGetInfo(&free, &all);
+  cudaSetDevice(before);
+  check(status, "asking for free memory");
+  out.free = free;
+  return out;
+}
+
+Probe probe() {
+  Probe out;
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    cudaGetLastError();
+    out.why = "no NVIDIA driver was found";
+    return out;
+  }
+  if (const auto status = cudaGetDeviceCount(&count); status != cudaSuccess) {
+    cudaGetLastError();
+    out.why = status == cudaErrorInsufficientDriver
+                  ? fmt::format("the driver is for CUDA {}.{}; this build needs {}.{}", driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10)
+                  : fmt::format("driver found, but {}", cudaGetErrorString(status));
+    return out;
+  }
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    if (properties.major < 8) {
+      out.why = fmt::format("device {} ({}) has compute capability {}; 8.0 is the least", i, properties.name, arch_text(properties.major, properties.minor));
+      continue;
+    }
+    try {
+      out.devices.push_back(device_info(i));
+    } catch (const shard::Error& error) {
+      out.why = fmt::format("device {}: {}", i, error.what());
+    }
+  }
+  if (out.devices.empty() && out.why.empty()) out.why = "driver found, no device visible";
+  return out;
+}
+
+void use_device(int index) { check(cudaSetDevice(index), "choosing a device"); }
+
+Stream::Stream() {
+  cudaStream_t made;
+  check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "making a stream");
+  handle_ = made;
+}
+Stream::~Stream() { cudaStreamDestroy(static_cast<cudaStream_t>(handle_)); }
+void Stream::wait() const { gpu::wait(*this); }
+void wait(StreamView stream) { check(cudaStreamSynchronize(raw(stream)), "waiting for a stream"); }
+
+Event::Event() {
+  cudaEvent_t made;
+  check(cudaEventCreate(&made), "making an event");
+  handle_ = made;
+}
+Event::~Event() { cudaEventDestroy(static_cast<cudaEvent_t>(handle_)); }
+void Event::record(StreamView on) { check(cudaEventRecord(static_cast<cudaEvent_t>(handle_), raw(on)), "recording an event"); }
+void Event::hold(StreamView stream) const { check(cudaStreamWaitEvent(raw(stream), static_cast<cudaEvent_t>(handle_), 0), "ordering streams"); }
+void Event::wait() const { check(cudaEventSynchronize(static_cast<cudaEvent_t>(handle_)), "waiting for an event"); }
+float Event::since(const Event& start) const {
+  float out = 0;
+  check(cudaEventElapsedTime(&out, static_cast<cudaEvent_t>(start.handle_), static_cast<cudaEvent_t>(handle_)), "timing");
+  return out;
+}
+
+DeviceBuffer::DeviceBuffer(std::size_t bytes) : size_(bytes) {
+  if (bytes == 0) return;
+  void* made = nullptr;
+  if (const auto status = cudaMalloc(&made, bytes); status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    std::size_t free = 0, all = 0;
+    cudaMemGetInfo(&free, &all);
+    shard::fail(shard::Code::Device, "device: out of memory: {} bytes are asked for, {} of {} are free", bytes, free, all);
+  } else {
+    check(status, "taking memory");
+  }
+  memory_ = {static_cast<std::byte*>(made), [](std::byte* memory) { cudaFree(memory); }};
+}
+
+PinnedBuffer::PinnedBuffer(std::size_t bytes) : size_(bytes) {
+  if (bytes == 0) return;
+  void* made = nullptr;
+  check(cudaHostAlloc(&made, bytes, cudaHostAllocPortable), "pinning memory");
+  memory_ = {static_cast<std::byte*>(made), [](std::byte* memory) { cudaFreeHost(memory); }};
+}
+
+void to_device(std::byte* to, const void* from, std::size_t bytes, StreamView on) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, raw(on)), "copying to the device");
+}
+void to_host(void* to, const std::byte* from, std::size_t bytes, StreamView on) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, raw(on)), "copying from the device");
+}
+void on_device(std::byte* to, const std::byte* from, std::size_t bytes, StreamView on) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, raw(on)), "copying on the device");
+}
+void set_bytes(std::byte* to, int value, std::size_t bytes, StreamView on) { check(cudaMemsetAsync(to, value, bytes, raw(on)), "filling memory"); }
+
+void Graph::begin(StreamView on) { check(cudaStreamBeginCapture(raw(on), cudaStreamCaptureModeThreadLocal), "recording a graph"); }
+Graph Graph::end(StreamView on) {
+  cudaGraph_t recorded;
+  check(cudaStreamEndCapture(raw(on), &recorded), "recording a graph");
+  cudaGraphExec_t made;
+  const auto status = cudaGraphInstantiate(&made, recorded, 0);
+  cudaGraphDestroy(recorded);
+  check(status, "making a graph");
+  Graph out;
+  out.handle_ = {made, [](void* graph) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)); }};
+  return out;
+}
+void Graph::launch(StreamView on) const { check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(handle_.get()), raw(on)), "launching a graph"); }
+
+}  // namespace gpu

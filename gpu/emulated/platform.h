@@ -1,0 +1,110 @@
+// Blocks of kernels on the host, one thread after another within a phase, forwards and backwards in turn: what a missing barrier
+// would leave to chance on a device comes out wrong here.
+#pragma once
+
+#include "gpu/runtime.h"
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define GPU_CODE inline
+
+namespace gpu {
+
+/// Runs `work` when the stream is waited for, in order; device memory can be touched by it alone.
+void enqueue(StreamView on, std::function<void()> work);
+
+template <typename Kernel>
+class Block {
+ public:
+  using Shared = typename Kernel::Shared;
+  using Own = typename Kernel::Own;
+  static constexpr unsigned kThreads = Kernel::kThreads;
+
+  Block(unsigned x, unsigned y, unsigned z, Shared& shared, std::vector<Own>& own) : x_(x), y_(y), z_(z), shared_(shared), own_(own) {}
+  unsigned x() const { return x_; }
+  unsigned y() const { return y_; }
+  unsigned z() const { return z_; }
+  Shared& shared() { return shared_; }
+
+  template <typename Body>
+  void each(Body&& body) {
+    for (unsigned i = 0; i < kThreads; ++i) {
+      const auto thread = backwards_ ? kThreads - 1 - i : i;
+      body(thread, own_[thread]);
+    }
+    backwards_ = !backwards_;
+  }
+  template <typename Body>
+  void each_apart(Body&& body) {
+    each(body);
+  }
+  template <typename T>
+  void warp_sum(T Own::* field) {
+    join(32, field, [](T a, T b) { return a + b; });
+  }
+  template <typename T>
+  void warp_max(T Own::* field) {
+    join(32, field, [](T a, T b) { return b > a ? b : a; });
+  }
+  template <typename T>
+  void sum(T Own::* field) {
+    warp_sum(field);
+    join(kThreads, field, [](T a, T b) { return a + b; }, 32);
+  }
+  template <typename T>
+  void max(T Own::* field) {
+    join(kThreads, field, [](T a, T b) { return b > a ? b : a; });
+  }
+  Own& own(unsigned thread) { return own_[thread]; }  ///< for warp-wide instructions of gpu/emulated
+
+ private:
+  /// Over runs of `width` threads, every `step`th of them.
+  template <typename T, typename Op>
+  void join(unsigned width, T Own::* field, Op op, unsigned step = 1) {
+    for (unsigned first = 0; first < kThreads; first += width) {
+      T all = own_[first].*field;
+      for (unsigned i = step; i < width; i += step) all = op(all, own_[first + i].*field);
+      for (unsigned i = 0; i < width; ++i) own_[first + i].*field = all;
+    }
+  }
+
+  unsigned x_, y_, z_;
+  Shared& shared_;
+  std::vector<Own>& own_;
+  bool backwards_ = false;
+};
+
+template <typename Kernel>
+void launch(StreamView on, const Grid& grid, const Kernel& kernel) {
+  check_kernel<Kernel>();
+  if (!check_grid(grid)) return;
+  enqueue(on, [grid, kernel] {
+    struct alignas(128) Memory {
+      unsigned char bytes[sizeof(typename Kernel::Shared)];
+    };
+    const auto memory = std::make_unique<Memory>();
+    std::vector<typename Kernel::Own> own(Kernel::kThreads);
+    for (std::uint64_t z = 0; z < grid.z; ++z)
+      for (std::uint64_t y = 0; y < grid.y; ++y)
+        for (std::uint64_t x = 0; x < grid.x; ++x) {
+          std::memset(memory->bytes, 0xff, sizeof memory->bytes);  // what nobody wrote is NaN
+          Block<Kernel> block(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z),
+                              *reinterpret_cast<typename Kernel::Shared*>(memory->bytes), own);
+          kernel(block);
+        }
+  });
+}
+
+template <typename T>
+void atomic_add(T* to, T value) {
+  *to += value;
+}
+template <typename T>
+void atomic_max(T* to, T value) {
+  if (value > *to) *to = value;
+}
+
+}  // namespace gpu

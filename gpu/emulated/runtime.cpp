@@ -1,0 +1,199 @@
+// The runtime without a device. Streams are lazy – work is done when something waits for it – and device memory is closed to everything
+// else, so that a missing wait and a host access to a device's pointer show.
+#include "gpu/runtime.h"
+
+#include "gpu/kernel.h"
+
+#include <sys/mman.h>
+
+#include <chrono>
+#include <deque>
+#include <map>
+#include <mutex>
+
+namespace gpu {
+namespace {
+
+constexpr std::size_t kArena = 8ull << 30, kPage = 4096;
+
+/// Address space for device memory; open only while work is done.
+class Arena {
+ public:
+  Arena() : base_(static_cast<std::byte*>(mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) { free_[0] = kArena; }
+  std::byte* take(std::size_t bytes) {
+    const auto size = (bytes + kPage - 1) / kPage * kPage;
+    for (auto at = free_.begin(); at != free_.end(); ++at) {
+      if (at->second < size) continue;
+      const auto [first, room] = *at;
+      free_.erase(at);
+      if (room > size) free_[first + size] = room - size;
+      taken_[first] = size;
+      used_ += size;
+      return base_ + first;
+    }
+    shard::fail(shard::Code::Device, "device: out of memory: {} bytes are asked for, {} of {} are free", bytes, kArena - used_, kArena);
+  }
+  void give_back(std::byte* memory) {
+    const auto first = static_cast<std::size_t>(memory - base_);
+    auto size = taken_.at(first);
+    taken_.erase(first);
+    used_ -= size;
+    madvise(memory, size, MADV_DONTNEED);
+    auto at = free_.emplace(first, size).first;
+    if (const auto next = std::next(at); next != free_.end() && at->first + at->second == next->first) {
+      at->second += next->second;
+      free_.erase(next);
+    }
+    if (at != free_.begin())
+      if (const auto before = std::prev(at); before->first + before->second == at->first) {
+        before->second += at->second;
+        free_.erase(at);
+      }
+  }
+  void open(bool yes) { mprotect(base_, kArena, yes ? PROT_READ | PROT_WRITE : PROT_NONE); }
+  std::uint64_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  std::map<std::size_t, std::size_t> free_, taken_;
+  std::uint64_t used_ = 0;
+};
+
+using Work = std::function<void()>;
+
+struct Queue {
+  std::deque<Work> work;
+  std::uint64_t given = 0, done = 0;
+  std::shared_ptr<std::vector<Work>> recording;
+};
+
+struct Point {
+  Queue* queue = nullptr;
+  std::uint64_t number = 0;                    ///< behind that many pieces of work
+  std::chrono::steady_clock::time_point time;
+};
+
+struct Machine {
+  std::recursive_mutex mutex;
+  Arena arena;
+  int depth = 0;
+};
+Machine& machine() {
+  static auto* const one = new Machine;  // outlives every buffer
+  return *one;
+}
+
+Queue& queue(StreamView stream) { return *static_cast<Queue*>(stream.handle); }
+
+void run_until(Queue& queue, std::uint64_t number) {
+  auto& all = machine();
+  const std::lock_guard lock(all.mutex);
+  while (queue.done < number && !queue.work.empty()) {
+    const auto work = std::move(queue.work.front());
+    queue.work.pop_front();
+    if (all.depth++ == 0) all.arena.open(true);
+    struct Close {
+      Machine& all;
+      Queue& queue;
+      ~Close() {
+        ++queue.done;
+        if (--all.depth == 0) all.arena.open(false);
+      }
+    } close{all, queue};
+    work();
+  }
+}
+
+}  // namespace
+
+void enqueue(StreamView on, Work work) {
+  auto& to = queue(on);
+  const std::lock_guard lock(machine().mutex);
+  if (to.recording) return to.recording->push_back(std::move(work));
+  to.work.push_back(std::move(work));
+  ++to.given;
+}
+
+DeviceInfo device_info(int index) {
+  shard::require(index == 0, shard::Code::Device, [&] { return fmt::format("device {}: there is one emulated device, 0", index); });
+  return {0, "emulated on the host", 9, 0, 4, kArena, kArena - machine().arena.used()};
+}
+Probe probe() { return {{device_info(0)}, ""}; }
+void use_device(int index) { device_info(index); }
+
+Stream::Stream() : handle_(new Queue) {}
+Stream::~Stream() {
+  auto* mine = static_cast<Queue*>(handle_);
+  try {
+    run_until(*mine, mine->given);
+  } catch (...) {  // as CUDA does, a stream that ends tells nobody
+  }
+  delete mine;
+}
+void Stream::wait() const { gpu::wait(*this); }
+void wait(StreamView stream) { run_until(queue(stream), queue(stream).given); }
+
+Event::Event() : handle_(new std::shared_ptr<Point>(std::make_shared<Point>())) {}
+Event::~Event() { delete static_cast<std::shared_ptr<Point>*>(handle_); }
+void Event::record(StreamView on) {
+  auto point = std::make_shared<Point>();
+  point->queue = &queue(on);
+  enqueue(on, [point] { point->time = std::chrono::steady_clock::now(); });
+  point->number = point->queue->given;
+  *static_cast<std::shared_ptr<Point>*>(handle_) = point;
+}
+void Event::hold(StreamView stream) const {
+  const auto point = *static_cast<std::shared_ptr<Point>*>(handle_);
+  if (!point->queue || point->queue == &queue(stream) || point->queue->recording) return;
+  enqueue(stream, [point] { run_until(*point->queue, point->number); });
+}
+void Event::wait() const {
+  const auto& point = **static_cast<std::shared_ptr<Point>*>(handle_);
+  if (point.queue) run_until(*point.queue, point.number);
+}
+float Event::since(const Event& start) const {
+  const auto& from = **static_cast<std::shared_ptr<Point>*>(start.handle_);
+  const auto& to = **static_cast<std::shared_ptr<Point>*>(handle_);
+  return std::chrono::duration<float, std::milli>(to.time - from.time).count();
+}
+
+DeviceBuffer::DeviceBuffer(std::size_t bytes) : size_(bytes) {
+  if (bytes == 0) return;
+  auto& all = machine();
+  const std::lock_guard lock(all.mutex);
+  auto* memory = all.arena.take(bytes);
+  memory_ = {memory, [](std::byte* mine) {
+               const std::lock_guard lock(machine().mutex);
+               machine().arena.give_back(mine);
+             }};
+}
+
+PinnedBuffer::PinnedBuffer(std::size_t bytes) : memory_(new std::byte[bytes], [](std::byte* memory) { delete[] memory; }), size_(bytes) {}
+
+void to_device(std::byte* to, const void* from, std::size_t bytes, StreamView on) {
+  enqueue(on, [=] { std::memcpy(to, from, bytes); });
+}
+void to_host(void* to, const std::byte* from, std::size_t bytes, StreamView on) {
+  enqueue(on, [=] { std::memcpy(to, from, bytes); });
+}
+void on_device(std::byte* to, const std::byte* from, std::size_t bytes, StreamView on) {
+  enqueue(on, [=] { std::memcpy(to, from, bytes); });
+}
+void set_bytes(std::byte* to, int value, std::size_t bytes, StreamView on) {
+  enqueue(on, [=] { std::memset(to, value, bytes); });
+}
+
+void Graph::begin(StreamView on) { queue(on).recording = std::make_shared<std::vector<Work>>(); }
+Graph Graph::end(StreamView on) {
+  Graph out;
+  out.handle_ = std::exchange(queue(on).recording, nullptr);
+  return out;
+}
+void Graph::launch(StreamView on) const {
+  const auto all = std::static_pointer_cast<std::vector<Work>>(handle_);
+  enqueue(on, [all] {
+    for (const auto& work : *all) work();
+  });
+}
+
+}  // namespace gpu
