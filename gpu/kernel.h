@@ -59,4 +59,4 @@ constexpr std::uint64_t blocks_for(std::uint64_t count, std::uint64_t each) { re
 
 }  // namespace gpu
 
-#include "platform.h"
+#include <platform.h>  // of gpu/cuda or gpu/emulated, as the build says
