@@ -42,6 +42,27 @@ bool in_order(const std::vector<TileDim>& dims) {
   return std::is_sorted(dims.begin(), dims.end(), [](const TileDim& a, const TileDim& b) { return a.from > b.from; });
 }
 
+/// The common part of a shard and a box, as dimensions and as runs of the shard's stream.
+struct Piece {
+  Copy copy;
+  std::vector<TileDim> dims;
+  std::vector<Index> extent;
+  EndRuns runs;
+  bool dense;  ///< all of the box, its bytes together and in row-major order
+};
+
+Piece piece_of(const Shard& shard, const Box& box, const Box& common, DType dtype) {
+  const auto item = static_cast<Index>(size_of(dtype));
+  Piece out{to_memory(shard, box, common, dtype), {}, {}, {}, false};
+  for (const auto& step : out.copy.steps)
+    if (step.count > 1) out.dims.push_back({step.count, step.from, step.to});
+  if (out.dims.empty()) out.dims.push_back({1, item, item});
+  for (const auto& dim : out.dims) out.extent.push_back(dim.count);
+  out.runs = end_runs(out.dims, out.extent, true, item);
+  out.dense = out.runs.outer.empty() && out.runs.run == static_cast<std::uint64_t>(volume(common.size) * item) && box == common && in_order(out.dims);
+  return out;
+}
+
 void place(std::span<const std::byte> packed, const std::vector<TileDim>& dims, Index item, std::span<std::byte> into) {
   std::vector<MemoryStep> steps(dims.size());
   Index from = item;
@@ -67,6 +88,18 @@ void RangeReader::read(Index lo, Index hi, std::span<std::byte> into, Buffers& b
   }
 }
 
+std::optional<RangeReader::Run> RangeReader::dense(Index lo, Index hi) const {
+  const auto boxes = flat_range(tensor_.global_shape, lo, hi);
+  if (boxes.size() != 1) return std::nullopt;
+  for (const auto* shard : shards_)
+    if (const auto common = intersect(boxes[0], shard->box)) {
+      const auto piece = piece_of(*shard, boxes[0], *common, tensor_.dtype);
+      if (!piece.dense) return std::nullopt;
+      return Run{piece.copy.from_stream, piece.copy.from, piece.runs.run};
+    }
+  return std::nullopt;
+}
+
 void RangeReader::read_box(const Box& box, std::span<std::byte> into, Buffers& buffers) const {
   const auto item = static_cast<Index>(size_of(tensor_.dtype));
   Index read = 0;
@@ -74,15 +107,7 @@ void RangeReader::read_box(const Box& box, std::span<std::byte> into, Buffers& b
     const auto common = intersect(box, shard->box);
     if (!common) continue;
     read += volume(common->size);
-    const auto copy = to_memory(*shard, box, *common, tensor_.dtype);
-    std::vector<TileDim> dims;
-    for (const auto& step : copy.steps)
-      if (step.count > 1) dims.push_back({step.count, step.from, step.to});
-    if (dims.empty()) dims.push_back({1, item, item});
-    std::vector<Index> extent;
-    for (const auto& dim : dims) extent.push_back(dim.count);
-    const auto runs = end_runs(dims, extent, true, item);
-    const bool dense = runs.outer.empty() && runs.run == static_cast<std::uint64_t>(volume(common->size) * item) && box == *common && in_order(dims);
+    const auto [copy, dims, extent, runs, dense] = piece_of(*shard, box, *common, tensor_.dtype);
     if (dense) {
       source_.read(copy.from_stream, copy.from, into);
       if (source_.summed(copy.from_stream)) source_.add_sum(copy.from_stream, copy.from, into);

@@ -4,6 +4,7 @@
 #include "libshard/source.h"
 #include "libshard/state_dict.h"
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -15,6 +16,12 @@ class RangeReader {
   RangeReader(SummedSource& source, const ShardedTensor& tensor);
   /// Elements [lo, hi) into `into`, in the tensor's own type. Throws BadFormat where a shard is missing.
   void read(Index lo, Index hi, std::span<std::byte> into, Buffers& buffers) const;
+  /// Where elements [lo, hi) lie together in this order, if they do.
+  struct Run {
+    std::uint32_t stream;
+    std::uint64_t offset, bytes;
+  };
+  std::optional<Run> dense(Index lo, Index hi) const;
 
  private:
   void read_box(const Box& box, std::span<std::byte> into, Buffers& buffers) const;

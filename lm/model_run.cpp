@@ -46,7 +46,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   refuse_unused(from.describe(), all);
   for (int p = 0; p < pp; ++p) {
     auto uses = modules[static_cast<std::size_t>(p * tp)]->weight_uses(steps, request.mtp);
-    streams.push_back(std::make_unique<WeightStream>(source, std::move(uses), options.memory / static_cast<std::uint64_t>(pp), options.stop));
+    streams.push_back(std::make_unique<WeightStream>(source, std::move(uses), options.memory / static_cast<std::uint64_t>(pp), options.stop, on.threads));
   }
   const auto fail = [&] {
     for (auto& group : tensor_groups) group->fail();

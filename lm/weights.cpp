@@ -2,79 +2,15 @@
 #include "lm/weights.h"
 
 #include "libshard/error.h"
-#include "libshard/float_bits.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
 
 namespace lm {
 namespace {
 
 using shard::Code;
 using shard::DType;
-
-struct Sight {
-  bool nonfinite = false, constant = true;
-  float max_abs = 0;
-  double squares = 0;
-};
-
-// Sixteen lanes of f32 over short blocks, blocks in f64: the same sum for every instruction set.
-constexpr std::uint64_t kLanes = 16, kBlock = 4096;
-
-SHARD_INLINE double sum_of(const float (&lanes)[kLanes]) {
-  double sum = 0;
-  for (const auto lane : lanes) sum += static_cast<double>(lane);
-  return sum;
-}
-
-SHARD_CLONES Sight look_bf16(const std::byte* data, std::uint64_t count) {
-  std::uint16_t first;
-  std::memcpy(&first, data, 2);
-  std::uint16_t other = 0, top = 0;
-  const auto* items = reinterpret_cast<const std::uint16_t*>(data);  // buffers are aligned; written as bytes only
-  const auto value = [](std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); };
-  double squares = 0;
-  for (std::uint64_t begin = 0; begin < count; begin += kBlock) {
-    const auto end = std::min(count, begin + kBlock);
-    for (auto i = begin; i < end; ++i) {
-      const std::uint16_t bits = items[i], magnitude = bits & 0x7fff;
-      other = static_cast<std::uint16_t>(other | (bits ^ first));
-      top = magnitude > top ? magnitude : top;
-    }
-    float lanes[kLanes] = {};
-    auto i = begin;
-    for (; i + kLanes <= end; i += kLanes)
-      for (std::uint64_t l = 0; l < kLanes; ++l) lanes[l] += value(items[i + l]) * value(items[i + l]);
-    for (; i < end; ++i) lanes[0] += value(items[i]) * value(items[i]);
-    squares += sum_of(lanes);
-  }
-  return {top >= 0x7f80, other == 0, value(top), squares};
-}
-SHARD_CLONES Sight look_f32(const std::byte* data, std::uint64_t count) {
-  std::uint32_t first;
-  std::memcpy(&first, data, 4);
-  std::uint32_t other = 0, top = 0;
-  const auto* items = reinterpret_cast<const std::uint32_t*>(data);
-  double squares = 0;
-  for (std::uint64_t begin = 0; begin < count; begin += kBlock) {
-    const auto end = std::min(count, begin + kBlock);
-    for (auto i = begin; i < end; ++i) {
-      const std::uint32_t bits = items[i], magnitude = bits & 0x7fffffff;
-      other |= bits ^ first;
-      top = magnitude > top ? magnitude : top;
-    }
-    float lanes[kLanes] = {};
-    auto i = begin;
-    for (; i + kLanes <= end; i += kLanes)
-      for (std::uint64_t l = 0; l < kLanes; ++l) lanes[l] += std::bit_cast<float>(items[i + l]) * std::bit_cast<float>(items[i + l]);
-    for (; i < end; ++i) lanes[0] += std::bit_cast<float>(items[i]) * std::bit_cast<float>(items[i]);
-    squares += sum_of(lanes);
-  }
-  return {top >= 0x7f800000, other == 0, std::bit_cast<float>(top), squares};
-}
 
 }  // namespace
 
@@ -96,20 +32,52 @@ shard::DType WeightSource::dtype(const std::string& name) const {
   return dict_.at(name).dtype;
 }
 
-Weight WeightSource::read(const std::string& name, Index lo, Index count) {
+WeightSource::Rows WeightSource::rows_of(const std::string& name, Index lo, Index count) const {
   const auto& natural = shape(name);
-  const auto& tensor = dict_.at(name);
   const auto all = shard::volume(natural);
   const auto rows = natural.size() < 2 ? 1 : natural[0];
   const auto columns = rows ? all / rows : 0;
   if (count < 0) count = rows - lo;
   shard::require(lo >= 0 && lo + count <= rows, Code::Mismatch, [&] { return fmt::format("{}: has {} rows; row {} is asked for", name, rows, lo + count - 1); });
+  auto type = dict_.at(name).dtype == DType::BF16 ? DType::BF16 : DType::F32;
+  if (compute_ == Compute::Bf16 && !name.ends_with("expert_bias")) type = DType::BF16;
+  return {dict_.at(name), lo, count, columns, type};
+}
+
+std::shared_ptr<const MappedFile> WeightSource::mapped(std::uint32_t stream) {
+  const auto file = dict_.streams[stream].file;
+  const std::lock_guard lock(mutex_);
+  const auto [known, fresh] = mapped_.try_emplace(file);
+  if (fresh)
+    if (const auto range = source_.reader().file_range(stream)) known->second = MappedFile::map(*range);
+  return known->second;
+}
+
+std::optional<WeightSource::View> WeightSource::view(const std::string& name, Index lo, Index count) {
+  const auto [tensor, first, rows, columns, type] = rows_of(name, lo, count);
+  if (type != tensor.dtype || rows * columns == 0) return std::nullopt;
+  const auto run = shard::RangeReader(source_, tensor).dense(first * columns, (first + rows) * columns);
+  if (!run) return std::nullopt;
+  const auto range = source_.reader().file_range(run->stream);
+  const auto file = range ? mapped(run->stream) : nullptr;
+  const auto begin = range ? range->offset + run->offset : 0;
+  if (!file || begin % size_of(type) || run->bytes > file->bytes().size() || begin > file->bytes().size() - run->bytes) return std::nullopt;
+  const auto bytes = file->bytes().subspan(begin, run->bytes);
+  constexpr std::size_t kWorthACall = 1 << 20;
+  std::shared_ptr<const std::byte> owner(bytes.data(), [file, bytes](const std::byte*) {
+    if (bytes.size() >= kWorthACall) MappedFile::forget(bytes);
+  });
+  viewed_ += run->bytes;
+  return View{{std::move(owner), bytes.data(), type, rows, columns, columns}, bytes, *run};
+}
+
+Weight WeightSource::read(const std::string& name, Index lo, Index rows) {
+  if (auto seen = view(name, lo, rows)) return seen->weight;
+  const auto [tensor, first, count, columns, type] = rows_of(name, lo, rows);
   const auto elements = static_cast<std::size_t>(count * columns);
   const auto stored = take_buffer(elements * size_of(tensor.dtype));
   shard::Buffers work;
-  shard::RangeReader(source_, tensor).read(lo * columns, (lo + count) * columns, {stored.get(), elements * size_of(tensor.dtype)}, work);
-  auto type = tensor.dtype == DType::BF16 ? DType::BF16 : DType::F32;
-  if (compute_ == Compute::Bf16 && !name.ends_with("expert_bias")) type = DType::BF16;
+  shard::RangeReader(source_, tensor).read(first * columns, (first + count) * columns, {stored.get(), elements * size_of(tensor.dtype)}, work);
   auto data = stored;
   if (type != tensor.dtype) {
     shard::require(shard::castable(tensor.dtype, type), Code::BadFormat, [&] { return fmt::format("{}: holds {}; a forward pass takes floating point", name, shard::name(tensor.dtype)); });
@@ -143,9 +111,19 @@ Tensor WeightSource::gather(const std::string& name, std::span<const Index> ids,
 }
 
 void WeightSource::check(const std::string& name, Index lo, const Weight& weight) {
+  note(name, lo, weight, look({weight.data, static_cast<std::size_t>(weight.rows * weight.columns) * size_of(weight.dtype)}, weight.dtype, 1));
+}
+
+void WeightSource::check(const std::string& name, Index lo, const View& view, unsigned threads) {
+  note(name, lo, view.weight, look(view.bytes, view.weight.dtype, threads, [&](std::span<const std::byte> piece) {
+    MappedFile::populate(piece);
+    if (source_.summed(view.run.stream)) source_.add_sum(view.run.stream, view.run.offset + static_cast<std::uint64_t>(piece.data() - view.bytes.data()), piece);
+  }));
+}
+
+void WeightSource::note(const std::string& name, Index lo, const Weight& weight, const Sight& sight) {
   const auto count = static_cast<std::uint64_t>(weight.rows * weight.columns);
   if (count == 0) return;
-  const auto sight = weight.dtype == DType::BF16 ? look_bf16(weight.data, count) : look_f32(weight.data, count);
   const auto bad = sight.nonfinite ? shard::count_nonfinite({weight.data, count * size_of(weight.dtype)}, weight.dtype) : shard::NonFinite{};
   const std::lock_guard lock(mutex_);
   auto& seen = seen_[name];
@@ -160,6 +138,8 @@ void WeightSource::check(const std::string& name, Index lo, const Weight& weight
 }
 
 std::vector<shard::Finding> WeightSource::findings(unsigned threads) {
+  for (const auto& [file, mapping] : mapped_)
+    shard::require(!mapping || !mapping->torn(), Code::Io, [&] { return fmt::format("{}: became shorter while it was read", dict_.files[file]); });
   std::vector<shard::Finding> out;
   source_.finish(threads, out);
   using Severity = shard::Finding::Severity;
@@ -212,11 +192,11 @@ std::vector<shard::Finding> norm_outliers(const std::vector<WeightStats>& weight
   return out;
 }
 
-WeightStream::WeightStream(WeightSource& source, std::vector<WeightUse> plan, std::uint64_t budget, const std::atomic<bool>* stop)
-    : source_(source), budget_(budget), stop_(stop) {
+WeightStream::WeightStream(WeightSource& source, std::vector<WeightUse> plan, std::uint64_t budget, const std::atomic<bool>* stop, unsigned threads)
+    : source_(source), budget_(budget), stop_(stop), threads_(threads) {
   for (auto& use : plan) {
     index_[{use.name, use.lo}] = entries_.size();
-    entries_.push_back({use, {}, false, use.times});
+    entries_.push_back({use, {}, {}, Entry::State::Coming, use.times});
   }
   thread_ = std::thread([this] { run(); });
 }
@@ -244,20 +224,26 @@ void WeightStream::run() {
         held_->bytes += bytes;
       }
       shard::require(!stop_ || !*stop_, Code::Io, [] { return "stopped by a signal"; });
-      auto weight = source_.read(use.name, use.lo, use.count);
+      auto view = source_.view(use.name, use.lo, use.count);
+      auto weight = view ? view->weight : source_.read(use.name, use.lo, use.count);
       // The budget is given back when the last holder lets go.
-      const auto inner = weight.owner;
-      weight.owner = std::shared_ptr<const std::byte>(weight.data, [inner = std::shared_ptr<const std::byte>(inner), held = held_, bytes](const std::byte*) mutable {
+      weight.owner = std::shared_ptr<const std::byte>(weight.data, [inner = weight.owner, held = held_, bytes](const std::byte*) mutable {
         inner.reset();
         const std::lock_guard lock(held->mutex);
         held->bytes -= bytes;
         held->changed.notify_all();
       });
-      source_.check(use.name, use.lo, weight);
+      if (view) {
+        MappedFile::ask(view->bytes);
+        view->weight = weight;
+      } else {
+        source_.check(use.name, use.lo, weight);
+      }
       // In a block of its own: a weight let go takes the same lock.
       {
         const std::lock_guard lock(held_->mutex);
-        entries_[i].ready = true;
+        if (view) entries_[i].unseen = std::move(view);
+        entries_[i].state = entries_[i].unseen ? Entry::State::Unseen : Entry::State::Ready;
         if (use.times > 0) entries_[i].weight = weight;
         held_->changed.notify_all();
       }
@@ -271,30 +257,61 @@ void WeightStream::run() {
   held_->changed.notify_all();
 }
 
+/// Weights that lie in files are looked at by whoever comes first, on threads that are there to compute: a third one would take
+/// turns with them. It also brings the weight near.
+void WeightStream::see(std::unique_lock<std::mutex>& lock, Entry& entry) {
+  if (entry.state == Entry::State::Unseen) {
+    entry.state = Entry::State::BeingSeen;
+    const auto view = std::move(*entry.unseen);
+    entry.unseen.reset();
+    lock.unlock();
+    try {
+      source_.check(entry.use.name, entry.use.lo, view, threads_);
+    } catch (...) {
+      lock.lock();
+      error_ = std::current_exception();
+      held_->changed.notify_all();
+      lock.unlock();
+      throw;
+    }
+    lock.lock();
+    entry.state = Entry::State::Ready;
+    held_->changed.notify_all();
+    lock.unlock();  // the last holder of a weight takes the lock
+  } else {
+    held_->changed.wait(lock, [&] { return entry.state == Entry::State::Ready || error_; });
+    if (entry.state != Entry::State::Ready) std::rethrow_exception(error_);
+    lock.unlock();
+  }
+}
+
 Weight WeightStream::take(const std::string& name, Index lo) {
   const auto found = index_.find({name, lo});
   shard::require(found != index_.end(), Code::Mismatch, [&] { return fmt::format("{}: is missing; the model's configuration calls for it", name); });
   auto& entry = entries_[found->second];
+  await(found->second);
   Weight out;
-  std::unique_lock lock(held_->mutex);
-  wanted_ = std::max(wanted_, found->second + 1);
-  held_->changed.notify_all();
-  held_->changed.wait(lock, [&] { return entry.ready || error_ || quit_; });
-  // A small model is read ahead whole: whoever computes has to look as well.
-  shard::require(!stop_ || !*stop_, Code::Io, [] { return "stopped by a signal"; });
-  if (error_ && !entry.ready) std::rethrow_exception(error_);
-  shard::require(entry.ready && entry.left > 0, Code::Io, [&] { return fmt::format("{}: was let go before its last use", name); });
+  const std::lock_guard lock(held_->mutex);
+  shard::require(entry.state == Entry::State::Ready && entry.left > 0, Code::Io, [&] { return fmt::format("{}: was let go before its last use", name); });
   out = entry.weight;
   if (--entry.left == 0) entry.weight = {};  // `out` still holds it
   return out;
 }
 
-void WeightStream::drain() {
+void WeightStream::await(std::size_t number) {
+  auto& entry = entries_[number];
   std::unique_lock lock(held_->mutex);
-  wanted_ = entries_.size();
+  wanted_ = std::max(wanted_, number + 1);
   held_->changed.notify_all();
-  held_->changed.wait(lock, [&] { return done_; });
-  if (error_) std::rethrow_exception(error_);
+  held_->changed.wait(lock, [&] { return entry.state != Entry::State::Coming || error_ || quit_; });
+  // A small model is read ahead whole: whoever computes has to look as well.
+  shard::require(!stop_ || !*stop_, Code::Io, [] { return "stopped by a signal"; });
+  if (error_ && entry.state != Entry::State::Ready) std::rethrow_exception(error_);
+  if (entry.state != Entry::State::Ready) see(lock, entry);
+}
+
+void WeightStream::drain() {
+  for (std::size_t i = 0; i < entries_.size(); ++i) await(i);
 }
 
 }  // namespace lm

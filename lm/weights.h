@@ -3,6 +3,8 @@
 
 #include "libshard/execute.h"
 #include "libshard/range_reader.h"
+#include "lm/look.h"
+#include "lm/mapped_file.h"
 #include "lm/tensor.h"
 
 #include <condition_variable>
@@ -10,6 +12,7 @@
 #include <exception>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -46,17 +49,27 @@ class WeightSource {
   /// Natural shape. Throws Mismatch where there is no such tensor.
   const shard::Shape& shape(const std::string& name) const;
   shard::DType dtype(const std::string& name) const;
-  /// Reads now. A vector is one row.
+  /// A weight in its file's memory, for as long as the weight is held; not looked at.
+  struct View {
+    Weight weight;
+    std::span<const std::byte> bytes;
+    shard::RangeReader::Run run;
+  };
+  /// Where the weight's bytes lie there as products take them.
+  std::optional<View> view(const std::string& name, Index lo = 0, Index count = -1);
+  /// Reads now, or views. A vector is one row.
   Weight read(const std::string& name, Index lo = 0, Index count = -1);
   /// Rows of a table, one for each id, as f32 [ids, columns]; ids outside [lo, hi) give zeros.
   Tensor gather(const std::string& name, std::span<const Index> ids, Index lo, Index hi);
   /// Whether values are finite, a matrix is more than one number repeated, and how large they are. `lo` is its first row.
   void check(const std::string& name, Index lo, const Weight& weight);
+  /// The same, and its checksum, brought from its file by so many threads.
+  void check(const std::string& name, Index lo, const View& view, unsigned threads);
   /// What reading found: checksums that do not match (with `threads` for the rest of summed streams), numbers.
   std::vector<shard::Finding> findings(unsigned threads);
   /// Of everything that was read, by name.
   std::vector<WeightStats> stats() const;
-  std::uint64_t bytes_read() const { return source_.bytes_read(); }
+  std::uint64_t bytes_read() const { return source_.bytes_read() + viewed_; }
 
  private:
   struct Seen {
@@ -67,41 +80,58 @@ class WeightSource {
     std::map<Index, std::pair<double, std::uint64_t>> squares;  ///< sum and count of the rows from here; ranks may read the same
   };
 
+  struct Rows {
+    const shard::ShardedTensor& tensor;
+    Index lo, count, columns;
+    shard::DType type;  ///< that products take
+  };
+  Rows rows_of(const std::string& name, Index lo, Index count) const;
+  std::shared_ptr<const MappedFile> mapped(std::uint32_t stream);
+  void note(const std::string& name, Index lo, const Weight& weight, const Sight& sight);
+
   const shard::ShardedStateDict& dict_;
   const shard::Kernels& kernels_;
   Compute compute_;
   shard::SummedSource source_;
   mutable std::mutex mutex_;
   std::map<std::string, Seen> seen_;
+  std::map<std::uint32_t, std::shared_ptr<const MappedFile>> mapped_;  ///< by file
+  std::atomic<std::uint64_t> viewed_ = 0;
 };
 
 /// Reads `plan` ahead on a thread of its own. Thread safe for several takers.
 class WeightStream {
  public:
-  /// `budget`: bytes that may lie read and not let go; one weight is always allowed.
-  WeightStream(WeightSource& source, std::vector<WeightUse> plan, std::uint64_t budget, const std::atomic<bool>* stop);
+  /// `budget`: bytes that may lie read and not let go; one weight is always allowed. `threads`: for looking at weights in files.
+  WeightStream(WeightSource& source, std::vector<WeightUse> plan, std::uint64_t budget, const std::atomic<bool>* stop, unsigned threads = 1);
   ~WeightStream();
   /// Waits for it. Throws what reading threw; Mismatch where the plan does not hold it.
   Weight take(const std::string& name, Index lo = 0);
   bool has(const std::string& name) const { return source_.has(name); }
   WeightSource& source() { return source_; }
-  /// Waits until all of the plan was read.
+  /// Waits until all of the plan was read and looked at.
   void drain();
 
  private:
   struct Entry {
+    enum class State { Coming, Unseen, BeingSeen, Ready };
     WeightUse use;
     Weight weight;
-    bool ready = false;
+    std::optional<WeightSource::View> unseen;
+    State state = State::Coming;
     int left = 0;
   };
   void run();
+  /// Until an entry is ready.
+  void await(std::size_t number);
+  void see(std::unique_lock<std::mutex>& lock, Entry& entry);
 
   WeightSource& source_;
   std::vector<Entry> entries_;
   std::map<std::pair<std::string, Index>, std::size_t> index_;
   std::uint64_t budget_;
   const std::atomic<bool>* stop_;
+  unsigned threads_;
   struct Held {  // shared with the weights handed out, which may outlive the stream
     std::mutex mutex;
     std::condition_variable changed;
