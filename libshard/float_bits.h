@@ -18,7 +18,11 @@
 #endif
 #endif
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(SHARD_SANITIZED)
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHARD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))  // whoever made the processor
+#else
 #define SHARD_CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#endif
 #else
 #define SHARD_CLONES
 #endif

@@ -17,9 +17,6 @@ struct MappedFile::Slot {
 namespace {
 
 constexpr std::size_t kSlots = 4096, kPage = 4096;
-#ifndef MADV_POPULATE_READ
-constexpr int MADV_POPULATE_READ = 22;
-#endif
 
 /// The whole pages that a part touches.
 struct Pages {
@@ -67,14 +64,9 @@ MappedFile::~MappedFile() {
 std::span<const std::byte> MappedFile::bytes() const { return {slot_.base.load(), slot_.size.load()}; }
 bool MappedFile::torn() const { return slot_.torn; }
 
-// Advice only: what it cannot do happens page by page.
 void MappedFile::ask(std::span<const std::byte> part) {
   const auto [first, size] = pages_of(part);
   madvise(first, size, MADV_WILLNEED);
-}
-void MappedFile::populate(std::span<const std::byte> part) {
-  const auto [first, size] = pages_of(part);
-  madvise(first, size, MADV_POPULATE_READ);
 }
 void MappedFile::forget(std::span<const std::byte> part) {
   const auto [first, size] = pages_of(part);

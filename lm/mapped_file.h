@@ -23,8 +23,6 @@ class MappedFile {
   bool torn() const;
   /// Asks for pages that are wanted soon.
   static void ask(std::span<const std::byte> part);
-  /// Makes pages present, many at once.
-  static void populate(std::span<const std::byte> part);
   /// Pages that are not wanted again leave the process; the system keeps them as it likes.
   static void forget(std::span<const std::byte> part);
 

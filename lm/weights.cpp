@@ -116,7 +116,6 @@ void WeightSource::check(const std::string& name, Index lo, const Weight& weight
 
 void WeightSource::check(const std::string& name, Index lo, const View& view, unsigned threads) {
   note(name, lo, view.weight, look(view.bytes, view.weight.dtype, threads, [&](std::span<const std::byte> piece) {
-    MappedFile::populate(piece);
     if (source_.summed(view.run.stream)) source_.add_sum(view.run.stream, view.run.offset + static_cast<std::uint64_t>(piece.data() - view.bytes.data()), piece);
   }));
 }

@@ -151,7 +151,9 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
       const auto deep = (depth + 1) / 2;
       if (pairs) load_pairs(w, row, rows, at, depth, mine.pairs.data());
       else load_f32(w, row, rows, at, depth, mine.w.data());
-      ask_ahead(w, row, rows, at + block, std::min(block, features - at - block));
+      if (at + block < features) ask_ahead(w, row, rows, at + block, std::min(block, features - at - block));
+      else if (const auto next = row + kRowBlock * static_cast<Index>(on.threads); next < w.rows)
+        ask_ahead(w, next, std::min(kRowBlock, w.rows - next), 0, std::min(block, features));  // likely this thread's next task
       for (Index p = 0; p < panels; ++p) {
         const auto panel = first / kPanel + p;
         if (pairs)
