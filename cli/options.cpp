@@ -2,6 +2,7 @@
 #include "cli/options.h"
 
 #include "libshard/error.h"
+#include "lm/mapped_file.h"
 
 #include <csignal>
 #include <thread>
@@ -11,6 +12,11 @@ namespace {
 
 std::atomic<bool> stop = false;
 volatile std::sig_atomic_t signal_number = 0;
+
+/// A file that is viewed became shorter: zeros take its place and whoever reads it says so at the end.
+void on_lost_page(int number, siginfo_t* info, void*) {
+  if (!lm::mend_mapping(info->si_addr)) std::signal(number, SIG_DFL);
+}
 
 void on_signal(int number) {
   signal_number = number;
@@ -75,6 +81,10 @@ const std::atomic<bool>& stop_flag() { return stop; }
 int stopped_by() { return signal_number; }
 
 void watch_signals() {
+  struct sigaction torn {};
+  torn.sa_sigaction = on_lost_page;
+  torn.sa_flags = SA_SIGINFO;
+  sigaction(SIGBUS, &torn, nullptr);
   for (const int number : {SIGINT, SIGTERM, SIGHUP}) std::signal(number, on_signal);
   std::signal(SIGPIPE, SIG_IGN);
 }

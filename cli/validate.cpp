@@ -197,7 +197,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   if (comparer) request.on_logits = [&](const lm::LogitsBlock& block) { comparer->on_logits(block); };
   v.load_seconds = since(start);
   const auto report = run_model(reader, formats::kernels(), model.config, request, options);
-  v.forward_seconds = report.seconds;
+  v.load_seconds += report.load_seconds;
+  v.forward_seconds = report.seconds - report.load_seconds;
   v.bytes_read = report.bytes_read;
   for (const auto& finding : report.findings)
     if (finding.rule == "checksum") shard::refuse({finding});

@@ -60,6 +60,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   report.findings = source.findings(options.threads);
   report.weights = source.stats();
   report.bytes_read = source.bytes_read();
+  for (const auto& stream : streams) report.load_seconds = std::max(report.load_seconds, stream->waited_seconds() / tp);
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   // Stages finish their notes in any order.
   const auto place = [](const HiddenStats& stats) -> std::pair<int, long> {

@@ -4,6 +4,7 @@
 #include "libshard/error.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 
 namespace lm {
@@ -298,6 +299,12 @@ Weight WeightStream::take(const std::string& name, Index lo) {
 }
 
 void WeightStream::await(std::size_t number) {
+  const auto start = std::chrono::steady_clock::now();
+  bring(number);
+  waited_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void WeightStream::bring(std::size_t number) {
   auto& entry = entries_[number];
   std::unique_lock lock(held_->mutex);
   wanted_ = std::max(wanted_, number + 1);

@@ -111,6 +111,8 @@ class WeightStream {
   WeightSource& source() { return source_; }
   /// Waits until all of the plan was read and looked at.
   void drain();
+  /// What takers together waited for weights, and looked at them.
+  double waited_seconds() const { return waited_; }
 
  private:
   struct Entry {
@@ -124,6 +126,7 @@ class WeightStream {
   void run();
   /// Until an entry is ready.
   void await(std::size_t number);
+  void bring(std::size_t number);
   void see(std::unique_lock<std::mutex>& lock, Entry& entry);
 
   WeightSource& source_;
@@ -132,6 +135,7 @@ class WeightStream {
   std::uint64_t budget_;
   const std::atomic<bool>* stop_;
   unsigned threads_;
+  std::atomic<double> waited_ = 0;
   struct Held {  // shared with the weights handed out, which may outlive the stream
     std::mutex mutex;
     std::condition_variable changed;
