@@ -14,7 +14,7 @@ namespace {
 using cpu::kPanel;
 
 constexpr Index kRowBlock = 48;    // output features that one task takes: a multiple of every kernel's rows
-constexpr Index kDepth = 256;      // of a panel that stays in L1 while the rows of a block pass
+constexpr Index kDepth = 512;      // of a panel that streams through L1 while the rows of a block pass: shorter ones store and load sums more often
 constexpr Index kTokenBlock = 512;
 
 SHARD_CLONES void widen_row(const std::byte* from, float* to, Index count) {

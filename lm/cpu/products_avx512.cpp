@@ -11,17 +11,25 @@ constexpr int kRows = 12;
 template <int Rows, int Vectors>
 void pairs_tile(const std::uint32_t* a, Index lda, const std::uint32_t* b, Index ldb, float* c, Index ldc, Index pairs, bool add) {
   __m512 sum[Rows][Vectors];
+// Unrolled early, or GCC keeps the sums in memory around the loop.
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[r][v] = add ? _mm512_loadu_ps(c + r * ldc + v * 16) : _mm512_setzero_ps();
   for (Index i = 0; i < pairs; ++i) {
     __m512i right[Vectors];
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) right[v] = _mm512_loadu_si512(b + i * ldb + v * 16);
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const auto left = _mm512_set1_epi32(static_cast<int>(a[r * lda + i]));
+#pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)left, (__m512bh)right[v]);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(c + r * ldc + v * 16, sum[r][v]);
 }
 

@@ -27,17 +27,25 @@ template <int Lanes, int Rows, int Vectors>
 void tile(const float* a, Index lda, const float* b, Index ldb, float* c, Index ldc, Index k, bool add) {
   using Vector = typename VectorOf<Lanes>::Type;
   Vector sum[Rows][Vectors];
+// Unrolled early, or GCC keeps the sums in memory around the loop.
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[r][v] = add ? *reinterpret_cast<const Vector*>(c + r * ldc + v * Lanes) : Vector{} ;
   for (Index i = 0; i < k; ++i) {
     Vector right[Vectors];
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) right[v] = *reinterpret_cast<const Vector*>(b + i * ldb + v * Lanes);
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const float left = a[r * lda + i];
+#pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sum[r][v] += left * right[v];
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) *reinterpret_cast<Vector*>(c + r * ldc + v * Lanes) = sum[r][v];
 }
 
