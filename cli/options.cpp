@@ -51,7 +51,7 @@ void RunOptions::add_to(CLI::App& command) {
 
 shard::Budget RunOptions::budget() const {
   shard::require(device == "cpu" || device == "auto", shard::Code::Device,
-                 [&] { return fmt::format("--device {}: this build has no CUDA support; cpu is there", device); });
+                 [&] { return fmt::format("--device {}: no command runs on CUDA devices yet; cpu is there", device); });
   const auto cores = std::max(1u, std::thread::hardware_concurrency());
   shard::require(threads <= 4096, shard::Code::Usage, [&] { return fmt::format("--threads {}: should be at most 4096", threads); });
   return {threads ? threads : cores, parse_size(memory), &stop};

@@ -4,6 +4,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 peers=${SHARDKIT_PEERS_ENV:-$HOME/.cache/shardkit/peers}
 wanted=$(cat requirements.txt)
+mkdir -p "$(dirname "$peers")"
+exec 9>"$peers.lock"
+flock 9  # two installs at once would leave a broken one
 if [ "$(cat "$peers/installed.txt" 2>/dev/null)" != "$wanted" ]; then
   rm -rf "$peers"
   python3 -m venv "$peers"
