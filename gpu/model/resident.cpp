@@ -43,7 +43,7 @@ class Uploads {
 
 }  // namespace
 
-bool Resident::load(lm::WeightStream& stream, const std::vector<lm::WeightUse>& uses) {
+bool Resident::load(lm::WeightStream& stream, const std::vector<lm::WeightUse>& uses, StreamView on) {
   const auto& source = stream.source();
   struct Wanted {
     shard::DType type;
@@ -56,7 +56,7 @@ bool Resident::load(lm::WeightStream& stream, const std::vector<lm::WeightUse>& 
     wanted[use.name] = {source.type_of(use.name), rows, rows ? shard::volume(natural) / rows : 0};
   }
   bool same = wanted.size() == held_.size();
-  gpu::wait(ops_.stream());
+  gpu::wait(on);
   std::erase_if(held_, [&](const auto& entry) {
     const auto found = wanted.find(entry.first);
     const auto& held = entry.second;
@@ -67,7 +67,7 @@ bool Resident::load(lm::WeightStream& stream, const std::vector<lm::WeightUse>& 
   for (const auto& [name, what] : wanted)
     if (!held_.contains(name))
       held_[name] = {DeviceBuffer(static_cast<std::size_t>(what.rows * what.columns) * size_of(what.type)), what.type, what.rows, what.columns};
-  Uploads uploads(ops_.stream());
+  Uploads uploads(on);
   for (const auto& use : uses) {
     const auto weight = stream.take(use.name, use.lo);
     const auto to = view(use.name).row_range(use.lo, weight.rows);
@@ -75,6 +75,7 @@ bool Resident::load(lm::WeightStream& stream, const std::vector<lm::WeightUse>& 
                    [&] { return fmt::format("{}: comes as rows of {}; {} were planned", use.name, weight.columns, to.columns); });
     uploads.send(to.data, weight.data, static_cast<std::size_t>(weight.rows * weight.columns) * size_of(weight.dtype));
   }
+  gpu::wait(on);
   return same;
 }
 
@@ -85,13 +86,13 @@ View Resident::view(const std::string& name) const {
   return {held.memory.data(), held.type, held.rows, held.columns, held.columns};
 }
 
-lm::Weight Resident::take(const std::string& name, lm::Index lo) {
-  const auto rows = view(name);
+lm::Weight RankWeights::take(const std::string& name, lm::Index lo) {
+  const auto rows = held_.view(name);
   return {{}, rows.at(lo, 0), rows.type, rows.rows - lo, rows.columns, rows.stride};
 }
 
-lm::Tensor Resident::gather(const std::string& name, const lm::Ids& ids, lm::Index lo, lm::Index hi) {
-  const auto table = view(name);
+lm::Tensor RankWeights::gather(const std::string& name, const lm::Ids& ids, lm::Index lo, lm::Index hi) {
+  const auto table = held_.view(name);
   auto out = ops_.make(static_cast<lm::Index>(ids.host.size()), table.columns);
   gpu::gather(ops_.stream(), view_of(out), table.row_range(lo, hi - lo), lo, reinterpret_cast<const std::int64_t*>(ids.device.get()));
   return out;
