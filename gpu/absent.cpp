@@ -3,6 +3,6 @@
 
 namespace gpu {
 
-Probe probe() { return {{}, "this build has no CUDA support"}; }
+Probe probe() { return {{}, "this build has no CUDA support (there was no nvcc)", {}}; }
 
 }  // namespace gpu
