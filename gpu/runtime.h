@@ -25,6 +25,8 @@ struct Probe {
   std::string why;                             ///< where there are none: one clause
 };
 Probe probe();
+/// Whether the host plays the device.
+bool is_emulated();
 
 /// Makes a device the calling thread's: everything below happens there.
 void use_device(int index);
