@@ -1,4 +1,4 @@
-// Every way of attention against lm::attention.
+// Every way of attention against lm::cpu::attention.
 #include "gpu/ops/attention.h"
 
 #include "libshard/error.h"
@@ -52,7 +52,7 @@ TEST_CASE("attention: local, flash and unfused are the CPU's within 3e-6 of f32 
       const auto rows = s.batch * s.length, key_heads = (s.first_head + s.heads - 1) / s.ratio + 1;
       const auto q = random_tensor(mode, rows, s.heads * s.key_size, 1.5f), k = random_tensor(mode, rows, key_heads * s.key_size, 1.5f),
                  v = random_tensor(mode, rows, key_heads * s.value_size), sinks = random_tensor(kModes[0], 1, s.heads);
-      const auto meant = [&](const Mode& as) { return lm::attention(as.on(), s, q, k, v, one.sinks ? weight_of(sinks, shard::DType::F32) : lm::Weight{}); };
+      const auto meant = [&](const Mode& as) { return lm::cpu::attention(as.on(), s, q, k, v, one.sinks ? weight_of(sinks, shard::DType::F32) : lm::Weight{}); };
       const auto rounding = meant(mode), exact = meant(kModes[0]);
       const OnDevice a(q, mode.type, s.heads * s.key_size + 8), b(k, mode.type), c(v, mode.type), offsets(sinks, shard::DType::F32);
       const auto added = one.sinks ? offsets.view() : gpu::View{};

@@ -5,7 +5,7 @@
 #include "gpu/view.h"
 #include "libshard/float_bits.h"
 #include "lm/cpu/numbers.h"
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 
 #include <doctest/doctest.h>
 
@@ -24,7 +24,7 @@ struct Mode {
   lm::Compute compute;
   shard::DType type;
   bool bf16() const { return compute == lm::Compute::Bf16; }
-  lm::Context on() const { return {compute, 1}; }
+  lm::cpu::Context on() const { return {compute, 1}; }
 };
 inline const Mode kModes[] = {{lm::Compute::F32, shard::DType::F32}, {lm::Compute::Bf16, shard::DType::BF16}};
 
@@ -39,7 +39,7 @@ inline Index random_below(Index n) { return std::uniform_int_distribution<Index>
 inline Tensor random_tensor(const Mode& mode, Index rows, Index columns, float spread = 1) {
   Tensor out(rows, columns);
   for (auto& value : out.values()) value = random_value(spread);
-  lm::round_values(mode.on(), out.values());
+  lm::cpu::round_values(mode.on(), out.values());
   return out;
 }
 
