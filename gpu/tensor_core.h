@@ -11,6 +11,7 @@
 //   copy_async(to, from, there)       16 bytes from device memory to shared, zeros where they are not there; done behind
 //   copy_async_wait()                 in the same thread, seen by others behind a barrier after it
 //   pack_bf16(low, high)              two neighbours rounded
+//   power_of_two(x)                   2^x within 2 ULP, 0 for −∞
 #pragma once
 
 #include "gpu/kernel.h"

@@ -44,6 +44,11 @@ GPU_CODE void copy_async(void* to, const void* from, bool there) {
 }
 GPU_CODE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+GPU_CODE float power_of_two(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
 GPU_CODE std::uint32_t pack_bf16(float low, float high) {
   std::uint32_t out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));

@@ -4,7 +4,9 @@
 #include "gpu/tensor_core.h"
 #include "libshard/float_bits.h"
 
-#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
 
 #define GPU_UNROLL
 
@@ -81,6 +83,7 @@ inline void copy_async(void* to, const void* from, bool there) {
 }
 inline void copy_async_wait() {}
 
+inline float power_of_two(float x) { return std::exp2(x); }
 inline std::uint32_t pack_bf16(float low, float high) {
   return shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(low)) | shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(high)) << 16;
 }

@@ -62,7 +62,7 @@ struct FlashTensor {
       GPU_UNROLL for (int i = 0; i < 2; ++i) {
         const Index query = start + row_of(thread) + 8 * i;
         if (query >= a.length) continue;
-        const float factor = finishing_factor(a, head, own.top[i] / kLog2E, own.sum[i]);
+        const float factor = finishing_factor(a, head, own.top[i] * unit(), own.sum[i]);
         auto* const to = out + (row + query) * out_stride + head * a.value_size;
         GPU_UNROLL for (int n = 0; n < kValue / 8; ++n) {
           const int lane = n * 8 + column_of(thread);
@@ -103,32 +103,33 @@ struct FlashTensor {
     }
   }
 
-  /// Scores become exponentials towards the running maximum; what was summed before shrinks to it. All in powers of two.
+  /// What a score is multiplied by for its exponent: products are kept as they are, capped scores are final.
+  GPU_CODE float unit() const { return a.softcap != 0 ? 1.0f : a.scale; }
+
+  /// Scores become exponentials towards the running maximum; what was summed before shrinks to it.
   template <typename Block>
   GPU_CODE void soften(Block& block, Index start, Index at) const {
     const bool whole = at + kKeys <= start + 1 && at >= a.first_key(start + kQueries - 1);  // every query sees every key
-    const float scale = a.softcap != 0 ? a.scale / a.softcap : a.scale * kLog2E;
+    const float scale = unit() * kLog2E;
     block.each_apart([&](unsigned thread, Own& own) {
-      GPU_UNROLL for (int i = 0; i < 2; ++i) own.next[i] = own.top[i];
-      GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) {
-        float& score = own.s[n][i];
-        score *= scale;
-        if (a.softcap != 0) score = a.softcap * kLog2E * tanhf(score);
-        if (!whole) {
-          const Index query = start + row_of(thread) + i / 2 * 8, key = at + n * 8 + column_of(thread) + i % 2;
-          if (key > query || key < a.first_key(query)) score = lowest();
-        }
-        own.next[i / 2] = larger(own.next[i / 2], score);
+      if (a.softcap != 0) GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) own.s[n][i] = a.capped(own.s[n][i] * a.scale);
+      if (!whole) GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) {
+        const Index query = start + row_of(thread) + i / 2 * 8, key = at + n * 8 + column_of(thread) + i % 2;
+        if (key > query || key < a.first_key(query)) own.s[n][i] = lowest();
       }
+      GPU_UNROLL for (int i = 0; i < 2; ++i) own.next[i] = own.top[i];
+      GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) own.next[i / 2] = larger(own.next[i / 2], own.s[n][i]);
     });
     GPU_UNROLL for (int i = 0; i < 2; ++i) quad_max(block, [i](Own& own) -> float& { return own.next[i]; });
     block.each_apart([&](unsigned, Own& own) {
       GPU_UNROLL for (int i = 0; i < 2; ++i) {
-        const float shift = own.next[i] == lowest() ? 0.0f : own.next[i], factor = exp2f(own.top[i] - shift);
+        const float shift = own.next[i] == lowest() ? 0.0f : own.next[i] * scale;
+        const float factor = own.top[i] == own.next[i] ? 1.0f : power_of_two(own.top[i] * scale - shift);
         own.top[i] = own.next[i];
-        own.sum[i] *= factor;
-        GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int j = 2 * i; j < 2 * i + 2; ++j) own.sum[i] += own.s[n][j] = exp2f(own.s[n][j] - shift);
-        GPU_UNROLL for (int n = 0; n < kValue / 8; ++n) GPU_UNROLL for (int j = 2 * i; j < 2 * i + 2; ++j) own.o[n][j] *= factor;
+        float sum = 0;
+        GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int j = 2 * i; j < 2 * i + 2; ++j) sum += own.s[n][j] = power_of_two(own.s[n][j] * scale - shift);
+        own.sum[i] = own.sum[i] * factor + sum;
+        if (factor != 1) GPU_UNROLL for (int n = 0; n < kValue / 8; ++n) GPU_UNROLL for (int j = 2 * i; j < 2 * i + 2; ++j) own.o[n][j] *= factor;  // rare in later tiles
       }
     });
   }
@@ -166,6 +167,7 @@ bool run(StreamView on, const AttentionScalars& a, const View& q, const View& k,
 bool flash_on_tensor_cores(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
   const auto in_chunks = [](const View& view) { return view.type == shard::DType::BF16 && view.stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0; };
   if (!in_chunks(q) || !in_chunks(k) || !in_chunks(v) || !in_chunks(out) || a.key_size % 8 || a.value_size % 8) return false;
+  if (!(a.scale > 0)) return false;  // the largest product would not be the largest score
   const auto fits = [&](std::int64_t key, std::int64_t value) { return a.key_size <= key && a.value_size <= value; };
   if (fits(64, 64)) return run<64, 64>(on, a, q, k, v, out);
   if (fits(96, 96)) return run<96, 96>(on, a, q, k, v, out);

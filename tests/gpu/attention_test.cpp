@@ -31,6 +31,10 @@ std::vector<Case> cases() {
   out.push_back({"odd sizes", shape(1, 33, 2, 1, 33, 21)});
   out.push_back({"window", shape(1, 140, 2, 1, 16, 16)});
   out.back().shape.window = 20;
+  out.push_back({"tiles and a window that end together", shape(1, 192, 1, 1, 64, 64)});
+  out.back().shape.window = 64;
+  out.push_back({"a score that falls with the product", shape(1, 33, 1, 1, 16, 16)});
+  out.back().shape.scale = -0.25;
   out.push_back({"window of one", shape(1, 9, 1, 1, 8, 8)});
   out.back().shape.window = 1;
   out.push_back({"cap, off by one", shape(2, 33, 2, 1, 96, 96)});

@@ -40,6 +40,18 @@ TEST_CASE("bf16 operands give f32 logits of a router, widened") {
   CHECK(worst(out.get(), expected) <= 1e-6);
 }
 
+TEST_CASE("weights stored in f16 and fp8 are widened") {
+  for (const auto type : {shard::DType::F16, shard::DType::F8E4M3, shard::DType::F8E5M2}) {
+    const auto x = random_tensor(kModes[0], 7, 40), w = random_tensor(kModes[0], 9, 40);
+    const OnDevice in(x, shard::DType::F32), weight(w, type), out(7, 9, shard::DType::F32);
+    gpu::linear(stream(), in.view(), weight.view(), {}, out.view());
+    Tensor expected(7, 9);
+    const lm::cpu::Context on;
+    lm::cpu::linear(on, lm::cpu::Packed(on, x), weight_of(weight.get(), shard::DType::F32), {}, expected);
+    CHECK(worst(out.get(), expected) <= 2e-6);
+  }
+}
+
 TEST_CASE("weights of another width are refused") {
   const OnDevice x(2, 8, shard::DType::F32), w(4, 9, shard::DType::F32), v(4, 8, shard::DType::I32), out(2, 4, shard::DType::F32);
   CHECK_THROWS_AS(gpu::linear(stream(), x.view(), w.view(), {}, out.view()), shard::Error);

@@ -122,19 +122,27 @@ TEST_CASE("a mixture of experts, weighed behind or before, is what the CPU's loo
           bias_data.push_back(memory[memory.size() - 1].view().data);
         }
         const Values<const std::byte*> ups(up_data), downs(down_data), biases(bias_data);
-        const Values<std::int32_t> chosen(expert), offsets(6), tiles(6), token(static_cast<std::size_t>(rows)), row(static_cast<std::size_t>(rows));
+        const Values<std::int32_t> offsets(6), tiles(6), token(static_cast<std::size_t>(rows)), row(static_cast<std::size_t>(rows));
         const Values<float> weights(weight), row_weight(static_cast<std::size_t>(rows));
         const gpu::Permutation order{offsets.data(), tiles.data(), token.data(), row_weight.data(), row.data()};
-        gpu::permute(stream(), tokens, topk, experts, chosen.data(), weights.data(), order);
+        // Recorded while other experts were chosen: nothing of the choice is read on the host.
+        const Values<std::int32_t> chosen(std::vector<std::int32_t>(expert.rbegin(), expert.rend()));
         const OnDevice in(x, mode.type), gathered(rows, hidden, mode.type), middle(rows, wide, mode.type), part(rows, hidden, mode.type), out(tokens, hidden, mode.type);
+        shard::TransformerConfig config;
+        gpu::Graph::begin(stream());
+        gpu::permute(stream(), tokens, topk, experts, chosen.data(), weights.data(), order);
         gpu::gather_rows(stream(), gathered.view(), in.view(), token.data(), on_input ? row_weight.data() : nullptr);
         gpu::grouped_linear(stream(), gathered.view(), {ups.data(), nullptr, mode.type, wide, hidden, hidden}, experts, offsets.data(), tiles.data(), nullptr, middle.view());
         if (on_input) gpu::fill(stream(), {reinterpret_cast<std::byte*>(row_weight.data()), shard::DType::F32, 1, rows, rows}, 1);
-        shard::TransformerConfig config;
         gpu::activate(stream(), gpu::activation_config(config), {}, middle.view());
         gpu::scale_rows(stream(), middle.view(), row_weight.data());
         gpu::grouped_linear(stream(), middle.view(), {downs.data(), biases.data(), mode.type, hidden, wide, wide}, experts, offsets.data(), tiles.data(), row_weight.data(), part.view());
         gpu::combine(stream(), out.view(), part.view(), topk, row.data());
+        const auto graph = gpu::Graph::end(stream());
+        graph.launch(stream());
+        gpu::to_device(reinterpret_cast<std::byte*>(chosen.data()), expert.data(), expert.size() * sizeof(expert[0]), stream());
+        graph.launch(stream());
+        stream().wait();
 
         std::vector<std::int32_t> order_of_tokens, starts{0};
         for (std::int32_t e = 0; e < experts; ++e) {
