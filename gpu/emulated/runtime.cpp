@@ -125,6 +125,11 @@ void emulate(const Emulated& device) {
   all.arena.limit = std::min(device.memory, kArena);
 }
 
+Emulated emulated() {
+  const std::lock_guard lock(machine().mutex);
+  return machine().told;
+}
+
 void enqueue(StreamView on, Work work) {
   auto& to = queue(on);
   const std::lock_guard lock(machine().mutex);
