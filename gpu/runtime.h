@@ -26,6 +26,8 @@ struct Probe {
   std::map<int, std::string> refused;          ///< those that are there and cannot, by index: one clause
 };
 Probe probe();
+/// Whether the host plays the device.
+bool is_emulated();
 
 /// Makes a device the calling thread's: everything below happens there.
 void use_device(int index);

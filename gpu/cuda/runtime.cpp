@@ -60,6 +60,8 @@ Probe probe() {
   return out;
 }
 
+bool is_emulated() { return false; }
+
 void use_device(int index) { check(cudaSetDevice(index), "choosing a device"); }
 
 Stream::Stream() {

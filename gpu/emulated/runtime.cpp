@@ -143,6 +143,7 @@ DeviceInfo device_info(int index) {
   return {0, "emulated on the host", 9, 0, 4, machine().arena.limit, machine().arena.free()};
 }
 Probe probe() { return {{device_info(0)}, "", {}}; }
+bool is_emulated() { return true; }
 void use_device(int index) { device_info(index); }
 
 Stream::Stream() : handle_(new Queue) {}

@@ -1,0 +1,48 @@
+// What the ranks of a model run on. It outlives runs, so that a resident server keeps memory, recorded work and libraries.
+#pragma once
+
+#include "lm/ops.h"
+#include "lm/weights.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace lm {
+
+/// How a model is cut and computed.
+struct Ranks {
+  int tensor = 1, pipeline = 1;
+  Compute compute = Compute::F32;
+  unsigned threads = 1;                        ///< of the host, for each rank
+};
+
+/// What a stage will hold and compute: known before anything is read.
+struct StagePlan {
+  std::vector<WeightUse> uses;
+  std::uint64_t weight_bytes = 0;              ///< as products take them
+  Index rows = 0;                              ///< batch·length of the largest pass
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  /// "cpu", or which card.
+  virtual std::string name() const = 0;
+  /// Readies for these stages, before anything is read. Throws Device where they do not fit, saying what is missing and what would fit.
+  virtual void prepare(const Ranks& ranks, const shard::TransformerConfig& config, const std::vector<StagePlan>& stages) = 0;
+  /// How the stage's ranks together take from its stream what each of them uses.
+  virtual std::vector<WeightUse> takes(std::vector<WeightUse> uses, int stage) const = 0;
+  // What follows is called on the rank's own thread.
+  virtual Ops& ops(int stage, int tensor_rank) = 0;
+  enum class Axis { Tensor, Pipeline };
+  /// The rank's end of its group along `axis`; `group` joins those ranks as threads.
+  virtual std::unique_ptr<Comm> comm(Group& group, Axis axis, int stage, int tensor_rank) = 0;
+  /// The stage's weights for that rank; a device that keeps them brings all of `stream` to its memory first. Valid until the next run's.
+  virtual Weights& weights(WeightStream& stream, int stage, int tensor_rank) = 0;
+};
+
+/// The host's memory and threads; one for each run.
+std::unique_ptr<Device> host_device();
+
+}  // namespace lm
