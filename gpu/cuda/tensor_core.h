@@ -3,8 +3,6 @@
 
 #include "gpu/tensor_core.h"
 
-#define GPU_UNROLL _Pragma("unroll")
-
 namespace gpu {
 
 template <typename Block, typename Of>

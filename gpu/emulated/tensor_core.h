@@ -8,8 +8,6 @@
 #include <cmath>
 #include <cstring>
 
-#define GPU_UNROLL
-
 namespace gpu {
 
 namespace emulated {

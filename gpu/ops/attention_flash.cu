@@ -32,7 +32,7 @@ struct Flash {
     const Index stop = start + kQueries < a.length ? start + kQueries : a.length, key_head = a.key_head(head);
     block.each_apart([&](unsigned thread, Own& own) {
       load(thread, q, b, start, q_stride, head * a.key_size, a.key_size, s.q);
-      for (auto& sum : own.out) sum = 0;
+      GPU_UNROLL for (int i = 0; i < kHead / kTeam; ++i) own.out[i] = 0;
       own.top = lowest();
       own.sum = 0;
     });
@@ -44,10 +44,14 @@ struct Flash {
       block.each([&](unsigned thread, Own&) {
         const int row = static_cast<int>(thread) / kTeam;
         const auto first = a.first_key(start + row);
-        for (int j = static_cast<int>(thread) % kTeam; j < kKeys; j += kTeam) {
-          float sum = 0;
-          for (int d = 0; d < a.key_size; ++d) sum += s.q[row][d] * s.k[j][d];
-          s.p[row][j] = at + j >= first && at + j <= start + row ? a.capped(sum * a.scale) : lowest();
+        float sum[kKeys / kTeam] = {};
+        for (int d = 0; d < a.key_size; ++d) {
+          const float x = s.q[row][d];
+          GPU_UNROLL for (int i = 0; i < kKeys / kTeam; ++i) sum[i] += x * s.k[static_cast<int>(thread) % kTeam + i * kTeam][d];
+        }
+        GPU_UNROLL for (int i = 0; i < kKeys / kTeam; ++i) {
+          const int j = static_cast<int>(thread) % kTeam + i * kTeam;
+          s.p[row][j] = at + j >= first && at + j <= start + row ? a.capped(sum[i] * a.scale) : lowest();
         }
       });
       block.each([&](unsigned thread, Own& own) {
@@ -66,11 +70,10 @@ struct Flash {
         const float factor = weight_towards(own.top, own.next);
         own.top = own.next;
         own.sum *= factor;
-        for (int j = 0; j < kKeys; ++j) own.sum += p[j];
-        for (int i = 0; i < kHead / kTeam; ++i) {
-          float sum = 0;
-          for (int j = 0; j < kKeys; ++j) sum += p[j] * s.v[j][static_cast<int>(thread) % kTeam + i * kTeam];
-          own.out[i] = own.out[i] * factor + sum;
+        GPU_UNROLL for (int i = 0; i < kHead / kTeam; ++i) own.out[i] *= factor;
+        for (int j = 0; j < kKeys; ++j) {
+          own.sum += p[j];
+          GPU_UNROLL for (int i = 0; i < kHead / kTeam; ++i) own.out[i] += p[j] * s.v[j][static_cast<int>(thread) % kTeam + i * kTeam];
         }
       });
     }
@@ -79,7 +82,7 @@ struct Flash {
       if (row >= a.length) return;
       const float factor = finishing_factor(a, head, own.top, own.sum);
       const auto to = (b * a.length + row) * out_stride + head * a.value_size;
-      for (int i = 0; i < kHead / kTeam; ++i) {
+      GPU_UNROLL for (int i = 0; i < kHead / kTeam; ++i) {
         const auto d = static_cast<int>(thread) % kTeam + i * kTeam;
         if (d < a.value_size) out.set(to + d, own.out[i] * factor);
       }
