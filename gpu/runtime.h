@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,7 +16,7 @@ struct DeviceInfo {
   std::string name;
   int major = 0, minor = 0;                    ///< compute capability
   int multiprocessors = 0;
-  std::uint64_t memory = 0, free = 0;          ///< bytes
+  std::uint64_t memory = 0, free = 0;          ///< bytes; `free` is 0 as probe() gives it
   std::string id;                              ///< the board's own, "GPU-…": equal in every process that sees it
 };
 
@@ -23,6 +24,7 @@ struct DeviceInfo {
 struct Probe {
   std::vector<DeviceInfo> devices;
   std::string why;                             ///< where there are none: one clause
+  std::map<int, std::string> refused;          ///< those that are there and cannot, by index: one clause
 };
 Probe probe();
 /// Whether the host plays the device.

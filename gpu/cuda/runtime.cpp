@@ -1,6 +1,7 @@
 // The runtime over CUDA's, linked statically: the driver is loaded by the first call and its absence is an answer.
 #include "gpu/runtime.h"
 
+#include "gpu/architectures.h"
 #include "gpu/cuda/check.h"
 
 namespace gpu {
@@ -15,14 +16,17 @@ std::string text_of(const cudaUUID_t& id) {
   return out;
 }
 
-std::string arch_text(int major, int minor) { return fmt::format("{}.{}", major, minor); }
+/// All but its free memory, which would take a context there.
+DeviceInfo described(int index) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "asking for a device");
+  return {index, properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem, 0, text_of(properties.uuid)};
+}
 
 }  // namespace
 
 DeviceInfo device_info(int index) {
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, index), "asking for a device");
-  DeviceInfo out{index, properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem, 0, text_of(properties.uuid)};
+  auto out = described(index);
   int before = 0;
   check(cudaGetDevice(&before), "asking for a device");
   check(cudaSetDevice(index), "choosing a device");
@@ -50,18 +54,15 @@ Probe probe() {
     return out;
   }
   for (int i = 0; i < count; ++i) {
-    cudaDeviceProp properties;
-    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
-    if (properties.major < 8) {
-      out.why = fmt::format("device {} ({}) has compute capability {}; 8.0 is the least", i, properties.name, arch_text(properties.major, properties.minor));
-      continue;
-    }
     try {
-      out.devices.push_back(device_info(i));
+      const auto info = described(i);
+      if (has_code(SHARDKIT_CUDA_ARCHITECTURES, info.major, info.minor)) out.devices.push_back(info);
+      else out.refused[i] = fmt::format("device {} ({}) has compute capability {}.{}; this build has code for {}", i, info.name, info.major, info.minor, SHARDKIT_CUDA_ARCHITECTURES);
     } catch (const shard::Error& error) {
-      out.why = fmt::format("device {}: {}", i, error.what());
+      out.refused[i] = fmt::format("device {}: {}", i, error.what());
     }
   }
+  if (out.devices.empty() && !out.refused.empty()) out.why = out.refused.begin()->second;
   if (out.devices.empty() && out.why.empty()) out.why = "driver found, no device visible";
   return out;
 }
