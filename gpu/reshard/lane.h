@@ -1,0 +1,60 @@
+// One batch under way on a device: its pinned and device buffers and its stream.
+#pragma once
+
+#include "gpu/reshard/batches.h"
+#include "gpu/reshard/crc32.h"
+#include "gpu/reshard/numbers.h"
+#include "gpu/storage.h"
+#include "libshard/source.h"
+#include "libshard/target.h"
+
+#include <atomic>
+#include <mutex>
+
+namespace gpu::reshard {
+
+/// What all lanes of an execution share.
+struct Shared {
+  shard::SummedSource& source;
+  shard::SummedTarget& target;
+  DirectStorage* direct;                         ///< null: none
+  std::vector<shard::Difference> differences;    ///< by comparison
+  std::mutex mutex;                              ///< of the differences
+  std::atomic<std::uint64_t> through_device = 0, read_directly = 0, written_directly = 0;
+};
+
+class Lane {
+ public:
+  Lane(std::uint64_t image, Shared& shared);
+  /// Reads the batch's bytes and leaves its work to the device; the batch is taken.
+  void start(Batch& batch);
+  /// Waits, takes the sums, and writes; the source bytes that are done come back. Nothing where nothing was started.
+  std::uint64_t finish();
+
+  static constexpr std::uint64_t kTables = 256 << 10;  ///< boxes and pieces up, sums down; they grow where a batch needs it
+  static std::uint64_t pinned_memory(std::uint64_t image) { return 2 * image + kTables; }
+  static std::uint64_t device_memory(std::uint64_t image) { return 2 * image + kTables; }
+
+ private:
+  /// Where lists lie in the table: boxes, pieces of both images, pieces to compare, then what comes down.
+  struct Layout {
+    std::uint64_t from_pieces, to_pieces, compared, sums, differences, bytes;
+  };
+  Layout lay_out();
+  bool read_directly();
+  bool write_directly(const Segment& segment, const std::byte* image);
+  void hand_over_sums();
+
+  Shared& shared_;
+  PinnedBuffer in_, out_, table_;
+  DeviceBuffer device_in_, device_out_, device_table_;
+  Batch batch_;
+  std::vector<CrcPiece> from_pieces_, to_pieces_;
+  std::vector<ScanPiece> compared_;
+  Layout layout_{};
+  bool busy_ = false, direct_ = false;
+  Stream stream_;                                ///< ends first: its work is done before the buffers go
+  CrcTables crc_tables_;
+};
+
+}  // namespace gpu::reshard
