@@ -83,6 +83,7 @@ std::uint64_t parse_size(const std::string& text) {
 
 const std::atomic<bool>& stop_flag() { return stop; }
 int stopped_by() { return signal_number; }
+void request_stop() { stop = true; }
 
 void watch_signals() {
   struct sigaction torn {};
