@@ -22,7 +22,17 @@ void cut(const Segment& run, std::vector<CrcPiece>& out) {
 }  // namespace
 
 Lane::Lane(std::uint64_t image, Shared& shared)
-    : shared_(shared), in_(image), out_(image), table_(kTables), device_in_(image), device_out_(image), device_table_(kTables), crc_tables_(stream_) {}
+    : shared_(shared), in_(image), out_(image), table_(kTables), device_in_(image), device_out_(image), device_table_(kTables), crc_tables_(stream_) {
+  if (!shared_.direct) return;
+  shared_.direct->remember(device_in_.data(), image);
+  shared_.direct->remember(device_out_.data(), image);
+}
+
+Lane::~Lane() {
+  if (!shared_.direct) return;
+  shared_.direct->forget(device_in_.data());
+  shared_.direct->forget(device_out_.data());
+}
 
 Lane::Layout Lane::lay_out() {
   const auto round = [](std::uint64_t bytes) { return (bytes + 15) / 16 * 16; };

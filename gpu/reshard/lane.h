@@ -26,6 +26,9 @@ struct Shared {
 class Lane {
  public:
   Lane(std::uint64_t image, Shared& shared);
+  ~Lane();
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
   /// Reads the batch's bytes and leaves its work to the device; the batch is taken.
   void start(Batch& batch);
   /// Waits, takes the sums, and writes; the source bytes that are done come back. Nothing where nothing was started.
