@@ -1,4 +1,5 @@
 // A build without CUDA: there is no device, and this is why. What commands call on devices is never reached.
+#include "gpu/model/language_device.h"
 #include "gpu/reshard/execute.h"
 #include "gpu/runtime.h"
 #include "libshard/error.h"
@@ -11,6 +12,8 @@ constexpr const char* kWhy = "this build has no CUDA support (there was no nvcc)
 }  // namespace
 
 Probe probe() { return {{}, kWhy, {}}; }
+
+std::unique_ptr<LanguageDevice> language_device(LanguageDeviceOptions) { shard::fail(shard::Code::Device, "device: {}", kWhy); }
 
 namespace reshard {
 

@@ -17,6 +17,7 @@ struct DeviceInfo {
   int major = 0, minor = 0;                    ///< compute capability
   int multiprocessors = 0;
   std::uint64_t memory = 0, free = 0;          ///< bytes; `free` is 0 as probe() gives it
+  std::string id;                              ///< the board's own, "GPU-…": equal in every process that sees it
 };
 
 /// The devices that can run this build's kernels; never throws and never loads more than the driver.
@@ -51,6 +52,8 @@ class Stream {
   void* handle_;
 };
 void wait(StreamView stream);
+/// Whether its work is done, without waiting for it; throws what failed in it.
+bool done(StreamView stream);
 
 /// A point in a stream's work.
 class Event {

@@ -21,7 +21,7 @@ Index steps_of_a_layer(const shard::TransformerConfig& config, const ForwardRequ
 }
 
 StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const ForwardRequest& request, Index steps) {
-  StagePlan out{module.weight_uses(steps, request.mtp), 0, request.batch.batch * request.batch.length};
+  StagePlan out{module.weight_uses(steps, request.mtp), module.gathered_weights(), 0, request.batch.batch * request.batch.length};
   for (const auto& use : out.uses) out.weight_bytes += source.bytes_of(use.name, use.lo, use.count);
   for (const auto& step : request.steps) out.rows = std::max(out.rows, step.in_hidden.rows());
   return out;
@@ -64,10 +64,8 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   for (int p = 0; p < pp; ++p) tensor_groups.push_back(std::make_unique<Group>(tp));
   for (int t = 0; t < tp; ++t) pipeline_groups.push_back(std::make_unique<Group>(pp));
   std::vector<std::unique_ptr<WeightStream>> streams;
-  for (int p = 0; p < pp; ++p) {
-    auto uses = device.takes(plans[static_cast<std::size_t>(p)].uses, p);
-    streams.push_back(std::make_unique<WeightStream>(source, std::move(uses), options.memory / static_cast<std::uint64_t>(pp), options.stop, ranks.threads));
-  }
+  for (int p = 0; p < pp; ++p)
+    streams.push_back(std::make_unique<WeightStream>(source, device.takes(p), options.memory / static_cast<std::uint64_t>(pp), options.stop, ranks.threads));
   const auto fail = [&] {
     for (auto& group : tensor_groups) group->fail();
     for (auto& group : pipeline_groups) group->fail();

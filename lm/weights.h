@@ -81,7 +81,7 @@ class WeightSource {
     float value = 0;
     bool constant = true, matrix = false;
     float max_abs = 0;
-    std::map<Index, std::pair<double, std::uint64_t>> squares;  ///< sum and count of the rows from here; ranks may read the same
+    std::map<Index, std::pair<double, std::uint64_t>> squares;  ///< sum and count of the rows from here
   };
 
   struct Rows {

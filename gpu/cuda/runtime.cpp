@@ -9,11 +9,18 @@ namespace {
 
 cudaStream_t raw(StreamView stream) { return static_cast<cudaStream_t>(stream.handle); }
 
+/// As nvidia-smi writes it.
+std::string text_of(const cudaUUID_t& id) {
+  std::string out = "GPU";
+  for (int i = 0; i < 16; ++i) out += fmt::format("{}{:02x}", i == 0 || i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", static_cast<unsigned char>(id.bytes[i]));
+  return out;
+}
+
 /// All but its free memory, which would take a context there.
 DeviceInfo described(int index) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, index), "asking for a device");
-  return {index, properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem, 0};
+  return {index, properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem, 0, text_of(properties.uuid)};
 }
 
 }  // namespace
@@ -72,6 +79,11 @@ Stream::Stream() {
 Stream::~Stream() { cudaStreamDestroy(static_cast<cudaStream_t>(handle_)); }
 void Stream::wait() const { gpu::wait(*this); }
 void wait(StreamView stream) { check(cudaStreamSynchronize(raw(stream)), "waiting for a stream"); }
+bool done(StreamView stream) {
+  const auto status = cudaStreamQuery(raw(stream));
+  if (status != cudaErrorNotReady) check(status, "asking for a stream");
+  return status == cudaSuccess;
+}
 
 Event::Event() {
   cudaEvent_t made;

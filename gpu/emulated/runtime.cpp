@@ -6,6 +6,7 @@
 #include "gpu/kernel.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <deque>
@@ -73,6 +74,7 @@ struct Queue {
   std::deque<Work> work;
   std::uint64_t given = 0, done = 0;
   std::shared_ptr<std::vector<Work>> recording;
+  std::thread::id runner;                      ///< whose thread is in its work
 };
 
 struct Point {
@@ -98,7 +100,10 @@ Queue& queue(StreamView stream) { return *static_cast<Queue*>(stream.handle); }
 void run_until(Queue& queue, std::uint64_t number) {
   auto& all = machine();
   const std::lock_guard lock(all.mutex);
+  const auto me = std::this_thread::get_id();
+  shard::require(queue.runner == std::thread::id() || queue.runner == me, shard::Code::Device, [] { return "emulated device: two threads wait for one stream"; });
   while (queue.done < number && !queue.work.empty()) {
+    const auto before = std::exchange(queue.runner, me);
     const auto work = std::move(queue.work.front());
     queue.work.pop_front();
     if (all.told.pause.count() > 0) std::this_thread::sleep_for(all.told.pause);
@@ -107,11 +112,13 @@ void run_until(Queue& queue, std::uint64_t number) {
     struct Close {
       Machine& all;
       Queue& queue;
+      std::thread::id before;
       ~Close() {
         ++queue.done;
+        queue.runner = before;
         if (--all.depth == 0) all.arena.open(false);
       }
-    } close{all, queue};
+    } close{all, queue, before};
     work();
   }
 }
@@ -130,6 +137,17 @@ Emulated emulated() {
   return machine().told;
 }
 
+void let_others_work(const Work& wait) {
+  auto& all = machine();
+  const int depth = std::exchange(all.depth, 0);  // each level holds the lock once
+  all.arena.open(false);
+  for (int i = 0; i < depth; ++i) all.mutex.unlock();
+  wait();
+  for (int i = 0; i < depth; ++i) all.mutex.lock();
+  all.arena.open(true);
+  all.depth = depth;
+}
+
 void enqueue(StreamView on, Work work) {
   auto& to = queue(on);
   const std::lock_guard lock(machine().mutex);
@@ -140,7 +158,7 @@ void enqueue(StreamView on, Work work) {
 
 DeviceInfo device_info(int index) {
   shard::require(index == 0, shard::Code::Device, [&] { return fmt::format("device {}: there is one emulated device, 0", index); });
-  return {0, "emulated on the host", 9, 0, 4, machine().arena.limit, machine().arena.free()};
+  return {0, "emulated on the host", 9, 0, 4, machine().arena.limit, machine().arena.free(), fmt::format("EMULATED-{}", ::getpid())};
 }
 Probe probe() { return {{device_info(0)}, "", {}}; }
 bool is_emulated() { return true; }
@@ -157,6 +175,10 @@ Stream::~Stream() {
 }
 void Stream::wait() const { gpu::wait(*this); }
 void wait(StreamView stream) { run_until(queue(stream), queue(stream).given); }
+bool done(StreamView stream) {
+  wait(stream);
+  return true;
+}
 
 Event::Event() : handle_(new std::shared_ptr<Point>(std::make_shared<Point>())) {}
 Event::~Event() { delete static_cast<std::shared_ptr<Point>*>(handle_); }

@@ -1,6 +1,10 @@
 // Sizes are rounded up so that passes of one shape find each other's blocks.
 #include "gpu/model/arena.h"
 
+#include "libshard/error.h"
+
+#include <algorithm>
+
 namespace gpu {
 
 std::shared_ptr<std::byte> Arena::take(std::size_t bytes) const {

@@ -19,8 +19,6 @@ using shard::DType;
 
 NormConfig config_of(const lm::Norm& norm) { return {norm.kind, norm.epsilon, norm.zero_centered}; }
 
-const std::int64_t* device_ids(const lm::Ids& ids) { return reinterpret_cast<const std::int64_t*>(ids.device.get()); }
-
 /// A table of angles in device memory.
 struct DeviceRope {
   DeviceBuffer memory;
@@ -212,6 +210,10 @@ void DeviceOps::softcap(Tensor& a, double cap) {
 void DeviceOps::gate_rows(Tensor& x, const Tensor& gate) { gpu::gate_rows(stream_, view_of(x), view_of(gate)); }
 void DeviceOps::activate(const shard::TransformerConfig& config, const Tensor* gate, Tensor& up) {
   gpu::activate(stream_, activation_config(config), gate ? view_of(*gate) : View{}, view_of(up));
+}
+
+lm::Tensor DeviceOps::attention(const lm::AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, const lm::Weight& sinks) {
+  return to_device(lm::cpu::attention({options_.compute, 1}, shape, to_host(q), to_host(k), to_host(v), sinks));
 }
 
 lm::Routing DeviceOps::route(const shard::RouterConfig& config, const Tensor& logits, const lm::Weight& bias) {

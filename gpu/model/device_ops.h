@@ -18,6 +18,7 @@ namespace gpu {
 /// What ops see of a tensor and of a weight.
 View view_of(const lm::Tensor& x);
 View view_of(const lm::Weight& weight);
+inline const std::int64_t* on_device(const lm::Ids& ids) { return reinterpret_cast<const std::int64_t*>(ids.device.get()); }
 
 struct OpsOptions {
   int device = 0;

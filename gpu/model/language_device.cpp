@@ -38,6 +38,9 @@ class Devices : public LanguageDevice {
     }
     layout_ = layout;
     plans_ = stages;
+    for (auto& plan : plans_)
+      for (const auto& name : plan.gathered)
+        if (std::none_of(plan.uses.begin(), plan.uses.end(), [&](const auto& use) { return use.name == name; })) plan.uses.push_back({name});
     for (const auto device : std::set(options_.devices.begin(), options_.devices.end())) {
       Demand demand;
       std::uint64_t mine = 0;  // taken already, and about to be used again
@@ -65,9 +68,10 @@ class Devices : public LanguageDevice {
     loaded_.clear();
   }
 
-  std::vector<lm::WeightUse> takes(std::vector<lm::WeightUse> uses, int stage) const override {
+  std::vector<lm::WeightUse> takes(int stage) const override {
     std::set<int> devices;
     for (int t = 0; t < layout_.tensor; ++t) devices.insert(device_of(stage * layout_.tensor + t));
+    auto uses = plans_[static_cast<std::size_t>(stage)].uses;
     for (auto& use : uses) use.times = static_cast<int>(devices.size());
     return uses;
   }

@@ -1,6 +1,7 @@
 // Host pages go through two pinned buffers, so that copying into one overlaps sending the other.
 #include "gpu/model/resident.h"
 
+#include "gpu/ops/rows.h"
 #include "libshard/error.h"
 
 #include <algorithm>
@@ -94,7 +95,7 @@ lm::Weight RankWeights::take(const std::string& name, lm::Index lo) {
 lm::Tensor RankWeights::gather(const std::string& name, const lm::Ids& ids, lm::Index lo, lm::Index hi) {
   const auto table = held_.view(name);
   auto out = ops_.make(static_cast<lm::Index>(ids.host.size()), table.columns);
-  gpu::gather(ops_.stream(), view_of(out), table.row_range(lo, hi - lo), lo, reinterpret_cast<const std::int64_t*>(ids.device.get()));
+  gpu::gather(ops_.stream(), view_of(out), table.row_range(lo, hi - lo), lo, on_device(ids));
   return out;
 }
 

@@ -11,12 +11,14 @@ namespace {
 class HostDevice : public Device {
  public:
   std::string name() const override { return "cpu"; }
-  void prepare(const Ranks& ranks, const shard::TransformerConfig&, const std::vector<StagePlan>&) override {
+  void prepare(const Ranks& ranks, const shard::TransformerConfig&, const std::vector<StagePlan>& stages) override {
     ranks_ = ranks;
+    stages_ = stages;
     ops_.clear();
     for (int i = 0; i < ranks.tensor * ranks.pipeline; ++i) ops_.emplace_back(cpu::Context{ranks.compute, ranks.threads});
   }
-  std::vector<WeightUse> takes(std::vector<WeightUse> uses, int) const override {
+  std::vector<WeightUse> takes(int stage) const override {
+    auto uses = stages_[static_cast<std::size_t>(stage)].uses;
     for (auto& use : uses) use.times *= ranks_.tensor;
     return uses;
   }
@@ -28,6 +30,7 @@ class HostDevice : public Device {
 
  private:
   Ranks ranks_;
+  std::vector<StagePlan> stages_;
   std::deque<cpu::HostOps> ops_;
 };
 

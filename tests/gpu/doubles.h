@@ -19,6 +19,9 @@ inline std::string path_of(const char* name) {
   auto* const enqueue = static_cast<FakeEnqueue*>(::dlsym(library, "fake_enqueue"));
   REQUIRE(enqueue);
   *enqueue = [](void* stream, std::function<void()> work) { gpu::enqueue({stream}, std::move(work)); };
+  auto* const wait = static_cast<FakeWait*>(::dlsym(library, "fake_wait"));
+  REQUIRE(wait);
+  *wait = gpu::let_others_work;
   return path;
 }
 

@@ -1,8 +1,9 @@
 # Doubles of the vendors' libraries, where the headers are that say what they look like; gpu_emulated_tests loads them.
 find_package(CUDAToolkit QUIET)
 find_path(CUBLASLT_INCLUDE_DIR cublasLt.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
-if(CUBLASLT_INCLUDE_DIR)
-  foreach(name cublaslt)
+find_path(NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+if(CUBLASLT_INCLUDE_DIR AND NCCL_INCLUDE_DIR)
+  foreach(name cublaslt nccl)
     add_library(fake_${name} MODULE tests/gpu/fake_libs/${name}.cpp)
     target_include_directories(fake_${name} PRIVATE ${CMAKE_SOURCE_DIR})
     target_include_directories(fake_${name} SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})

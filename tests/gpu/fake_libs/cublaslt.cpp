@@ -10,6 +10,7 @@
 #include <cstring>
 
 FakeEnqueue fake_enqueue = nullptr;
+FakeWait fake_wait = nullptr;  // a product waits for nobody
 /// Searches and descriptors made so far: a product seen before makes none.
 extern "C" __attribute__((visibility("default"))) std::atomic<int> fake_made;
 std::atomic<int> fake_made = 0;
