@@ -15,19 +15,20 @@ namespace {
 
 constexpr std::uint64_t kLeastImage = 64 << 10, kMostImage = 16 << 20, kMostLanes = 16;
 
-/// As many lanes as threads keep busy and both memories hold; images as large as they get.
-void size_lanes(const shard::Budget& budget, const Options& options, Outcome& out) {
+/// As many lanes as threads keep busy and both memories hold; images as large as they get, but no larger than `bytes` to be moved need.
+void size_lanes(std::uint64_t bytes, const shard::Budget& budget, const Options& options, Outcome& out) {
   const auto info = device_info(options.device);
   const auto device = options.device_memory ? options.device_memory : info.free / 4;
   const auto least = Lane::device_memory(kLeastImage);
   shard::require(device >= least && info.free >= least, shard::Code::Device, [&] {
     return fmt::format("device: {} of {} bytes are free on device {} and {} are for buffers; {} is the least", info.free, info.memory, options.device, device, least);
   });
-  const auto memory = std::max(std::min(budget.memory, std::min(device, info.free)), Lane::pinned_memory(kLeastImage));
+  const auto memory = std::max(std::min(budget.memory, std::min(device, info.free)), least);
+  constexpr std::uint64_t kWorthLane = 4 << 20;
   const auto most = std::min<std::uint64_t>(kMostLanes, 2 * std::max(1u, budget.threads));
-  const auto lanes = std::clamp<std::uint64_t>(memory / (4 << 20), 1, most);
+  const auto lanes = std::clamp<std::uint64_t>(std::min(memory, 2 * bytes) / kWorthLane, 1, most);
   out.lanes = static_cast<unsigned>(lanes);
-  out.image = std::clamp<std::uint64_t>((memory / lanes - Lane::kTables) / 2, kLeastImage, kMostImage) / 256 * 256;
+  out.image = std::clamp<std::uint64_t>(std::min((memory / lanes - Lane::device_memory(0)) / 2, 2 * bytes), kLeastImage, kMostImage) / 256 * 256;
   out.pinned_memory = lanes * Lane::pinned_memory(out.image);
   out.device_memory = lanes * Lane::device_memory(out.image);
 }
@@ -40,10 +41,10 @@ class Execution {
 
   Outcome run() {
     use_device(options_.device);
-    size_lanes(budget_, options_, out_);
+    touch();
+    size_lanes(all_, budget_, options_, out_);
     const auto direct = options_.direct ? direct_storage() : DirectChoice{nullptr, "not asked for"};
     shared_.direct = direct.storage.get();
-    touch();
     const Batches batches(plan_, out_.image);
     carry_out(batches);
     auto& report = out_.report;

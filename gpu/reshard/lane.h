@@ -35,8 +35,9 @@ class Lane {
   std::uint64_t finish();
 
   static constexpr std::uint64_t kTables = 256 << 10;  ///< boxes and pieces up, sums down; they grow where a batch needs it
+  static constexpr std::uint64_t kConstants = 16 << 10;  ///< of sums, whole pages
   static std::uint64_t pinned_memory(std::uint64_t image) { return 2 * image + kTables; }
-  static std::uint64_t device_memory(std::uint64_t image) { return 2 * image + kTables; }
+  static std::uint64_t device_memory(std::uint64_t image) { return 2 * image + kTables + kConstants; }
 
  private:
   /// Where lists lie in the table: boxes, pieces of both images, pieces to compare, then what comes down.
