@@ -132,11 +132,6 @@ void emulate(const Emulated& device) {
   all.arena.limit = std::min(device.memory, kArena);
 }
 
-Emulated emulated() {
-  const std::lock_guard lock(machine().mutex);
-  return machine().told;
-}
-
 void let_others_work(const Work& wait) {
   auto& all = machine();
   const int depth = std::exchange(all.depth, 0);  // each level holds the lock once
@@ -146,6 +141,11 @@ void let_others_work(const Work& wait) {
   for (int i = 0; i < depth; ++i) all.mutex.lock();
   all.arena.open(true);
   all.depth = depth;
+}
+
+Emulated emulated() {
+  const std::lock_guard lock(machine().mutex);
+  return machine().told;
 }
 
 void enqueue(StreamView on, Work work) {

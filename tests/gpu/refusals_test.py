@@ -31,7 +31,9 @@ class Refusals(Case):
             status, _, err = run(*args, env={**os.environ, "LD_DEBUG": "libs"})
             self.assertEqual(status, 0)
             self.assertIn("calling init", err)  # the loader did tell what it loads
-            self.assertNotIn("libcuda", err)
+            self.assertNotIn("libcuda.so", err)
+        status, _, err = run("plan", LLAMA, self.tmp / "z", "--tp", "1", "--device", "auto", env={**os.environ, "LD_DEBUG": "libs"})
+        self.assertTrue("libcuda.so" in err or "no CUDA support" in run("plan", LLAMA, self.tmp / "z", "--device", "auto", "--json")[1])  # what would show
 
     def test_words_that_are_no_device(self):
         for word in ("gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1x", "CUDA", ""):
