@@ -67,7 +67,7 @@ TEST_CASE("casts on the way, as the CPU casts") {
     Memory source(typed(random_dict(random, false)));
     source.fill(seed);
     const auto layout = typed(random_dict(random, true));
-    check(make_plan(source.describe(), layout, {.cast = true}), source, layout, budget_of(2, seed % 2 ? kSmall : 16 << 20));
+    check(make_plan(source.describe(), layout, {Pad::Zeros, true, {}}), source, layout, budget_of(2, seed % 2 ? kSmall : 16 << 20));
   }
 }
 
@@ -82,17 +82,18 @@ TEST_CASE("what is wrong with the source is found on the device in the same word
   ShardedStateDict dict;
   dict.files = {"x", "y"};
   const Index rows = 300, columns = 500;
+  const Index pitch = 2 * columns + 10;  // the copy lies among other things
   const auto bytes = static_cast<std::uint64_t>(rows * columns * 2);
-  dict.streams = {{0, 0, bytes, std::nullopt, false}, {1, 0, bytes, std::nullopt, false}};
-  dict.tensors["w"] = {"w", DType::BF16, {rows, columns}, {rows, columns}, {{whole({rows, columns}), {0, 0, {columns * 2, 2}}, {}}, {whole({rows, columns}), {1, 0, {2, rows * 2}}, {0, 1, 0}}}, false};
+  dict.streams = {{0, 0, bytes, std::nullopt, false}, {1, 0, static_cast<std::uint64_t>(rows * pitch), std::nullopt, false}};
+  dict.tensors["w"] = {"w", DType::BF16, {rows, columns}, {rows, columns}, {{whole({rows, columns}), {0, 0, {columns * 2, 2}}, {}}, {whole({rows, columns}), {1, 0, {pitch, 2}}, {0, 1, 0}}}, false};
   Memory source(dict);
   for (std::size_t i = 0; i < bytes; ++i) source.bytes()[0][i] = static_cast<std::byte>(i * 7 % 251);
   for (Index r = 0; r < rows; ++r)
-    for (Index c = 0; c < columns; ++c) std::memcpy(source.bytes()[1].data() + 2 * (c * rows + r), source.bytes()[0].data() + 2 * (r * columns + c), 2);
+    std::memcpy(source.bytes()[1].data() + r * pitch, source.bytes()[0].data() + r * 2 * columns, 2 * columns);
   auto one = dict;
   one.tensors["w"].shards.pop_back();
   CHECK(check(make_plan(source.describe(), one), source, one, budget_of(2, kSmall)).report.findings.empty());
-  for (const Index at : {137 * rows + 211, 499 * rows + 299}) source.bytes()[1][static_cast<std::size_t>(2 * at)] ^= std::byte{4};
+  for (const Index at : {211 * pitch + 2 * 137, 299 * pitch + 2 * 499}) source.bytes()[1][static_cast<std::size_t>(at)] ^= std::byte{4};
   const auto found = check(make_plan(source.describe(), one), source, one, budget_of(2, kSmall)).report.findings;
   REQUIRE(found.size() == 1);
   CHECK(found[0].message.find("differ in 2 elements, first at [211, 137]") != std::string::npos);
