@@ -144,8 +144,8 @@ Json outcome_json(const ConvertAsk& ask, const Outcome& outcome) {
            {"tied", ties},
            {"padded", outcome.filled}};
   if (outcome.device.cuda)
-    out["device_use"] = {{"model", outcome.device.model}, {"storage", outcome.run.storage}, {"lanes", outcome.run.lanes}, {"image_bytes", outcome.run.image},
-                         {"pinned_memory_bytes", outcome.run.pinned_memory}, {"device_memory_bytes", outcome.run.device_memory}};
+    out["device_use"] = {{"model", outcome.device.model}, {"storage", outcome.run.storage}, {"lanes", outcome.run.sizes.lanes}, {"image_bytes", outcome.run.sizes.image},
+                         {"pinned_memory_bytes", outcome.run.sizes.pinned_memory}, {"device_memory_bytes", outcome.run.sizes.device_memory}};
   if (outcome.target.padded_vocab) out["padded_vocab_size"] = outcome.target.padded_vocab;
   if (!outcome.target.notes.empty()) out["notes"] = outcome.target.notes;
   return out;
@@ -160,7 +160,7 @@ void print_summary(const ConvertAsk& ask, const Outcome& outcome) {
   if (ask.run.verbose && !ask.dry_run) {
     fmt::print(stderr, "bytes written: {} through the device, {} copied in the kernel, {} by the CPU\n", human_bytes(report.bytes_through_device), human_bytes(report.bytes_copied_in_kernel),
                human_bytes(report.bytes_written - report.bytes_through_device - report.bytes_copied_in_kernel));
-    if (outcome.device.cuda) fmt::print(stderr, "storage: {}\nlanes: {} of two images of {} bytes\n", outcome.run.storage, outcome.run.lanes, outcome.run.image);
+    if (outcome.device.cuda) fmt::print(stderr, "storage: {}\nlanes: {} of two images of {} bytes\n", outcome.run.storage, outcome.run.sizes.lanes, outcome.run.sizes.image);
   }
   if (is_cut(outcome.options)) fmt::print(stderr, "layout: {} → {}\n", outcome.source.parallel ? layout_line(*outcome.source.parallel) : "unknown", layout_line(outcome.options.parallel));
   for (const auto& [alias, owner] : outcome.source.logical.ties) fmt::print(stderr, "tied: {} is {}\n", alias, owner);

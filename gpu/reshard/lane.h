@@ -16,10 +16,11 @@ namespace gpu::reshard {
 /// What all lanes of an execution share.
 struct Shared {
   shard::SummedSource& source;
-  shard::SummedTarget& target;
+  shard::SummedTarget* target;                   ///< null: nothing is written
   DirectStorage* direct;                         ///< null: none
   std::vector<shard::Difference> differences;    ///< by comparison
-  std::mutex mutex;                              ///< of the differences
+  std::vector<shard::NonFinite> found;           ///< by task of a scan
+  std::mutex mutex;                              ///< of both
   std::atomic<std::uint64_t> through_device = 0, read_directly = 0, written_directly = 0;
 };
 
@@ -40,21 +41,23 @@ class Lane {
   static std::uint64_t device_memory(std::uint64_t image) { return 2 * image + kTables + kConstants; }
 
  private:
-  /// Where lists lie in the table: boxes, pieces of both images, pieces to compare, then what comes down.
+  /// Where lists lie in the table: boxes, pieces of both images to be summed, compared and scanned, then what comes down.
   struct Layout {
-    std::uint64_t from_pieces, to_pieces, compared, sums, differences, bytes;
+    std::uint64_t from_pieces, to_pieces, compared, from_scanned, to_scanned, sums, differences, counts, bytes;
   };
   Layout lay_out();
   bool read_directly();
   bool write_directly(const Segment& segment, const std::byte* image);
+  bool target_summed(std::uint32_t stream) const { return shared_.target->summed(stream); }
   void hand_over_sums();
+  void hand_over_counts();
 
   Shared& shared_;
   PinnedBuffer in_, out_, table_;
   DeviceBuffer device_in_, device_out_, device_table_;
   Batch batch_;
   std::vector<CrcPiece> from_pieces_, to_pieces_;
-  std::vector<ScanPiece> compared_;
+  std::vector<ScanPiece> compared_, from_scanned_, to_scanned_;
   Layout layout_{};
   bool busy_ = false, direct_ = false;
   Stream stream_;                                ///< ends first: its work is done before the buffers go

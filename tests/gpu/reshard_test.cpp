@@ -1,7 +1,9 @@
 // The device's executor against the CPU's, on random plans: bytes, sums and findings.
 #include "gpu/emulated/device.h"
 #include "gpu/reshard/execute.h"
+#include "gpu/reshard/scan.h"
 #include "libshard/error.h"
+#include "libshard/inspectors.h"
 #include "libshard/numeric.h"
 #include "tests/libshard/random_checkpoint.h"
 
@@ -108,16 +110,39 @@ TEST_CASE("buffers keep to both budgets, and say what they need where they canno
   Memory target(layout);
   for (const std::uint64_t memory : {1 << 20, 5 << 20, 64 << 20}) {
     const auto outcome = gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, memory), {});
-    CHECK(outcome.pinned_memory <= memory);
+    CHECK(outcome.sizes.pinned_memory <= memory);
     const auto bounded = gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, 256 << 20), {.device_memory = memory});
-    CHECK(bounded.device_memory <= memory);
+    CHECK(bounded.sizes.device_memory <= memory);
   }
   CHECK_THROWS_WITH_AS(gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, 1 << 20), {.device_memory = 1000}), doctest::Contains("is the least"), Error);
   gpu::emulate({.memory = 500'000});  // what is free bounds what is taken
-  CHECK(gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, 256 << 20), {.device_memory = 64 << 20}).device_memory <= 500'000);
+  CHECK(gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, 256 << 20), {.device_memory = 64 << 20}).sizes.device_memory <= 500'000);
   gpu::emulate({.lost_after = 5});
   CHECK_THROWS_WITH_AS(gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, 1 << 20), {}), doctest::Contains("lost"), Error);
   gpu::emulate({});
   const std::atomic<bool> stop = true;
   CHECK_THROWS_WITH_AS(gpu::reshard::execute(plan, source, target, formats::kernels(), {2, 1 << 20, &stop}, {}), "stopped by a signal", Error);
+}
+
+TEST_CASE("a scan finds the same on the device, in any layout") {
+  for (std::uint32_t seed = 0; seed < 30; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 random(seed);
+    auto dict = random_dict(random, false);
+    auto& tensor = dict.tensors.at("a");  // a copy of one shard, as replicas are
+    auto copy = tensor.shards[0];
+    copy.replica_id = {0, 1, 0};
+    dict.streams.push_back({0, 0, dict.streams[copy.place.stream].size, std::nullopt, false});
+    const auto original = copy.place.stream;
+    copy.place.stream = static_cast<std::uint32_t>(dict.streams.size() - 1);
+    tensor.shards.push_back(copy);
+    Memory source(dict);
+    source.fill(seed);  // of noise one number in 256 is not finite
+    if (seed % 2) source.bytes().back() = source.bytes()[original];
+    const auto replicas = compare_replicas(dict);
+    const auto expected = scan_bytes(source, source.describe(), replicas, formats::kernels(), budget_of(2, 16 << 20));
+    CHECK(expected.size() >= 3);
+    for (const auto& budget : {budget_of(1, kSmall), budget_of(3, 64 << 20)})
+      CHECK(same(gpu::reshard::scan_bytes(source, source.describe(), replicas, formats::kernels(), budget, {}).findings, expected));
+  }
 }

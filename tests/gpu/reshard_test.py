@@ -1,6 +1,7 @@
 """reshard and convert --device cuda against --device cpu: the same bytes, the same refusals, nothing half written.
 
 SHARDKIT is a binary whose devices are emulated, or the real one; without a device the real one is skipped with the reason."""
+import json
 import os
 import signal
 import subprocess
@@ -78,6 +79,28 @@ class Reshard(Case):
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
         self.assertFalse(self.both("flipped", "reshard", source, "--tp", "2"))
+
+    def test_verify(self):
+        for source in [*(DATA / s for s in SOURCES[::3]), *sorted((DATA / "hostile").iterdir())]:
+            outcomes = []
+            for side in ("cpu", "cuda"):
+                status, out, err = run("verify", source, "--json", "--device", side)
+                found = json.loads(out) if out else {}
+                self.assertEqual(found.pop("device", "none"), ("none" if not out else "cpu" if side == "cpu" else "cuda:0"))
+                found.pop("device_why", None)
+                outcomes.append((status, found, err))
+            self.assertEqual(outcomes[0], outcomes[1], source)
+
+    def test_a_damaged_chunk(self):
+        """What cannot be unpacked is a finding; the rest is still checked."""
+        self.ok("convert", LLAMA, self.tmp / "x", "--to", "hdf5", "-q")
+        file = next((self.tmp / "x").rglob("*.h5"))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2:len(content) // 2 + 64] = bytes(64)
+        file.write_bytes(content)
+        (status, cpu), (other_status, cuda) = (run_json("verify", self.tmp / "x", "--device", side) for side in ("cpu", "cuda"))
+        self.assertEqual((status, cpu["findings"]), (other_status, cuda["findings"]))
+        self.assertEqual(status, 1)
 
     def test_what_is_reported(self):
         status, out = run_json("convert", LLAMA, self.tmp / "x", "--to", "hf", "--device", "cuda")
