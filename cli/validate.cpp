@@ -125,6 +125,7 @@ void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch
   const std::vector<lm::MtpStep> none;
   const auto theirs = run_model(reader, formats::kernels(), other.config, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options);
   shard::refuse(theirs.findings);
+  other.checkpoint.files->refuse_changed();
   std::size_t different = 0;
   double most = 0;
   const auto &a = mine.result.main.limited, &b = theirs.result.main.limited;
@@ -197,6 +198,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   if (comparer) request.on_logits = [&](const lm::LogitsBlock& block) { comparer->on_logits(block); };
   v.load_seconds = since(start);
   const auto report = run_model(reader, formats::kernels(), model.config, request, options);
+  model.checkpoint.files->refuse_changed();
   v.load_seconds += report.load_seconds;
   v.forward_seconds = report.seconds - report.load_seconds;
   v.bytes_read = report.bytes_read;
