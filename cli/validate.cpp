@@ -119,11 +119,11 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
   if (!compared.main.logits && !compared.main.loss) v.notes.push_back("the reference holds neither logits nor a loss that fits; nothing was compared");
 }
 
-void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, const shard::Budget& budget) {
+void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, const shard::Budget& budget, lm::Device& device) {
   const auto other = open_model(ask, ask.against, budget.threads);
   const formats::LocalReader reader(other.checkpoint.logical, other.checkpoint.files);
   const std::vector<lm::MtpStep> none;
-  const auto theirs = run_model(reader, formats::kernels(), other.config, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options);
+  const auto theirs = run_model(reader, formats::kernels(), other.config, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options, device);
   shard::refuse(theirs.findings);
   other.checkpoint.files->refuse_changed();
   std::size_t different = 0;
@@ -197,7 +197,9 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   lm::ForwardRequest request{batch, reference ? reference->steps : kNone, model.vocab, reference_vocab, {}, true};
   if (comparer) request.on_logits = [&](const lm::LogitsBlock& block) { comparer->on_logits(block); };
   v.load_seconds = since(start);
-  const auto report = run_model(reader, formats::kernels(), model.config, request, options);
+  const auto host = lm::host_device();
+  auto& device = *host;
+  const auto report = run_model(reader, formats::kernels(), model.config, request, options, device);
   model.checkpoint.files->refuse_changed();
   v.load_seconds += report.load_seconds;
   v.forward_seconds = report.seconds - report.load_seconds;
@@ -235,7 +237,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
     v.checks.push_back({"better than chance", fmt::format("{:.6f} on this text; ln {} is {:.6f}", v.loss_true_vocab, model.vocab, chance), v.loss_true_vocab < chance});
   }
   if (ask.max_loss) v.checks.push_back({"max loss", fmt::format("{:.6f}, at most {:g}", v.loss_true_vocab, *ask.max_loss), v.loss_true_vocab <= *ask.max_loss});
-  if (!ask.against.empty()) judge_against(v, ask, batch, report, options, budget);
+  if (!ask.against.empty()) judge_against(v, ask, batch, report, options, budget, device);
   v.all_seconds = since(start);
   return v;
 }

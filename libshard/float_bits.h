@@ -1,5 +1,5 @@
 // Bit patterns of the floating types narrower than f64, free of branches so that loops over them vectorise.
-// Knows no spans and checks nothing.
+// Knows no spans and checks nothing. constexpr, so that kernels of gpu/ can call it.
 #pragma once
 
 #include <bit>
@@ -58,14 +58,14 @@ SHARD_INLINE void store(std::byte* to, T value) {
 
 /// `yes` where the condition holds. As masks: a branch around floating point would keep loops from
 /// vectorising.
-SHARD_INLINE std::uint32_t pick(bool condition, std::uint32_t yes, std::uint32_t no) {
+SHARD_INLINE constexpr std::uint32_t pick(bool condition, std::uint32_t yes, std::uint32_t no) {
   const auto mask = -static_cast<std::uint32_t>(condition);
   return (yes & mask) | (no & ~mask);
 }
 
 /// The bits of a float of the same value; exact, since f32 holds every value of every smaller type.
 template <Form form>
-SHARD_INLINE std::uint32_t widen(std::uint32_t bits) {
+SHARD_INLINE constexpr std::uint32_t widen(std::uint32_t bits) {
   const std::uint32_t sign = (bits & ~form.magnitude()) << (31 - form.exponent - form.mantissa);
   const std::uint32_t magnitude = (bits & form.magnitude()) << (23 - form.mantissa);
   if constexpr (form.exponent == 8) return sign | magnitude;
@@ -78,7 +78,7 @@ SHARD_INLINE std::uint32_t widen(std::uint32_t bits) {
 
 /// The float of the given bits rounded to the form, to nearest even.
 template <Form form>
-SHARD_INLINE std::uint32_t narrow(std::uint32_t bits) {
+SHARD_INLINE constexpr std::uint32_t narrow(std::uint32_t bits) {
   constexpr int drop = 23 - form.mantissa;
   const std::uint32_t sign = bits >> 31 << (form.exponent + form.mantissa), magnitude = bits & 0x7fffffffu;
   const std::uint32_t even = magnitude >> drop & 1;

@@ -27,7 +27,7 @@ void Group::barrier(std::unique_lock<std::mutex>& lock) {
 }
 
 template <typename Join>
-void Comm::all_reduce(std::span<float> values, Join&& join) {
+void LocalComm::all_reduce(std::span<float> values, Join&& join) {
   if (size() == 1) return;
   std::unique_lock lock(group_->mutex_);
   group_->slots_[static_cast<std::size_t>(rank_)] = values;
@@ -43,27 +43,26 @@ void Comm::all_reduce(std::span<float> values, Join&& join) {
   std::copy(out.begin(), out.end(), values.begin());
 }
 
-void Comm::all_reduce_sum(std::span<float> values) {
+void LocalComm::all_reduce_sum(std::span<float> values) {
   all_reduce(values, [](float a, float b) { return a + b; });
 }
-void Comm::all_reduce_max(std::span<float> values) {
+void LocalComm::all_reduce_max(std::span<float> values) {
   all_reduce(values, [](float a, float b) { return std::max(a, b); });
 }
 
-void Comm::send(int to, Tensor tensor) {
+void LocalComm::send(int to, Tensor x) {
   const std::lock_guard lock(group_->mutex_);
-  group_->mail_[{rank_, to}].push_back(std::move(tensor));
+  group_->mail_[{rank_, to}].push_back(std::move(x));
   group_->changed_.notify_all();
 }
 
-Tensor Comm::receive(int from) {
+void LocalComm::receive(int from, Tensor& into) {
   std::unique_lock lock(group_->mutex_);
   auto& box = group_->mail_[{from, rank_}];
   group_->changed_.wait(lock, [&] { return !box.empty() || group_->failed_; });
   if (box.empty()) throw Abandoned();
-  auto out = std::move(box.front());
+  into = std::move(box.front());
   box.pop_front();
-  return out;
 }
 
 void run_ranks(int ranks, const std::function<void()>& fail, const std::function<void(int rank)>& body) {

@@ -1,4 +1,4 @@
-// Ranks that are threads of one process, and the collectives between them. Sums are taken in rank order, so they repeat.
+// Collectives between the ranks of one group, and the ranks that are threads of one process. Sums are taken in rank order, so they repeat.
 #pragma once
 
 #include "lm/tensor.h"
@@ -13,7 +13,22 @@
 
 namespace lm {
 
-/// What the members of one group share.
+/// One rank's end of a group. Every rank must make the same calls in the same order.
+class Comm {
+ public:
+  virtual ~Comm() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  virtual void all_reduce_sum(std::span<float> host) = 0;
+  virtual void all_reduce_max(std::span<float> host) = 0;
+  /// Of tensors that the ranks' ops made; sums are f32, kept or rounded to the tensor's type.
+  virtual void all_reduce_sum(Tensor& x) = 0;
+  virtual void send(int to, Tensor x) = 0;
+  /// Waits for it; `into` has its shape.
+  virtual void receive(int from, Tensor& into) = 0;
+};
+
+/// What the members of a group of threads share.
 class Group {
  public:
   explicit Group(int size) : slots_(static_cast<std::size_t>(size)) {}
@@ -22,7 +37,7 @@ class Group {
   void fail();
 
  private:
-  friend class Comm;
+  friend class LocalComm;
   void barrier(std::unique_lock<std::mutex>& lock);
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -33,17 +48,17 @@ class Group {
   bool failed_ = false;
 };
 
-/// One rank's end of a group. Every rank must make the same calls in the same order.
-class Comm {
+/// Between threads, over the host's memory.
+class LocalComm : public Comm {
  public:
-  Comm(Group& group, int rank) : group_(&group), rank_(rank) {}
-  int rank() const { return rank_; }
-  int size() const { return group_->size(); }
-  void all_reduce_sum(std::span<float> values);
-  void all_reduce_max(std::span<float> values);
-  void send(int to, Tensor tensor);
-  /// Waits for it.
-  Tensor receive(int from);
+  LocalComm(Group& group, int rank) : group_(&group), rank_(rank) {}
+  int rank() const override { return rank_; }
+  int size() const override { return group_->size(); }
+  void all_reduce_sum(std::span<float> host) override;
+  void all_reduce_max(std::span<float> host) override;
+  void all_reduce_sum(Tensor& x) override { all_reduce_sum(x.values()); }
+  void send(int to, Tensor x) override;
+  void receive(int from, Tensor& into) override;
 
  private:
   template <typename Join>

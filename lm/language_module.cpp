@@ -6,7 +6,6 @@
 #include "lm/saved_model.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <numeric>
 #include <set>
@@ -28,10 +27,10 @@ void use_if(const WeightSource& source, std::vector<WeightUse>& out, const std::
     if (source.has(name + part)) out.push_back({name + part, 0, -1, times});
 }
 
-Tensor final_norm(const Context& on, const shard::TransformerConfig& config, WeightStream& weights, const std::string& name, const Tensor& x) {
-  const auto weight = weights.take(name + ".weight");
-  const auto bias = weights.has(name + ".bias") ? weights.take(name + ".bias") : Weight{};
-  return normalize(on, x, config.normalization, config.layernorm_epsilon, config.layernorm_zero_centered_gamma, weight, bias);
+Tensor final_norm(Ops& on, const shard::TransformerConfig& config, Weights& weights, const std::string& name, const Tensor& x) {
+  auto weight = weights.take(name + ".weight");
+  auto bias = weights.has(name + ".bias") ? weights.take(name + ".bias") : Weight{};
+  return on.normalize(x, {config.normalization, config.layernorm_epsilon, config.layernorm_zero_centered_gamma}, {std::move(weight), std::move(bias)});
 }
 
 }  // namespace
@@ -80,7 +79,7 @@ void refuse_unused(const shard::ShardedStateDict& dict, const std::vector<Weight
     shard::require(names.contains(entry.first), Code::Mismatch, [&] { return fmt::format("{}: no part of the model that the configuration describes uses it", entry.first); });
 }
 
-LanguageModule::LanguageModule(const shard::TransformerConfig& config, WeightSource& source, Placement placement, Comm tensor, Comm pipeline, Context on)
+LanguageModule::LanguageModule(const shard::TransformerConfig& config, WeightSource& source, Placement placement, Comm& tensor, Comm& pipeline, Ops& on)
     : config_(config), source_(source), placement_(placement), tensor_(tensor), pipeline_(pipeline), on_(on) {
   const auto& table = source_.shape(kEmbedding);
   shard::require(table.size() == 2 && table[1] == config_.hidden_size, Code::Mismatch,
@@ -105,24 +104,23 @@ std::vector<std::pair<Index, Index>> LanguageModule::head_blocks() const {
 }
 
 std::vector<WeightUse> LanguageModule::weight_uses(Index steps, bool mtp) const {
-  const int ranks = tensor_.size();
   std::vector<WeightUse> out;
   for (Index l = placement_.first_layer; l < placement_.first_layer + placement_.layers; ++l) {
-    const auto layer = layer_uses(source_, config_, config_.layers[static_cast<std::size_t>(l)], layer_prefix(l), ranks);
+    const auto layer = layer_uses(source_, config_, config_.layers[static_cast<std::size_t>(l)], layer_prefix(l), 1);
     out.insert(out.end(), layer.begin(), layer.end());
   }
   if (placement_.post_process) {
-    use_if(source_, out, "final_norm", ranks);
+    use_if(source_, out, "final_norm");
     const auto depths = config_.mtp_repeated_layer ? std::min<Index>(1, config_.mtp_num_layers) : config_.mtp_num_layers;
     for (Index k = 0; k < depths; ++k) {
       // Every depth's layer is taken once, by each step again, and a repeated layer once for each depth.
-      const auto times = mtp ? ranks * static_cast<int>((config_.mtp_repeated_layer ? config_.mtp_num_layers : 1) + steps) : 0;
+      const auto times = mtp ? static_cast<int>((config_.mtp_repeated_layer ? config_.mtp_num_layers : 1) + steps) : 0;
       for (const auto* name : {"enorm", "hnorm", "eh_proj"}) use_if(source_, out, mtp_prefix(k) + name, times);
       const auto layer = layer_uses(source_, config_, config_.mtp_layer(k), mtp_prefix(k) + "layer.", times);
       out.insert(out.end(), layer.begin(), layer.end());
       use_if(source_, out, mtp_prefix(k) + "final_norm", times);
     }
-    for (const auto& [lo, count] : head_blocks()) out.push_back({head_name(), lo, count, ranks});
+    for (const auto& [lo, count] : head_blocks()) out.push_back({head_name(), lo, count, 1});
   }
   if (placement_.pre_process) {
     // Tokens' rows are read one by one; the whole table is only looked at.
@@ -159,56 +157,55 @@ void LanguageModule::setup_embeddings_and_output_layer() {
                  [] { return fmt::format("{}: its copies on the first and the last stage differ", kEmbedding); });
 }
 
-Tensor LanguageModule::embed(const std::vector<Index>& ids, const std::vector<Index>& positions) {
+Tensor LanguageModule::embed(Weights& weights, const Ids& ids, const Ids& positions) {
   const auto mine = vocabulary_share();
-  auto out = source_.gather(kEmbedding, ids, mine.lo, mine.lo + mine.count);
-  tensor_.all_reduce_sum(out.values());
+  auto out = weights.gather(kEmbedding, ids, mine.lo, mine.lo + mine.count);
+  if (tensor_.size() > 1) tensor_.all_reduce_sum(out);
   auto factor = config_.embedding_multiplier;
   if (config_.embedding_multiplier_rounded) {
     // Gemma's √h is a number of the weights' type, which in f32 computation is f32.
-    factor = on_.compute == Compute::Bf16 ? static_cast<double>(cpu::round_bf16(static_cast<float>(factor))) : static_cast<double>(static_cast<float>(factor));
+    factor = on_.compute() == Compute::Bf16 ? static_cast<double>(cpu::round_bf16(static_cast<float>(factor))) : static_cast<double>(static_cast<float>(factor));
   }
-  scale(on_, out, factor);
-  if (source_.has(kPositions)) add(on_, out, source_.gather(kPositions, positions, 0, source_.shape(kPositions)[0]));
+  on_.scale(out, factor);
+  if (source_.has(kPositions)) on_.add(out, weights.gather(kPositions, positions, 0, source_.shape(kPositions)[0]));
   return out;
 }
 
 void LanguageModule::scale_logits(Tensor& logits) const {
-  scale(on_, logits, config_.logits_multiplier);
-  softcap(on_, logits, config_.logits_softcap);
+  on_.scale(logits, config_.logits_multiplier);
+  on_.softcap(logits, config_.logits_softcap);
 }
 
 std::vector<float> LanguageModule::compute_language_model_loss(const std::vector<Index>& labels, const Tensor& logits, Index first, Index limit) {
-  CrossEntropy loss(labels, limit);
-  loss.add(on_, logits, first);
-  return loss.finish(tensor_);
+  const auto loss = on_.cross_entropy(on_.ids(labels), limit);
+  loss->add(logits, first);
+  return loss->finish(tensor_);
 }
 
-void LanguageModule::mtp_layer(WeightStream& weights, Index depth, const std::vector<Index>& ids, const std::vector<Index>& positions,
-                               const RopeTable& table, Index length, Tensor& hidden) {
+Tensor LanguageModule::mtp_layer(Weights& weights, Index depth, const Ids& ids, const Ids& positions, const Rope& rope, Index length, const Tensor& hidden) {
   const auto prefix = mtp_prefix(config_.mtp_repeated_layer ? 0 : depth);
-  const auto embedded = embed(ids, positions);
+  const auto embedded = embed(weights, ids, positions);
   const auto e = final_norm(on_, config_, weights, prefix + "enorm", embedded), h = final_norm(on_, config_, weights, prefix + "hnorm", hidden);
   const auto size = config_.hidden_size;
-  Tensor both(hidden.rows(), 2 * size);
-  for (Index r = 0; r < both.rows(); ++r) std::copy(h.row(r), h.row(r) + size, std::copy(e.row(r), e.row(r) + size, both.row(r)));
+  auto both = on_.make(hidden.rows(), 2 * size);
+  on_.copy_pieces(e, 0, 0, both, 0, 0, 1, size);
+  on_.copy_pieces(h, 0, 0, both, size, 0, 1, size);
   // Megatron gathers a column-parallel product here; every rank computes all of it instead.
-  const auto weight = weights.take(prefix + "eh_proj.weight");
-  Tensor joined(hidden.rows(), size);
-  linear(on_, Packed(on_, both), weight, {}, joined);
+  auto joined = on_.make(hidden.rows(), size);
+  on_.linear(on_.pack(both), {weights.take(prefix + "eh_proj.weight"), {}}, joined);
   auto here = rank(weights);
-  layer_forward(here, config_.mtp_layer(depth), prefix + "layer.", table, length, joined);
-  hidden = final_norm(on_, config_, weights, prefix + "final_norm", joined);
+  layer_forward(here, config_.mtp_layer(depth), prefix + "layer.", rope, length, joined);
+  return final_norm(on_, config_, weights, prefix + "final_norm", joined);
 }
 
-Tensor LanguageModule::compute_mtp_single_step(WeightStream& weights, const MtpStep& step) {
+Tensor LanguageModule::compute_mtp_single_step(Weights& weights, const MtpStep& step) {
   shard::require(step.depth >= 0 && step.depth < config_.mtp_num_layers, Code::Mismatch,
                  [&] { return fmt::format("mtp_step.{}: the model predicts {} tokens ahead", step.depth, config_.mtp_num_layers); });
-  auto hidden = step.in_hidden.clone();
+  const auto rows = step.in_hidden.rows();
   // The method passes no rotary table; latent attention builds its own for rows 0 … N−1.
-  const auto table = config_.multi_latent_attention ? rope_table(config_.rope, hidden.rows()) : RopeTable{};
-  mtp_layer(weights, step.depth, step.next_token_ids, step.position_ids, table, hidden.rows(), hidden);
-  return hidden;
+  const auto rope = config_.multi_latent_attention ? on_.rope(config_.rope, rows) : Rope{};
+  return on_.recorded(fmt::format("mtp {} × {}", step.depth, rows), on_.to_device(step.in_hidden), on_.ids(step.next_token_ids), on_.ids(step.position_ids),
+                      [&](const Tensor& hidden, const Ids& ids, const Ids& positions) { return mtp_layer(weights, step.depth, ids, positions, rope, rows, hidden); });
 }
 
 shard::RankStateDict LanguageModule::sharded_state_dict(const std::string& prefix, shard::LayerSpec spec) const {
@@ -227,137 +224,127 @@ void LanguageModule::tie_embeddings_and_output_weights_state_dict(shard::RankSta
   shard::tie_embeddings_and_output_weights_state_dict(dict, role, output_layer_weight_key, first_stage_word_emb_key, 0);
 }
 
-void LanguageModule::note(const std::string& name, const Tensor& hidden, ForwardResult& result, std::mutex& mutex) const {
-  if (tensor_.rank() != 0) return;
-  HiddenStats stats{name, 0, 0, 0, 1469598103934665603ull};
-  double squares = 0;
-  for (const auto value : hidden.values()) {
-    stats.digest = (stats.digest ^ std::bit_cast<std::uint32_t>(value)) * 1099511628211ull;
-    if (!std::isfinite(value)) ++stats.nonfinite;
-    else {
-      squares += static_cast<double>(value) * static_cast<double>(value);
-      stats.max_abs = std::max(stats.max_abs, std::abs(static_cast<double>(value)));
-    }
-  }
-  stats.rms = std::sqrt(squares / std::max<double>(1, static_cast<double>(hidden.values().size())));
-  const std::lock_guard lock(mutex);
-  result.hidden.push_back(std::move(stats));
+void LanguageModule::note(const std::string& name, const Tensor& hidden, std::vector<Noted>& notes) const {
+  if (tensor_.rank() == 0) notes.push_back({name, on_.stats(hidden)});
 }
 
-void LanguageModule::forward(WeightStream& weights, const ForwardRequest& request, ForwardResult& result, std::mutex& mutex) {
+void LanguageModule::forward(Weights& weights, const ForwardRequest& request, ForwardResult& result, std::mutex& mutex) {
   const auto& batch = request.batch;
   setup_embeddings_and_output_layer();
+  const auto rows = batch.batch * batch.length;
+  std::vector<Noted> notes;
+  auto ids = batch.input_ids, positions = batch.position_ids;
   Tensor hidden;
   if (placement_.pre_process) {
-    hidden = embed(batch.input_ids, batch.position_ids);
-    note("embedding", hidden, result, mutex);
+    hidden = embed(weights, on_.ids(ids), on_.ids(positions));
+    note("embedding", hidden, notes);
   } else {
-    hidden = pipeline_.receive(placement_.pipeline_rank - 1);
+    hidden = on_.make(rows, config_.hidden_size);
+    pipeline_.receive(placement_.pipeline_rank - 1, hidden);
   }
-  const auto table = rope_table(config_.rope, batch.length), local = rope_table(config_.rope_local, batch.length);
+  const auto rope = on_.rope(config_.rope, batch.length), local = on_.rope(config_.rope_local, batch.length);
   for (Index l = placement_.first_layer; l < placement_.first_layer + placement_.layers; ++l) {
     const auto& layer = config_.layers[static_cast<std::size_t>(l)];
     auto here = rank(weights);
-    layer_forward(here, layer, layer_prefix(l), layer.local_rope ? local : table, batch.length, hidden);
-    note(fmt::format("layer {}", l), hidden, result, mutex);
+    layer_forward(here, layer, layer_prefix(l), layer.local_rope ? local : rope, batch.length, hidden);
+    note(fmt::format("layer {}", l), hidden, notes);
   }
-  if (!placement_.post_process) return pipeline_.send(placement_.pipeline_rank + 1, std::move(hidden));
-
-  std::vector<Tensor> states;
-  states.push_back(final_norm(on_, config_, weights, "final_norm", hidden));
-  note("final_norm", states.back(), result, mutex);
-  if (request.mtp) {
-    auto ids = batch.input_ids, positions = batch.position_ids;
+  if (placement_.post_process) {
+    std::vector<Tensor> states;
+    states.push_back(final_norm(on_, config_, weights, "final_norm", hidden));
+    note("final_norm", states.back(), notes);
     std::size_t before = 0;  // the state that the next depth starts from; steps lie between
-    for (Index k = 0; k < config_.mtp_num_layers; ++k) {
+    for (Index k = 0; request.mtp && k < config_.mtp_num_layers; ++k) {
       ids = roll_left(ids, batch.length);
       positions = roll_left(positions, batch.length);
-      auto next = states[before].clone();
-      mtp_layer(weights, k, ids, positions, table, batch.length, next);
-      note(fmt::format("mtp {}", k), next, result, mutex);
+      auto next = mtp_layer(weights, k, on_.ids(ids), on_.ids(positions), rope, batch.length, states[before]);
+      note(fmt::format("mtp {}", k), next, notes);
       before = states.size();
       states.push_back(std::move(next));
       for (const auto& step : request.steps)
         if (step.depth == k) states.push_back(compute_mtp_single_step(weights, step));
     }
+    head(weights, request, states, result, mutex);
+  } else {
+    pipeline_.send(placement_.pipeline_rank + 1, std::move(hidden));
   }
-  head(weights, request, states, result, mutex);
+  const std::lock_guard lock(mutex);
+  for (const auto& note : notes) result.hidden.push_back({note.stats(), note.name});
 }
 
-void LanguageModule::head(WeightStream& weights, const ForwardRequest& request, const std::vector<Tensor>& states, ForwardResult& result, std::mutex& mutex) {
+void LanguageModule::head(Weights& weights, const ForwardRequest& request, const std::vector<Tensor>& states, ForwardResult& result, std::mutex& mutex) {
+  // Losses over the stored, the true and the reference's vocabulary; where two are the same size, one serves both.
+  std::vector<Index> limits{vocab_};
+  std::vector<std::size_t> which{0};
+  for (const auto limit : {request.true_vocab, request.reference_vocab}) {
+    const auto known = std::find(limits.begin(), limits.end(), limit);
+    which.push_back(static_cast<std::size_t>(known - limits.begin()));
+    if (known == limits.end()) limits.push_back(limit);
+  }
   // Order of `states`: the decoder, then for each depth its training state followed by its steps.
   struct Output {
     LogitsBlock::Of of;
     Index index;
     const Tensor* hidden;
     Packed packed;
-    std::vector<CrossEntropy> losses;
+    std::vector<std::unique_ptr<LossSum>> losses;
   };
   std::vector<Output> outputs;
   std::vector<std::vector<Index>> labels{request.batch.labels};
   const auto losses = [&](const std::vector<Index>& targets) {
-    std::vector<CrossEntropy> out;
-    for (const auto limit : {vocab_, request.true_vocab, request.reference_vocab}) out.emplace_back(targets, limit);
+    std::vector<std::unique_ptr<LossSum>> out;
+    const auto ids = on_.ids(targets);
+    for (const auto limit : limits) out.push_back(on_.cross_entropy(ids, limit));
     return out;
   };
   std::size_t at = 0;
-  outputs.push_back({LogitsBlock::Of::Main, 0, &states[at], Packed(on_, states[at]), losses(labels[0])});
-  ++at;
+  const auto output = [&](LogitsBlock::Of of, Index index, std::vector<std::unique_ptr<LossSum>> sums) {
+    outputs.push_back({of, index, &states[at], on_.pack(states[at]), std::move(sums)});
+    ++at;
+  };
+  output(LogitsBlock::Of::Main, 0, losses(labels[0]));
   for (Index k = 0; request.mtp && k < config_.mtp_num_layers; ++k) {
     labels.push_back(roll_left(labels.back(), request.batch.length));
-    outputs.push_back({LogitsBlock::Of::Mtp, k, &states[at], Packed(on_, states[at]), losses(labels.back())});
-    ++at;
+    output(LogitsBlock::Of::Mtp, k, losses(labels.back()));
     for (std::size_t s = 0; s < request.steps.size(); ++s)
-      if (request.steps[s].depth == k) {
-        outputs.push_back({LogitsBlock::Of::Step, static_cast<Index>(s), &states[at], Packed(on_, states[at]), {}});
-        ++at;
-      }
+      if (request.steps[s].depth == k) output(LogitsBlock::Of::Step, static_cast<Index>(s), {});
   }
   const auto mine = vocabulary_share();
-  double peak = 0;
-  std::uint64_t nonfinite = 0;
   for (const auto& [first, count] : head_blocks()) {
     const auto block = weights.take(head_name(), first);
     const auto lo = std::max(first, mine.lo), hi = std::min(first + count, mine.lo + mine.count);
     if (lo >= hi) continue;
-    const auto rows = block.row_range(lo - first, hi - lo);
-    for (auto& output : outputs) {
-      Tensor logits(output.hidden->rows(), hi - lo);
-      linear(on_, output.packed, rows, {}, logits);
+    const Linear rows{block.row_range(lo - first, hi - lo), {}};
+    for (auto& out : outputs) {
+      auto logits = on_.make(out.hidden->rows(), hi - lo);
+      on_.linear(out.packed, rows, logits);
       scale_logits(logits);
-      for (auto& loss : output.losses) loss.add(on_, logits, lo);
-      if (output.of == LogitsBlock::Of::Main)
-        for (Index r = 0; r < logits.rows(); ++r)
-          for (Index c = 0; c < std::min(hi, request.true_vocab) - lo; ++c) {
-            const auto value = std::abs(logits.row(r)[c]);
-            if (value <= 3e38f) peak = value > static_cast<float>(peak) ? static_cast<double>(value) : peak;
-            else ++nonfinite;
-          }
-      if (request.on_logits) {
-        const std::lock_guard lock(mutex);
-        request.on_logits({output.of, output.index, lo, logits});
-      }
+      for (auto& loss : out.losses) loss->add(logits, lo);
+      if (!request.on_logits) continue;
+      const auto seen = on_.to_host(logits);
+      const std::lock_guard lock(mutex);
+      request.on_logits({out.of, out.index, lo, seen});
     }
   }
+  const auto seen = outputs[0].losses[which[1]]->seen();
   std::vector<std::vector<std::vector<float>>> found;
-  for (auto& output : outputs) {
+  for (auto& out : outputs) {
     auto& of_output = found.emplace_back();
-    for (auto& loss : output.losses) of_output.push_back(loss.finish(tensor_));
+    for (auto& loss : out.losses) of_output.push_back(loss->finish(tensor_));
   }
+  std::vector<Tensor> step_hidden(request.steps.size());
+  for (const auto& out : outputs)
+    if (out.of == LogitsBlock::Of::Step) step_hidden[static_cast<std::size_t>(out.index)] = on_.to_host(*out.hidden);
   const std::lock_guard lock(mutex);
-  result.peak_logit = std::max(result.peak_logit, peak);
-  result.nonfinite_logits += nonfinite;
+  result.peak_logit = std::max(result.peak_logit, seen.max_abs);
+  result.nonfinite_logits += seen.nonfinite;
   if (tensor_.rank() != 0) return;
   result.mtp.resize(static_cast<std::size_t>(request.mtp ? config_.mtp_num_layers : 0));
   result.mtp_labels.assign(labels.begin() + 1, labels.end());
-  result.step_hidden.resize(request.steps.size());
+  result.step_hidden = std::move(step_hidden);
   for (std::size_t i = 0; i < outputs.size(); ++i) {
-    if (outputs[i].of == LogitsBlock::Of::Step) {
-      result.step_hidden[static_cast<std::size_t>(outputs[i].index)] = outputs[i].hidden->clone();
-      continue;
-    }
-    ForwardResult::Losses losses_here{std::move(found[i][0]), std::move(found[i][1]), std::move(found[i][2])};
-    (outputs[i].of == LogitsBlock::Of::Main ? result.main : result.mtp[static_cast<std::size_t>(outputs[i].index)]) = std::move(losses_here);
+    if (outputs[i].of == LogitsBlock::Of::Step) continue;
+    (outputs[i].of == LogitsBlock::Of::Main ? result.main : result.mtp[static_cast<std::size_t>(outputs[i].index)]) = {found[i][which[0]], found[i][which[1]], found[i][which[2]]};
   }
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "libshard/rank_state_dict.h"
-#include "lm/cross_entropy.h"
 #include "lm/transformer_layer.h"
 
 #include <functional>
@@ -48,11 +47,8 @@ struct LogitsBlock {
   const Tensor& values;
 };
 
-struct HiddenStats {
+struct HiddenStats : TensorStats {
   std::string name;                            ///< "embedding", "layer 3", "final_norm", "mtp 0"
-  double rms = 0, max_abs = 0;
-  std::uint64_t nonfinite = 0;
-  std::uint64_t digest = 0;                    ///< of the values' bits
 };
 
 /// What a whole forward pass leaves; filled by the rank that holds the last stage (statistics by every stage).
@@ -80,12 +76,12 @@ struct ForwardRequest {
 class LanguageModule {
  public:
   /// `source` must hold what the configuration calls for; throws Mismatch naming what is missing or left over.
-  LanguageModule(const shard::TransformerConfig& config, WeightSource& source, Placement placement, Comm tensor, Comm pipeline, Context on);
+  LanguageModule(const shard::TransformerConfig& config, WeightSource& source, Placement placement, Comm& tensor, Comm& pipeline, Ops& on);
 
-  /// The weights that this rank's stage takes, in order, for a request like this one.
+  /// The weights that each rank of this stage takes, in order, for a request like this one.
   std::vector<WeightUse> weight_uses(Index steps, bool mtp) const;
 
-  /// labels [n], logits of this rank's columns from `first`: the loss of every row, unmasked, over all columns of all ranks.
+  /// labels [n], logits of this rank's columns from `first`: the loss of every row, unmasked, over columns [0, limit) of all ranks.
   std::vector<float> compute_language_model_loss(const std::vector<Index>& labels, const Tensor& logits, Index first, Index limit);
   /// Logits of MuP models are scaled, Gemma's are capped.
   void scale_logits(Tensor& logits) const;
@@ -97,7 +93,7 @@ class LanguageModule {
   /// weight. Collective; throws Mismatch where a stage sees another weight.
   void setup_embeddings_and_output_layer();
   /// One MTP step: the new hidden state [N, hidden]; its logits come with the head's blocks. Rows see the rows before them.
-  Tensor compute_mtp_single_step(WeightStream& weights, const MtpStep& step);
+  Tensor compute_mtp_single_step(Weights& weights, const MtpStep& step);
   /// What this rank would save: all of its stage, the first of its copies along data ranks.
   shard::RankStateDict sharded_state_dict(const std::string& prefix, shard::LayerSpec spec = shard::LayerSpec::Local) const;
   /// Makes this stage's output layer, where it is the embedding's copy, one; sharded_state_dict has done so.
@@ -105,24 +101,28 @@ class LanguageModule {
                                                     const std::string& first_stage_word_emb_key) const;
 
   /// The whole pass; collective over all ranks of the model.
-  void forward(WeightStream& weights, const ForwardRequest& request, ForwardResult& result, std::mutex& result_mutex);
+  void forward(Weights& weights, const ForwardRequest& request, ForwardResult& result, std::mutex& result_mutex);
 
  private:
-  Tensor embed(const std::vector<Index>& ids, const std::vector<Index>& positions);
-  void mtp_layer(WeightStream& weights, Index depth, const std::vector<Index>& ids, const std::vector<Index>& positions, const RopeTable& table,
-                 Index length, Tensor& hidden);
-  void head(WeightStream& weights, const ForwardRequest& request, const std::vector<Tensor>& hidden, ForwardResult& result, std::mutex& mutex);
-  void note(const std::string& name, const Tensor& hidden, ForwardResult& result, std::mutex& mutex) const;
+  struct Noted {
+    std::string name;
+    std::function<TensorStats()> stats;
+  };
+  Tensor embed(Weights& weights, const Ids& ids, const Ids& positions);
+  /// MTP layer `depth`: the new hidden state.
+  Tensor mtp_layer(Weights& weights, Index depth, const Ids& ids, const Ids& positions, const Rope& rope, Index length, const Tensor& hidden);
+  void head(Weights& weights, const ForwardRequest& request, const std::vector<Tensor>& hidden, ForwardResult& result, std::mutex& mutex);
+  void note(const std::string& name, const Tensor& hidden, std::vector<Noted>& notes) const;
   std::vector<std::pair<Index, Index>> head_blocks() const;
   Share vocabulary_share() const;
   std::string head_name() const;
-  RankContext rank(WeightStream& weights) const { return {config_, weights, on_, tensor_}; }
+  RankContext rank(Weights& weights) const { return {config_, weights, on_, tensor_}; }
 
   const shard::TransformerConfig& config_;
   WeightSource& source_;
   Placement placement_;
-  Comm tensor_, pipeline_;
-  Context on_;
+  Comm &tensor_, &pipeline_;
+  Ops& on_;
   Index vocab_ = 0;  ///< stored rows
 };
 

@@ -9,8 +9,28 @@
 
 namespace lm {
 
+namespace {
+
+/// How often an MTP layer is taken by steps, at most.
+Index steps_of_a_layer(const shard::TransformerConfig& config, const ForwardRequest& request) {
+  if (config.mtp_repeated_layer) return static_cast<Index>(request.steps.size());
+  std::map<Index, Index> by_depth;
+  Index most = 0;
+  for (const auto& step : request.steps) most = std::max(most, ++by_depth[step.depth]);
+  return most;
+}
+
+StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const ForwardRequest& request, Index steps) {
+  StagePlan out{module.weight_uses(steps, request.mtp), 0, request.batch.batch * request.batch.length};
+  for (const auto& use : out.uses) out.weight_bytes += source.bytes_of(use.name, use.lo, use.count);
+  for (const auto& step : request.steps) out.rows = std::max(out.rows, step.in_hidden.rows());
+  return out;
+}
+
+}  // namespace
+
 RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, const shard::TransformerConfig& config, const ForwardRequest& request,
-                    const RunOptions& options) {
+                    const RunOptions& options, Device& device) {
   using shard::Code;
   const auto start = std::chrono::steady_clock::now();
   check_config(config);
@@ -21,41 +41,44 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   WeightSource source(from, kernels, options.compute);
   RunReport report;
   std::mutex mutex;
+  const Ranks ranks{tp, pp, options.compute, std::max(1u, options.threads / static_cast<unsigned>(tp))};
+
+  // What each stage takes is known from its place alone.
+  std::vector<StagePlan> plans;
+  {
+    const auto nowhere = host_device();
+    nowhere->prepare({}, config, {});
+    Group alone(1);
+    const auto comm = nowhere->comm(alone, 0, 0, 0);
+    std::vector<WeightUse> all;
+    for (int p = 0; p < pp; ++p) {
+      const LanguageModule stage(config, source, placement_of(config, p, pp), *comm, *comm, nowhere->ops(0, 0));
+      plans.push_back(plan_of(stage, source, request, steps_of_a_layer(config, request)));
+      all.insert(all.end(), plans.back().uses.begin(), plans.back().uses.end());
+    }
+    refuse_unused(from.describe(), all);
+  }
+  device.prepare(ranks, config, plans);
+
   std::vector<std::unique_ptr<Group>> tensor_groups, pipeline_groups;
   for (int p = 0; p < pp; ++p) tensor_groups.push_back(std::make_unique<Group>(tp));
   for (int t = 0; t < tp; ++t) pipeline_groups.push_back(std::make_unique<Group>(pp));
-  const Context on{options.compute, std::max(1u, options.threads / static_cast<unsigned>(tp))};
-  std::vector<std::unique_ptr<LanguageModule>> modules;
   std::vector<std::unique_ptr<WeightStream>> streams;
-  std::vector<WeightUse> all;
-  const auto steps = [&](Index) {
-    std::map<Index, Index> by_depth;
-    for (const auto& step : request.steps) ++by_depth[step.depth];
-    Index most = 0;
-    for (const auto& [depth, count] : by_depth) most = std::max(most, config.mtp_repeated_layer ? static_cast<Index>(request.steps.size()) : count);
-    return most;
-  }(0);
-  for (int p = 0; p < pp; ++p)
-    for (int t = 0; t < tp; ++t) {
-      modules.push_back(std::make_unique<LanguageModule>(config, source, placement_of(config, p, pp), Comm(*tensor_groups[static_cast<std::size_t>(p)], t),
-                                                         Comm(*pipeline_groups[static_cast<std::size_t>(t)], p), on));
-      if (t > 0) continue;
-      auto uses = modules.back()->weight_uses(steps, request.mtp);
-      all.insert(all.end(), uses.begin(), uses.end());
-    }
-  refuse_unused(from.describe(), all);
-  for (int p = 0; p < pp; ++p) {
-    auto uses = modules[static_cast<std::size_t>(p * tp)]->weight_uses(steps, request.mtp);
-    streams.push_back(std::make_unique<WeightStream>(source, std::move(uses), options.memory / static_cast<std::uint64_t>(pp), options.stop, on.threads));
+  for (auto& plan : plans) {
+    for (auto& use : plan.uses) use.times = device.resident() ? 1 : use.times * tp;
+    streams.push_back(std::make_unique<WeightStream>(source, std::move(plan.uses), options.memory / static_cast<std::uint64_t>(pp), options.stop, ranks.threads));
   }
   const auto fail = [&] {
     for (auto& group : tensor_groups) group->fail();
     for (auto& group : pipeline_groups) group->fail();
   };
   run_ranks(tp * pp, fail, [&](int rank) {
-    const auto p = static_cast<std::size_t>(rank / tp);
-    modules[static_cast<std::size_t>(rank)]->forward(*streams[p], request, report.result, mutex);
-    if (rank % tp == 0) streams[p]->drain();
+    const auto p = rank / tp, t = rank % tp;
+    auto& stream = *streams[static_cast<std::size_t>(p)];
+    const auto tensor = device.comm(*tensor_groups[static_cast<std::size_t>(p)], t, p, t), pipeline = device.comm(*pipeline_groups[static_cast<std::size_t>(t)], p, p, t);
+    LanguageModule module(config, source, placement_of(config, p, pp), *tensor, *pipeline, device.ops(p, t));
+    module.forward(device.weights(stream, p, t), request, report.result, mutex);
+    if (t == 0) stream.drain();
   });
   report.findings = source.findings(options.threads);
   report.weights = source.stats();

@@ -1,6 +1,7 @@
-// A checkpoint's forward pass on ranks that are threads: the whole of what `validate` and a resident server ask for.
+// A checkpoint's forward pass on ranks that are threads, each with its place on a device: the whole of what `validate` and a resident server ask for.
 #pragma once
 
+#include "lm/device.h"
 #include "lm/language_module.h"
 
 namespace lm {
@@ -24,6 +25,6 @@ struct RunReport {
 /// Throws Mismatch where weights and configuration do not fit, BadLayout for layouts that the model cannot have. Results are
 /// the same for every number of threads, and for one rank the same for every format and layout of the checkpoint.
 RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, const shard::TransformerConfig& config, const ForwardRequest& request,
-                    const RunOptions& options);
+                    const RunOptions& options, Device& device);
 
 }  // namespace lm

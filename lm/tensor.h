@@ -1,4 +1,4 @@
-// Activations and weights as the ops see them: rows of f32 for activations, rows of f32 or bf16 for weights.
+// Activations and weights as the ops see them.
 #pragma once
 
 #include "libshard/box.h"
@@ -9,26 +9,31 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <utility>
+#include <vector>
 
 namespace lm {
 
 using shard::Index;
 
-/// What products take and what every op's result is rounded to. In Bf16 activations stay in f32 storage, each value rounded
+/// What products take and what every op's result is rounded to. In Bf16 the host keeps activations in f32, each value rounded
 /// to bf16 where torch would store it; sums are f32 in both.
 enum class Compute { F32, Bf16 };
 
-/// Row-major f32 [rows, columns], owned. Not zeroed.
+/// Row-major [rows, columns], owned, not zeroed: f32 on the host. A device chooses memory and type, which its ops alone read.
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(Index rows, Index columns)
-      : rows_(rows), columns_(columns), memory_(take_buffer(static_cast<std::size_t>(rows * columns) * sizeof(float))),
-        data_(reinterpret_cast<float*>(memory_.get())) {}
+  Tensor(Index rows, Index columns) : Tensor(take_buffer(static_cast<std::size_t>(rows * columns) * sizeof(float)), shard::DType::F32, rows, columns) {}
+  Tensor(std::shared_ptr<std::byte> memory, shard::DType type, Index rows, Index columns)
+      : rows_(rows), columns_(columns), type_(type), memory_(std::move(memory)), data_(reinterpret_cast<float*>(memory_.get())) {}
   Tensor(Tensor&&) = default;
   Tensor& operator=(Tensor&&) = default;
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
+  shard::DType dtype() const { return type_; }
+  std::byte* data() const { return memory_.get(); }
+  // What follows is for the host.
   float* row(Index r) { return data_ + r * columns_; }
   const float* row(Index r) const { return data_ + r * columns_; }
   std::span<float> values() { return {data_, static_cast<std::size_t>(rows_ * columns_)}; }
@@ -41,8 +46,15 @@ class Tensor {
 
  private:
   Index rows_ = 0, columns_ = 0;
+  shard::DType type_ = shard::DType::F32;
   std::shared_ptr<std::byte> memory_;  // never shared: copies are made by clone()
   float* data_ = nullptr;
+};
+
+/// Token ids, labels or positions, and the copy that a device works from.
+struct Ids {
+  std::vector<Index> host;
+  std::shared_ptr<std::byte> device;  ///< int64
 };
 
 /// A view of a weight [rows, columns] (a vector has one row); keeps its memory alive.

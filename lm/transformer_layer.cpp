@@ -3,24 +3,16 @@
 
 #include "libshard/error.h"
 
-#include <algorithm>
-#include <cmath>
-
 namespace lm {
 namespace {
 
 using shard::Code;
 using shard::TransformerConfig;
 
-/// A linear's weight and bias, whole.
-struct Parameters {
-  Weight weight, bias;
-};
-
 class Layer {
  public:
-  Layer(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const RopeTable& table, Index length)
-      : rank_(rank), config_(rank.config), on_(rank.on), layer_(layer), prefix_(prefix), table_(table), length_(length) {}
+  Layer(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length)
+      : rank_(rank), config_(rank.config), on_(rank.on), layer_(layer), prefix_(prefix), rope_(rope), length_(length) {}
 
   void run(Tensor& hidden) {
     auto normed = norm("attention.norm", hidden);
@@ -29,58 +21,57 @@ class Layer {
     if (config_.parallel_residual) {
       // Both branches start from the same residual; NeoX adds them to each other first.
       auto fed = feed_forward(norm("mlp.norm", hidden));
-      lm::add(on_, fed, attended);
-      lm::add(on_, hidden, fed);
+      on_.add(fed, attended);
+      on_.add(hidden, fed);
       return;
     }
-    join(hidden, normed, attended);
-    auto between = norm("mlp.norm", hidden);
+    if (config_.residual_post_layernorm) hidden = std::move(normed);
+    auto between = on_.add_normalize(hidden, attended, norm_of(config_.layernorm_epsilon), parameters("mlp.norm"));
     auto fed = feed_forward(between);
     if (has("mlp.post_norm.weight")) fed = norm("mlp.post_norm", fed);
-    join(hidden, between, fed);
+    if (config_.residual_post_layernorm) hidden = std::move(between);
+    on_.add(hidden, fed);
   }
 
  private:
   bool has(const std::string& name) const { return rank_.weights.has(prefix_ + name); }
   Weight take(const std::string& name) { return rank_.weights.take(prefix_ + name); }
   Weight take_if(const std::string& name) { return has(name) ? take(name) : Weight{}; }
-  Parameters parameters(const std::string& name) {
+  Linear parameters(const std::string& name) {
     auto weight = take(name + ".weight");
     return {std::move(weight), take_if(name + ".bias")};
   }
-  void expect(const Parameters& p, const std::string& name, Index rows, Index columns) const {
+  void expect(const Linear& p, const std::string& name, Index rows, Index columns) const {
     shard::require(p.weight.rows == rows && p.weight.columns == columns, Code::Mismatch, [&] {
       return fmt::format("{}{}.weight: is [{}, {}]; the model's configuration makes it [{}, {}]", prefix_, name, p.weight.rows, p.weight.columns, rows, columns);
     });
     shard::require(!p.bias || p.bias.columns == rows, Code::Mismatch, [&] { return fmt::format("{}{}.bias: has {} numbers for {} rows", prefix_, name, p.bias.columns, rows); });
   }
+  Norm norm_of(double epsilon) const { return {config_.normalization, epsilon, config_.layernorm_zero_centered_gamma}; }
   Tensor norm(const std::string& name, const Tensor& x) {
-    auto p = parameters(name);
-    return normalize(on_, x, config_.normalization, config_.layernorm_epsilon, config_.layernorm_zero_centered_gamma, p.weight, p.bias);
-  }
-  void join(Tensor& hidden, Tensor& normed, const Tensor& branch) {
-    if (config_.residual_post_layernorm) hidden = std::move(normed);
-    lm::add(on_, hidden, branch);
+    return on_.normalize(x, norm_of(config_.layernorm_epsilon), parameters(name));
   }
 
-  /// The rows [lo, lo + count) of a linear: this rank's outputs.
-  Tensor column_parallel(const Packed& x, const Parameters& p, Index lo, Index count) {
-    Tensor out(x.tokens(), count);
-    linear(on_, x, p.weight.row_range(lo, count), p.bias ? p.bias.column_range(lo, count) : Weight{}, out);
+  /// The rows [lo, lo + count) of a linear.
+  static Linear rows_of(const Linear& p, Index lo, Index count) { return {p.weight.row_range(lo, count), p.bias ? p.bias.column_range(lo, count) : Weight{}}; }
+  /// Columns [lo, lo + count); the bias is the first rank's to add.
+  Linear columns_of(const Linear& p, Index lo, Index count) const { return {p.weight.column_range(lo, count), rank_.tensor.rank() == 0 ? p.bias : Weight{}}; }
+  Tensor linear(const Packed& x, const Linear& by) {
+    auto out = on_.make(x.tokens, by.weight.rows);
+    on_.linear(x, by, out);
     return out;
   }
-  /// This rank's inputs are columns [lo, lo + x.columns()); the sum over ranks, bias added once.
-  Tensor row_parallel(const Tensor& x, const Parameters& p, Index lo) {
-    Tensor out(x.rows(), p.weight.rows);
-    const bool bias = p.bias && rank_.tensor.rank() == 0;
-    linear(on_, Packed(on_, x), p.weight.column_range(lo, x.columns()), bias ? p.bias : Weight{}, out);
+  Tensor column_parallel(const Packed& x, const Linear& p, Index lo, Index count) { return linear(x, rows_of(p, lo, count)); }
+  /// This rank's inputs are columns [lo, lo + x.columns()); the sum over ranks.
+  Tensor row_parallel(const Tensor& x, const Linear& p, Index lo) {
+    auto out = linear(on_.pack(x), columns_of(p, lo, x.columns()));
     reduce(out);
     return out;
   }
   void reduce(Tensor& x) {
     if (rank_.tensor.size() == 1) return;
-    rank_.tensor.all_reduce_sum(x.values());
-    round_values(on_, x.values());
+    rank_.tensor.all_reduce_sum(x);
+    on_.round(x);
   }
 
   Tensor attention(const Tensor& x) {
@@ -92,47 +83,45 @@ class Layer {
     expect(wq, "attention.q", heads * size, config_.hidden_size);
     expect(wk, "attention.k", config_.num_query_groups * size, config_.hidden_size);
     expect(wv, "attention.v", config_.num_query_groups * size, config_.hidden_size);
-    const Packed packed(on_, x);
+    const auto packed = on_.pack(x);
     auto q = column_parallel(packed, wq, mine.lo * size, mine.count * size);
     auto k = column_parallel(packed, wk, group * size, groups * size);
     const auto v = column_parallel(packed, wv, group * size, groups * size);
-    head_norm("attention.q_norm", q, mine.count, size, mine.lo);
-    head_norm("attention.k_norm", k, groups, size, group);
+    head_norm("attention.q_norm", q, mine.count, size);
+    head_norm("attention.k_norm", k, groups, size);
     if (layer_.rope) {
-      apply_rope(on_, table_, q.row(0), q.rows(), q.columns(), mine.count, size, length_);
-      apply_rope(on_, table_, k.row(0), k.rows(), k.columns(), groups, size, length_);
+      on_.apply_rope(rope_, q, 0, mine.count, size, length_);
+      on_.apply_rope(rope_, k, 0, groups, size, length_);
     }
     const auto sinks = take_if("attention.sinks");
     AttentionShape shape{x.rows() / length_, length_, mine.count, ratio, mine.lo - group * ratio, size, size, layer_.softmax_scale,
                          config_.attention_softcap, layer_.window, config_.off_by_one_softmax};
-    const auto values = lm::attention(on_, shape, q, k, v, sinks ? sinks.column_range(mine.lo, mine.count) : Weight{});
+    const auto values = on_.attention(shape, q, k, v, sinks ? sinks.column_range(mine.lo, mine.count) : Weight{});
     const auto out = parameters("attention.out");
     expect(out, "attention.out", config_.hidden_size, heads * size);
     return row_parallel(values, out, mine.lo * size);
   }
 
-  /// Over each head's lanes, or (one weight for all lanes of all heads) over the row.
-  void head_norm(const std::string& name, Tensor& x, Index heads, Index size, Index) {
+  /// Over each head's lanes.
+  void head_norm(const std::string& name, Tensor& x, Index heads, Index size) {
     if (!has(name + ".weight")) {
-      if (config_.qk_l2_norm) normalize_pieces(on_, x.row(0), x.rows(), x.columns(), heads, size, shard::Normalization::RMSNorm, config_.layernorm_epsilon, false, {}, {});
+      if (config_.qk_l2_norm) on_.normalize_pieces(x, heads, size, {shard::Normalization::RMSNorm, config_.layernorm_epsilon, false}, {});
       return;
     }
     const auto p = parameters(name);
     shard::require(p.weight.columns == size, Code::Mismatch, [&] { return fmt::format("{}{}.weight: has {} numbers; a head has {}", prefix_, name, p.weight.columns, size); });
-    normalize_pieces(on_, x.row(0), x.rows(), x.columns(), heads, size, config_.normalization, config_.layernorm_epsilon, config_.layernorm_zero_centered_gamma, p.weight, p.bias);
+    on_.normalize_pieces(x, heads, size, norm_of(config_.layernorm_epsilon), p);
   }
 
   void latent_norm(const std::string& name, Tensor& x, Index width) {
-    if (!has(name + ".weight")) return;
-    const auto p = parameters(name);
-    normalize_pieces(on_, x.row(0), x.rows(), x.columns(), 1, width, config_.normalization, config_.latent_norm_epsilon, config_.layernorm_zero_centered_gamma, p.weight, p.bias);
+    if (has(name + ".weight")) on_.normalize_pieces(x, 1, width, norm_of(config_.latent_norm_epsilon), parameters(name));
   }
 
   Tensor latent_attention(const Tensor& x) {
     const auto heads = config_.num_attention_heads, nope = config_.qk_head_dim, turned = config_.qk_pos_emb_head_dim, width = nope + turned,
                value = config_.v_head_dim, latent = config_.kv_lora_rank;
     const auto mine = share_of(heads, rank_.tensor.rank(), rank_.tensor.size());
-    const Packed packed(on_, x);
+    const auto packed = on_.pack(x);
     Tensor q;
     if (config_.q_lora_rank) {
       const auto down = parameters("attention.q_down");
@@ -141,7 +130,7 @@ class Layer {
       latent_norm("attention.q_norm", small, config_.q_lora_rank);
       const auto up = parameters("attention.q_up");
       expect(up, "attention.q_up", heads * width, config_.q_lora_rank);
-      q = column_parallel(Packed(on_, small), up, mine.lo * width, mine.count * width);
+      q = column_parallel(on_.pack(small), up, mine.lo * width, mine.count * width);
     } else {
       const auto whole = parameters("attention.q");
       expect(whole, "attention.q", heads * width, config_.hidden_size);
@@ -153,24 +142,20 @@ class Layer {
     latent_norm("attention.kv_norm", compressed, latent);
     const auto up = parameters("attention.kv_up");
     expect(up, "attention.kv_up", heads * (nope + value), latent);
-    Tensor small(x.rows(), latent);
-    for (Index r = 0; r < x.rows(); ++r) std::copy(compressed.row(r), compressed.row(r) + latent, small.row(r));
-    const auto kv = column_parallel(Packed(on_, small), up, mine.lo * (nope + value), mine.count * (nope + value));
+    auto small = on_.make(x.rows(), latent);
+    on_.copy_pieces(compressed, 0, 0, small, 0, 0, 1, latent);
+    const auto kv = column_parallel(on_.pack(small), up, mine.lo * (nope + value), mine.count * (nope + value));
     if (layer_.rope) {
-      apply_rope(on_, table_, q.row(0) + nope, q.rows(), q.columns(), mine.count, width, length_);
-      apply_rope(on_, table_, compressed.row(0) + latent, x.rows(), compressed.columns(), 1, turned, length_);
+      on_.apply_rope(rope_, q, nope, mine.count, width, length_);
+      on_.apply_rope(rope_, compressed, latent, 1, turned, length_);
     }
-    Tensor k(x.rows(), mine.count * width), v(x.rows(), mine.count * value);
-    for (Index r = 0; r < x.rows(); ++r)
-      for (Index h = 0; h < mine.count; ++h) {
-        const auto* from = kv.row(r) + h * (nope + value);
-        auto* key = std::copy(from, from + nope, k.row(r) + h * width);
-        std::copy(compressed.row(r) + latent, compressed.row(r) + latent + turned, key);
-        std::copy(from + nope, from + nope + value, v.row(r) + h * value);
-      }
+    auto k = on_.make(x.rows(), mine.count * width), v = on_.make(x.rows(), mine.count * value);
+    on_.copy_pieces(kv, 0, nope + value, k, 0, width, mine.count, nope);
+    on_.copy_pieces(compressed, latent, 0, k, nope, width, mine.count, turned);
+    on_.copy_pieces(kv, nope, nope + value, v, 0, value, mine.count, value);
     AttentionShape shape{x.rows() / length_, length_, mine.count, 1, 0, width, value, layer_.softmax_scale, config_.attention_softcap, layer_.window,
                          config_.off_by_one_softmax};
-    const auto values = lm::attention(on_, shape, q, k, v, {});
+    const auto values = on_.attention(shape, q, k, v, {});
     const auto out = parameters("attention.out");
     expect(out, "attention.out", config_.hidden_size, heads * value);
     return row_parallel(values, out, mine.lo * value);
@@ -178,39 +163,30 @@ class Layer {
 
   Tensor feed_forward(const Tensor& x) { return layer_.moe ? mixture(x) : dense(x, "mlp."); }
 
-  /// Rows of gate and up, columns of down. The partial sum: the caller reduces.
-  Tensor partial_mlp(const Packed& x, const std::string& name, const std::vector<float>* row_weights) {
-    Parameters gate;
+  /// This rank's part of a feed-forward's weights.
+  FeedForward feed_forward_of(const std::string& name) {
+    Linear gate;
     if (config_.gated_linear_unit) gate = parameters(name + "gate");
     const auto up = parameters(name + "up");
-    const auto mine = share_of(up.weight.rows, rank_.tensor.rank(), rank_.tensor.size());
-    expect(up, name + "up", up.weight.rows, config_.hidden_size);
-    Tensor left, right = column_parallel(x, up, mine.lo, mine.count);
-    if (config_.gated_linear_unit) {
-      expect(gate, name + "gate", up.weight.rows, config_.hidden_size);
-      left = column_parallel(x, gate, mine.lo, mine.count);
-    }
-    activate(on_, config_, config_.gated_linear_unit ? &left : nullptr, right);
-    if (row_weights) {  // Megatron weighs an expert's rows before its second linear; that linear's bias is weighed as well
-      for (Index r = 0; r < right.rows(); ++r)
-        for (Index c = 0; c < right.columns(); ++c) right.row(r)[c] *= (*row_weights)[static_cast<std::size_t>(r)];
-      round_values(on_, right.values());
-    }
+    const auto width = up.weight.rows;
+    const auto mine = share_of(width, rank_.tensor.rank(), rank_.tensor.size());
+    expect(up, name + "up", width, config_.hidden_size);
+    if (config_.gated_linear_unit) expect(gate, name + "gate", width, config_.hidden_size);
     const auto down = parameters(name + "down");
-    expect(down, name + "down", config_.hidden_size, up.weight.rows);
-    Tensor out(right.rows(), config_.hidden_size);
-    const bool bias = down.bias && rank_.tensor.rank() == 0;
-    linear(on_, Packed(on_, right), down.weight.column_range(mine.lo, mine.count), bias && !row_weights ? down.bias : Weight{}, out);
-    if (bias && row_weights) {
-      for (Index r = 0; r < out.rows(); ++r)
-        for (Index c = 0; c < out.columns(); ++c) out.row(r)[c] += down.bias.at(0, c) * (*row_weights)[static_cast<std::size_t>(r)];
-      round_values(on_, out.values());
-    }
-    return out;
+    expect(down, name + "down", config_.hidden_size, width);
+    return {config_.gated_linear_unit ? rows_of(gate, mine.lo, mine.count) : Linear{}, rows_of(up, mine.lo, mine.count), columns_of(down, mine.lo, mine.count)};
+  }
+
+  /// The partial sum: the caller reduces.
+  Tensor partial_mlp(const Packed& x, const FeedForward& by) {
+    auto up = linear(x, by.up);
+    const auto gate = by.gate.weight ? linear(x, by.gate) : Tensor();
+    on_.activate(config_, by.gate.weight ? &gate : nullptr, up);
+    return linear(on_.pack(up), by.down);
   }
 
   Tensor dense(const Tensor& x, const std::string& name) {
-    auto out = partial_mlp(Packed(on_, x), name, nullptr);
+    auto out = partial_mlp(on_.pack(x), feed_forward_of(name));
     reduce(out);
     return out;
   }
@@ -218,79 +194,25 @@ class Layer {
   Tensor mixture(const Tensor& x) {
     const auto router = parameters("mlp.router");
     expect(router, "mlp.router", config_.num_experts, config_.hidden_size);
-    Tensor logits(x.rows(), config_.num_experts);
-    const bool fp32 = on_.compute == Compute::F32 || config_.router.fp32;
-    if (fp32 && on_.compute != Compute::F32) {  // both operands widened, as moe_router_dtype fp32 does
-      for (Index r = 0; r < x.rows(); ++r)
-        for (Index e = 0; e < config_.num_experts; ++e) {
-          double sum = router.bias ? static_cast<double>(router.bias.at(0, e)) : 0.0;
-          for (Index c = 0; c < x.columns(); ++c) sum += static_cast<double>(x.row(r)[c]) * static_cast<double>(router.weight.at(e, c));
-          logits.row(r)[e] = static_cast<float>(sum);
-        }
-    } else {
-      linear(on_, Packed(on_, x), router.weight, router.bias, logits);
-    }
-    const auto routing = route(on_, config_.router, logits, take_if("mlp.router.expert_bias"));
-    Tensor out(x.rows(), config_.hidden_size);
-    std::fill(out.values().begin(), out.values().end(), 0.0f);
-    for (Index e = 0; e < config_.num_experts; ++e) {
-      const auto name = fmt::format("mlp.experts.{}.", e);
-      std::vector<Index> rows;
-      std::vector<float> weights;
-      for (std::size_t i = 0; i < routing.expert.size(); ++i)
-        if (routing.expert[i] == e) {
-          rows.push_back(static_cast<Index>(i) / routing.topk);
-          weights.push_back(routing.weight[i]);
-        }
-      if (rows.empty()) {
-        pass(name);
-        continue;
-      }
-      Tensor chosen(static_cast<Index>(rows.size()), x.columns());
-      for (std::size_t i = 0; i < rows.size(); ++i) {
-        const auto* from = x.row(rows[i]);
-        const auto factor = config_.moe_probs_on_input ? weights[i] : 1.0f;
-        for (Index c = 0; c < x.columns(); ++c) chosen.row(static_cast<Index>(i))[c] = from[c] * factor;
-      }
-      if (config_.moe_probs_on_input) {
-        round_values(on_, chosen.values());
-        std::fill(weights.begin(), weights.end(), 1.0f);
-      }
-      const auto part = partial_mlp(Packed(on_, chosen), name, &weights);
-      for (std::size_t i = 0; i < rows.size(); ++i) {
-        auto* to = out.row(rows[i]);
-        for (Index c = 0; c < out.columns(); ++c) to[c] += part.row(static_cast<Index>(i))[c];
-        round_values(on_, {to, static_cast<std::size_t>(out.columns())});
-      }
-    }
+    const auto logits = config_.router.fp32 ? on_.linear_f32(x, router) : linear(on_.pack(x), router);
+    const auto routing = on_.route(config_.router, logits, take_if("mlp.router.expert_bias"));
+    auto out = on_.experts(config_, x, routing, [&](Index e) { return feed_forward_of(fmt::format("mlp.experts.{}.", e)); });
     if (has("mlp.shared.up.weight")) {
-      auto shared = partial_mlp(Packed(on_, x), "mlp.shared.", nullptr);
-      if (has("mlp.shared.gate_weight")) {
-        const auto gate = take("mlp.shared.gate_weight");
-        Tensor open(x.rows(), 1);
-        linear(on_, Packed(on_, x), gate, {}, open);
-        for (Index r = 0; r < x.rows(); ++r)
-          for (Index c = 0; c < shared.columns(); ++c) shared.row(r)[c] *= 1.0f / (1.0f + std::exp(-open.row(r)[0]));
-        round_values(on_, shared.values());
-      }
-      lm::add(on_, out, shared);
+      const auto packed = on_.pack(x);
+      auto shared = partial_mlp(packed, feed_forward_of("mlp.shared."));
+      if (has("mlp.shared.gate_weight")) on_.gate_rows(shared, linear(packed, {take("mlp.shared.gate_weight"), {}}));
+      on_.add(out, shared);
     }
     reduce(out);
     return out;
   }
 
-  /// Takes an expert's weights and lets them go: no token came.
-  void pass(const std::string& name) {
-    for (const auto* part : {"gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight", "down.bias"})
-      if ((config_.gated_linear_unit || part[0] != 'g') && has(name + part)) take(name + part);
-  }
-
   RankContext& rank_;
   const TransformerConfig& config_;
-  const Context& on_;
+  Ops& on_;
   const shard::LayerConfig& layer_;
   std::string prefix_;
-  const RopeTable& table_;
+  const Rope& rope_;
   Index length_;
 };
 
@@ -348,9 +270,9 @@ std::vector<WeightUse> layer_uses(const WeightSource& source, const TransformerC
   return out;
 }
 
-void layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const RopeTable& table, Index length,
+void layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length,
                    Tensor& hidden) {
-  Layer(rank, layer, prefix, table, length).run(hidden);
+  Layer(rank, layer, prefix, rope, length).run(hidden);
 }
 
 }  // namespace lm

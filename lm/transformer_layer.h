@@ -14,18 +14,18 @@ namespace lm {
 /// What the layers of one rank share.
 struct RankContext {
   const shard::TransformerConfig& config;
-  WeightStream& weights;
-  Context on;
-  Comm tensor;
+  Weights& weights;
+  Ops& on;
+  Comm& tensor;
 };
 
 /// The weights that layer `prefix` uses, in order.
 std::vector<WeightUse> layer_uses(const WeightSource& source, const shard::TransformerConfig& config, const shard::LayerConfig& layer,
                                   const std::string& prefix, int times);
 
-/// `hidden` [batch·length, hidden] becomes the layer's output; rows are sequences of `length` after one another. `table` has
+/// `hidden` [batch·length, hidden] becomes the layer's output; rows are sequences of `length` after one another. `rope` has
 /// the angles of positions 0 … length−1, or nothing where no rotation is wanted.
-void layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const RopeTable& table, Index length,
+void layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length,
                    Tensor& hidden);
 
 /// [lo, lo + count) of `all` things cut in `size` nearly equal runs.

@@ -45,6 +45,11 @@ WeightSource::Rows WeightSource::rows_of(const std::string& name, Index lo, Inde
   return {dict_.at(name), lo, count, columns, type};
 }
 
+std::uint64_t WeightSource::bytes_of(const std::string& name, Index lo, Index count) const {
+  const auto rows = rows_of(name, lo, count);
+  return static_cast<std::uint64_t>(rows.count * rows.columns) * size_of(rows.type);
+}
+
 std::shared_ptr<const MappedFile> WeightSource::mapped(std::uint32_t stream) {
   const auto file = dict_.streams[stream].file;
   const std::lock_guard lock(mutex_);

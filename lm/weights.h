@@ -49,6 +49,8 @@ class WeightSource {
   /// Natural shape. Throws Mismatch where there is no such tensor.
   const shard::Shape& shape(const std::string& name) const;
   shard::DType dtype(const std::string& name) const;
+  /// Bytes that read() gives.
+  std::uint64_t bytes_of(const std::string& name, Index lo = 0, Index count = -1) const;
   /// A weight in its file's memory, for as long as the weight is held; not looked at.
   struct View {
     Weight weight;
@@ -99,15 +101,27 @@ class WeightSource {
   std::atomic<std::uint64_t> viewed_ = 0;
 };
 
+/// A rank's weights as its layers ask for them, in the memory of the rank's ops.
+class Weights {
+ public:
+  virtual ~Weights() = default;
+  virtual bool has(const std::string& name) const = 0;
+  /// Throws Mismatch where the model holds no such weight.
+  virtual Weight take(const std::string& name, Index lo = 0) = 0;
+  /// Rows of a table, one for each id [ids, columns]; ids outside [lo, hi) give zeros.
+  virtual Tensor gather(const std::string& name, const Ids& ids, Index lo, Index hi) = 0;
+};
+
 /// Reads `plan` ahead on a thread of its own. Thread safe for several takers.
-class WeightStream {
+class WeightStream : public Weights {
  public:
   /// `budget`: bytes that may lie read and not let go; one weight is always allowed. `threads`: for looking at weights in files.
   WeightStream(WeightSource& source, std::vector<WeightUse> plan, std::uint64_t budget, const std::atomic<bool>* stop, unsigned threads = 1);
-  ~WeightStream();
-  /// Waits for it. Throws what reading threw; Mismatch where the plan does not hold it.
-  Weight take(const std::string& name, Index lo = 0);
-  bool has(const std::string& name) const { return source_.has(name); }
+  ~WeightStream() override;
+  /// Waits for it. Throws what reading threw.
+  Weight take(const std::string& name, Index lo = 0) override;
+  bool has(const std::string& name) const override { return source_.has(name); }
+  Tensor gather(const std::string& name, const Ids& ids, Index lo, Index hi) override { return source_.gather(name, ids.host, lo, hi); }
   WeightSource& source() { return source_; }
   /// Waits until all of the plan was read and looked at.
   void drain();

@@ -2,13 +2,13 @@
 #include "lm/cpu/kernel.h"
 #include "lm/cpu/numbers.h"
 #include "lm/cpu/workers.h"
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-namespace lm {
+namespace lm::cpu {
 namespace {
 
 constexpr Index kQueries = 48;
@@ -113,4 +113,4 @@ Tensor attention(const Context& on, const AttentionShape& shape, const Tensor& q
   return out;
 }
 
-}  // namespace lm
+}  // namespace lm::cpu

@@ -1,7 +1,7 @@
 // Norms, activations and sums: row by row, statistics in f32.
 #include "lm/cpu/numbers.h"
 #include "lm/cpu/workers.h"
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 #include "libshard/error.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@ SHARD_CLONES float max_of(const float* x, Index n) {
 
 }  // namespace lm::cpu
 
-namespace lm {
+namespace lm::cpu {
 namespace {
 
 using cpu::round_bf16;
@@ -205,4 +205,4 @@ void softcap(const Context& on, Tensor& a, double cap) {
   round_values(on, a.values());
 }
 
-}  // namespace lm
+}  // namespace lm::cpu

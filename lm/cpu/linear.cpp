@@ -2,13 +2,13 @@
 #include "lm/cpu/kernel.h"
 #include "lm/cpu/numbers.h"
 #include "lm/cpu/workers.h"
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 #include "libshard/error.h"
 
 #include <algorithm>
 #include <cstring>
 
-namespace lm {
+namespace lm::cpu {
 namespace {
 
 using cpu::kPanel;
@@ -170,4 +170,4 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
   });
 }
 
-}  // namespace lm
+}  // namespace lm::cpu

@@ -1,13 +1,13 @@
 // Tables of cos and sin, computed in f32 as torch does, and the turn itself.
 #include "lm/cpu/numbers.h"
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 #include "libshard/error.h"
 
 #include <algorithm>
 #include <cmath>
 #include <numbers>
 
-namespace lm {
+namespace lm::cpu {
 namespace {
 
 using shard::RopeConfig;
@@ -127,4 +127,4 @@ void apply_rope(const Context& on, const RopeTable& table, float* first, Index r
   });
 }
 
-}  // namespace lm
+}  // namespace lm::cpu

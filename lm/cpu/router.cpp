@@ -1,6 +1,6 @@
 // Which experts a token goes to, and with what weight.
 #include "lm/cpu/numbers.h"
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 #include "libshard/error.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 #include <limits>
 #include <numeric>
 
-namespace lm {
+namespace lm::cpu {
 namespace {
 
 using shard::RouterConfig;
@@ -92,4 +92,4 @@ Routing route(const Context& on, const RouterConfig& config, const Tensor& logit
   return out;
 }
 
-}  // namespace lm
+}  // namespace lm::cpu

@@ -4,6 +4,7 @@
 #include "formats/kernels.h"
 #include "libshard/families/megatron.h"
 #include "libshard/translate.h"
+#include "lm/device.h"
 #include "tests/libshard/memory_checkpoint.h"
 
 #include <doctest/doctest.h>
@@ -60,10 +61,13 @@ TEST_CASE("sharded_state_dict of every stage and tensor rank, stages uneven") {
       const auto [config, model] = small(tied, depths);
       const testing::Memory checkpoint(logical(model));
       WeightSource source(checkpoint, formats::kernels(), Compute::F32);
+      const auto device = host_device();
+      device->prepare({2, 2, Compute::F32, 1}, config, {});
       Group tensor(2), pipeline(2);
       for (int p = 0; p < 2; ++p)
         for (int t = 0; t < 2; ++t) {
-          const LanguageModule module(config, source, placement_of(config, p, 2), Comm(tensor, t), Comm(pipeline, p), {});
+          LocalComm of_tensor(tensor, t), of_pipeline(pipeline, p);
+          const LanguageModule module(config, source, placement_of(config, p, 2), of_tensor, of_pipeline, device->ops(p, t));
           auto dict = module.sharded_state_dict("");
           shard::Parallel parallel;
           parallel.tp = parallel.etp = parallel.pp = 2;

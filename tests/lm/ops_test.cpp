@@ -1,7 +1,7 @@
 // Every op against the plainest loops that mean the same.
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 
-#include "lm/cross_entropy.h"
+#include "lm/cpu/cross_entropy.h"
 
 #include <doctest/doctest.h>
 
@@ -12,6 +12,7 @@
 #include <random>
 
 using namespace lm;
+using namespace lm::cpu;
 
 namespace {
 
@@ -45,8 +46,8 @@ TEST_CASE("linear is the sum of products, for odd sizes, both weight types and a
     std::vector<std::uint16_t> storage;
     for (const auto& weight : {view(w), as_bf16(w, storage)}) {
       Tensor one(tokens, out), two(tokens, out);
-      linear({Compute::F32, 1}, Packed({Compute::F32, 1}, x), weight, view(bias), one);
-      linear({Compute::F32, 3}, Packed({Compute::F32, 3}, x), weight, view(bias), two);
+      linear({Compute::F32, 1}, cpu::Packed({Compute::F32, 1}, x), weight, view(bias), one);
+      linear({Compute::F32, 3}, cpu::Packed({Compute::F32, 3}, x), weight, view(bias), two);
       CHECK(same_bits(one, two));
       for (Index t = 0; t < tokens; ++t)
         for (Index n = 0; n < out; ++n) {
@@ -63,8 +64,8 @@ TEST_CASE("a linear's rows and columns do not depend on what else is computed wi
   const auto x = random_tensor(40, 300, random), w = random_tensor(100, 300, random);
   const Context on{Compute::F32, 2};
   Tensor whole(40, 100), part(40, 17);
-  linear(on, Packed(on, x), view(w), {}, whole);
-  linear(on, Packed(on, x), view(w).row_range(61, 17), {}, part);
+  linear(on, cpu::Packed(on, x), view(w), {}, whole);
+  linear(on, cpu::Packed(on, x), view(w).row_range(61, 17), {}, part);
   for (Index t = 0; t < 40; ++t)
     for (Index n = 0; n < 17; ++n) REQUIRE(part.row(t)[n] == whole.row(t)[61 + n]);
 }
@@ -78,7 +79,7 @@ TEST_CASE("linear in bf16 rounds its result once") {
   std::vector<std::uint16_t> storage;
   const auto weight = as_bf16(w, storage);
   Tensor out(9, 30);
-  linear(on, Packed(on, x), weight, {}, out);
+  linear(on, cpu::Packed(on, x), weight, {}, out);
   for (Index t = 0; t < 9; ++t)
     for (Index n = 0; n < 30; ++n) {
       double sum = 0;
@@ -219,13 +220,13 @@ TEST_CASE("cross entropy: blocks, limits, ranks and labels that are no tokens") 
       Group group(ranks);
       std::vector<std::vector<float>> found(static_cast<std::size_t>(ranks));
       run_ranks(ranks, [&] { group.fail(); }, [&](int rank) {
-        CrossEntropy loss(labels, limit);
+        CrossEntropy loss({Compute::F32, 1}, labels, limit);
         for (Index lo = rank; lo < 6; lo += ranks) {  // blocks of ten columns
           Tensor block(11, 10);
           for (Index r = 0; r < 11; ++r) std::copy(logits.row(r) + lo * 10, logits.row(r) + lo * 10 + 10, block.row(r));
-          loss.add({Compute::F32, 1}, block, lo * 10);
+          loss.add(block, lo * 10);
         }
-        Comm comm(group, rank);
+        LocalComm comm(group, rank);
         found[static_cast<std::size_t>(rank)] = loss.finish(comm);
       });
       for (const auto& of_rank : found)

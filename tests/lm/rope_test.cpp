@@ -1,5 +1,5 @@
 // Rotary tables in every variant against formulas written out in f64.
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 
 #include "libshard/error.h"
 
@@ -9,6 +9,7 @@
 #include <numbers>
 
 using namespace lm;
+using namespace lm::cpu;
 using shard::RopeConfig;
 
 namespace {
