@@ -38,7 +38,7 @@ void check_config(const shard::TransformerConfig& config) {
   }
   for (const auto* rope : {&config.rope, &config.rope_local}) {
     if (rope->type == shard::RopeConfig::Type::None) continue;
-    within("rotated lanes", rope->dim, 0, lanes);
+    within("rotated lanes", rope->dim + rope->dim % 2, 0, lanes);
     number("rotary base", rope->base, true);
     number("rotary factor", rope->factor, true);
     number("rotary concentration", rope->concentration, false);
