@@ -1,6 +1,7 @@
 // Reading shared options; signals only set a flag that the executor looks at.
 #include "cli/options.h"
 
+#include "cli/device.h"
 #include "libshard/error.h"
 #include "lm/mapped_file.h"
 
@@ -50,8 +51,11 @@ void RunOptions::add_to(CLI::App& command) {
 }
 
 shard::Budget RunOptions::budget() const {
-  shard::require(device == "cpu" || device == "auto", shard::Code::Device,
-                 [&] { return fmt::format("--device {}: no command runs on CUDA devices yet; cpu is there", device); });
+  require_cpu(device);
+  return limits();
+}
+
+shard::Budget RunOptions::limits() const {
   const auto cores = std::max(1u, std::thread::hardware_concurrency());
   shard::require(threads <= 4096, shard::Code::Usage, [&] { return fmt::format("--threads {}: should be at most 4096", threads); });
   return {threads ? threads : cores, parse_size(memory), &stop};

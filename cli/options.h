@@ -22,8 +22,9 @@ struct RunOptions {
   std::string memory = "256MiB", device = "cpu";
   bool quiet = false, verbose = false, json = false;
   void add_to(CLI::App& command);
-  /// Threads, memory and the stop flag that signals set. Throws Usage for sizes that are none, Device for devices that
-  /// are not here.
+  /// Threads, memory and the stop flag that signals set. Throws Usage for sizes that are none.
+  shard::Budget limits() const;
+  /// The same for commands that only the CPU runs: throws Device where another device is asked for.
   shard::Budget budget() const;
 };
 

@@ -1,5 +1,6 @@
 // shardkit validate: runs the model that a checkpoint describes and judges what comes out.
 #include "cli/commands.h"
+#include "cli/model_device.h"
 #include "cli/options.h"
 #include "cli/validate.h"
 #include "formats/kernels.h"
@@ -148,7 +149,7 @@ void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch
 
 }  // namespace
 
-Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
+Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device) {
   const auto start = std::chrono::steady_clock::now();
   const int given = !ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty();
   shard::require(given <= 1 && (ask.reference.empty() || ask.against.empty()), Code::Usage, [] { return "command line: give one of --reference, --tokens and --text; --against goes with tokens or text"; });
@@ -161,6 +162,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   v.family = model.checkpoint.family.empty() ? model.config.family : model.checkpoint.family;
   v.layout = model.checkpoint.parallel;
   v.compute = ask.compute;
+  v.device = device.name();
   v.tp = ask.tp;
   v.pp = ask.pp;
   v.vocab = model.vocab;
@@ -197,8 +199,6 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
   lm::ForwardRequest request{batch, reference ? reference->steps : kNone, model.vocab, reference_vocab, {}, true};
   if (comparer) request.on_logits = [&](const lm::LogitsBlock& block) { comparer->on_logits(block); };
   v.load_seconds = since(start);
-  const auto host = lm::host_device();
-  auto& device = *host;
   const auto report = run_model(reader, formats::kernels(), model.config, request, options, device);
   model.checkpoint.files->refuse_changed();
   v.load_seconds += report.load_seconds;
@@ -245,7 +245,9 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget) {
 namespace {
 
 int run_validate(const ValidateAsk& ask) {
-  const auto v = validate(ask, ask.run.budget());
+  const auto where = model_device(ask.run.device, ask.attention);
+  auto v = validate(ask, ask.run.limits(), *where.device);
+  if (ask.run.device == "auto") v.notes.push_back(fmt::format("device {}: {}", v.device, where.why));
   if (!ask.html.empty()) write_validation_html(ask.html, v);
   if (!ask.junit.empty()) write_validation_junit(ask.junit, v);
   if (ask.run.json) print_json(validation_json(v));
@@ -266,6 +268,7 @@ void add_validate(CLI::App& app, Action& action) {
   command->add_option("--tp", ask->tp, "Tensor parallel ranks, as threads (default 1)");
   command->add_option("--pp", ask->pp, "Pipeline stages, as threads (default 1)");
   command->add_option("--compute", ask->compute, "f32 or bf16 (default f32)");
+  add_attention_option(*command, ask->attention);
   command->add_option("--max-loss", ask->max_loss, "Fail above this mean loss");
   command->add_option("--html", ask->html, "Write a report as one HTML page")->type_name("FILE");
   command->add_option("--junit", ask->junit, "Write the checks as JUnit XML")->type_name("FILE");

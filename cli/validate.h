@@ -10,15 +10,15 @@
 namespace cli {
 
 struct ValidateAsk {
-  std::string path, reference, against, tokens, text, compute = "f32", html, junit;
+  std::string path, reference, against, tokens, text, compute = "f32", attention = "auto", html, junit;
   std::optional<double> max_loss;
   int tp = 1, pp = 1;
   ModelOptions model;
   RunOptions run;
 };
 
-/// Opens, computes, judges; prints and writes nothing. Takes threads, memory and the stop flag from `budget`, not from `ask.run`.
+/// Opens, computes on `device`, judges; prints and writes nothing. Takes threads, memory and the stop flag from `budget`, not from `ask.run`.
 /// Throws shard::Error as `shardkit validate` ends; Io where the stop flag was set.
-Validation validate(const ValidateAsk& ask, const shard::Budget& budget);
+Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device);
 
 }  // namespace cli

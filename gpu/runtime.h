@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,15 +16,19 @@ struct DeviceInfo {
   std::string name;
   int major = 0, minor = 0;                    ///< compute capability
   int multiprocessors = 0;
-  std::uint64_t memory = 0, free = 0;          ///< bytes
+  std::uint64_t memory = 0, free = 0;          ///< bytes; `free` is 0 as probe() gives it
+  std::string id;                              ///< the board's own, "GPU-…": equal in every process that sees it
 };
 
 /// The devices that can run this build's kernels; never throws and never loads more than the driver.
 struct Probe {
   std::vector<DeviceInfo> devices;
   std::string why;                             ///< where there are none: one clause
+  std::map<int, std::string> refused;          ///< those that are there and cannot, by index: one clause
 };
 Probe probe();
+/// Whether the host plays the device.
+bool is_emulated();
 
 /// Makes a device the calling thread's: everything below happens there.
 void use_device(int index);
@@ -47,6 +52,8 @@ class Stream {
   void* handle_;
 };
 void wait(StreamView stream);
+/// Whether its work is done, without waiting for it; throws what failed in it.
+bool done(StreamView stream);
 
 /// A point in a stream's work.
 class Event {

@@ -1,5 +1,5 @@
 // Bit patterns of the floating types narrower than f64, free of branches so that loops over them vectorise.
-// Knows no spans and checks nothing. constexpr, so that kernels of gpu/ can call it.
+// Knows no spans and checks nothing. Kernels of devices are made of the same functions.
 #pragma once
 
 #include <bit>
@@ -26,7 +26,11 @@
 #else
 #define SHARD_CLONES
 #endif
+#ifdef __CUDACC__
+#define SHARD_INLINE __host__ __device__ __forceinline__
+#else
 #define SHARD_INLINE __attribute__((always_inline)) inline  // a call would leave the clone's instruction set
+#endif
 
 namespace shard {
 

@@ -20,6 +20,7 @@ struct Ranks {
 /// What a stage will hold and compute: known before anything is read.
 struct StagePlan {
   std::vector<WeightUse> uses;
+  std::vector<std::string> gathered;           ///< tables whose rows are picked by id, which need not be among `uses`
   std::uint64_t weight_bytes = 0;              ///< as products take them
   Index rows = 0;                              ///< batch·length of the largest pass
 };
@@ -31,12 +32,14 @@ class Device {
   virtual std::string name() const = 0;
   /// Readies for these stages, before anything is read. Throws Device where they do not fit, saying what is missing and what would fit.
   virtual void prepare(const Ranks& ranks, const shard::TransformerConfig& config, const std::vector<StagePlan>& stages) = 0;
-  /// Whether weights stay on the device, each read once, rather than pass by as layers take them.
-  virtual bool resident() const = 0;
+  /// How the stage's ranks together take from its stream what the plan says of each.
+  virtual std::vector<WeightUse> takes(int stage) const = 0;
+  // What follows is called on the rank's own thread.
   virtual Ops& ops(int stage, int tensor_rank) = 0;
-  /// This rank's end of a group of the process's ranks.
-  virtual std::unique_ptr<Comm> comm(Group& group, int member, int stage, int tensor_rank) = 0;
-  /// The stage's weights for that rank; where resident, all of `stream` is brought to the device first. Valid until the next run's.
+  enum class Axis { Tensor, Pipeline };
+  /// The rank's end of its group along `axis`; `group` joins those ranks as threads.
+  virtual std::unique_ptr<Comm> comm(Group& group, Axis axis, int stage, int tensor_rank) = 0;
+  /// The stage's weights for that rank; a device that keeps them brings all of `stream` to its memory first. Valid until the next run's.
   virtual Weights& weights(WeightStream& stream, int stage, int tensor_rank) = 0;
 };
 

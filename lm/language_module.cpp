@@ -131,6 +131,14 @@ std::vector<WeightUse> LanguageModule::weight_uses(Index steps, bool mtp) const 
   return out;
 }
 
+std::vector<std::string> LanguageModule::gathered_weights() const {
+  std::vector<std::string> out;
+  if (!placement_.pre_process && !placement_.mtp_process) return out;
+  out.push_back(kEmbedding);
+  if (source_.has(kPositions)) out.push_back(kPositions);
+  return out;
+}
+
 std::optional<std::string> LanguageModule::shared_embedding_or_output_weight() const {
   if (placement_.pre_process || placement_.mtp_process) return kEmbedding;
   if (placement_.post_process) return head_name();

@@ -81,6 +81,9 @@ class LanguageModule {
   /// The weights that each rank of this stage takes, in order, for a request like this one.
   std::vector<WeightUse> weight_uses(Index steps, bool mtp) const;
 
+  /// The tables that it gathers rows of.
+  std::vector<std::string> gathered_weights() const;
+
   /// labels [n], logits of this rank's columns from `first`: the loss of every row, unmasked, over columns [0, limit) of all ranks.
   std::vector<float> compute_language_model_loss(const std::vector<Index>& labels, const Tensor& logits, Index first, Index limit);
   /// Logits of MuP models are scaled, Gemma's are capped.

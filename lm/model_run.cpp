@@ -21,7 +21,7 @@ Index steps_of_a_layer(const shard::TransformerConfig& config, const ForwardRequ
 }
 
 StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const ForwardRequest& request, Index steps) {
-  StagePlan out{module.weight_uses(steps, request.mtp), 0, request.batch.batch * request.batch.length};
+  StagePlan out{module.weight_uses(steps, request.mtp), module.gathered_weights(), 0, request.batch.batch * request.batch.length};
   for (const auto& use : out.uses) out.weight_bytes += source.bytes_of(use.name, use.lo, use.count);
   for (const auto& step : request.steps) out.rows = std::max(out.rows, step.in_hidden.rows());
   return out;
@@ -49,7 +49,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
     const auto nowhere = host_device();
     nowhere->prepare({}, config, {});
     Group alone(1);
-    const auto comm = nowhere->comm(alone, 0, 0, 0);
+    const auto comm = nowhere->comm(alone, Device::Axis::Tensor, 0, 0);
     std::vector<WeightUse> all;
     for (int p = 0; p < pp; ++p) {
       const LanguageModule stage(config, source, placement_of(config, p, pp), *comm, *comm, nowhere->ops(0, 0));
@@ -64,10 +64,8 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   for (int p = 0; p < pp; ++p) tensor_groups.push_back(std::make_unique<Group>(tp));
   for (int t = 0; t < tp; ++t) pipeline_groups.push_back(std::make_unique<Group>(pp));
   std::vector<std::unique_ptr<WeightStream>> streams;
-  for (auto& plan : plans) {
-    for (auto& use : plan.uses) use.times = device.resident() ? 1 : use.times * tp;
-    streams.push_back(std::make_unique<WeightStream>(source, std::move(plan.uses), options.memory / static_cast<std::uint64_t>(pp), options.stop, ranks.threads));
-  }
+  for (int p = 0; p < pp; ++p)
+    streams.push_back(std::make_unique<WeightStream>(source, device.takes(p), options.memory / static_cast<std::uint64_t>(pp), options.stop, ranks.threads));
   const auto fail = [&] {
     for (auto& group : tensor_groups) group->fail();
     for (auto& group : pipeline_groups) group->fail();
@@ -75,8 +73,10 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   run_ranks(tp * pp, fail, [&](int rank) {
     const auto p = rank / tp, t = rank % tp;
     auto& stream = *streams[static_cast<std::size_t>(p)];
-    const auto tensor = device.comm(*tensor_groups[static_cast<std::size_t>(p)], t, p, t), pipeline = device.comm(*pipeline_groups[static_cast<std::size_t>(t)], p, p, t);
-    LanguageModule module(config, source, placement_of(config, p, pp), *tensor, *pipeline, device.ops(p, t));
+    auto& ops = device.ops(p, t);
+    const auto tensor = device.comm(*tensor_groups[static_cast<std::size_t>(p)], Device::Axis::Tensor, p, t),
+               pipeline = device.comm(*pipeline_groups[static_cast<std::size_t>(t)], Device::Axis::Pipeline, p, t);
+    LanguageModule module(config, source, placement_of(config, p, pp), *tensor, *pipeline, ops);
     module.forward(device.weights(stream, p, t), request, report.result, mutex);
     if (t == 0) stream.drain();
   });

@@ -76,6 +76,10 @@ class LossSum {
   virtual Seen seen() = 0;
 };
 
+/// The end of every LossSum: what a rank saw of each row – the maximum, the sum of e^(x − maximum) and the label's logit (0 where another
+/// rank has it) – joined over ranks.
+std::vector<float> join_losses(const std::vector<Index>& labels, Index limit, std::vector<float> top, std::vector<double> sum, std::vector<float> target, Comm& tensor);
+
 /// One rank's device. Every result is rounded once, to what compute() stores.
 class Ops {
  public:

@@ -132,6 +132,7 @@ void WeightSource::note(const std::string& name, Index lo, const Weight& weight,
   const auto bad = sight.nonfinite ? shard::count_nonfinite({weight.data, count * size_of(weight.dtype)}, weight.dtype) : shard::NonFinite{};
   const std::lock_guard lock(mutex_);
   auto& seen = seen_[name];
+  if (seen.squares.contains(lo)) return;  // several ranks may bring the same rows
   if (sight.nonfinite && !seen.nonfinite) seen.first = seen.elements + bad.first;
   if (seen.elements == 0) seen.value = weight.at(0, 0);
   seen.constant = seen.constant && sight.constant && weight.at(0, 0) == seen.value;

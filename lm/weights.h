@@ -49,6 +49,8 @@ class WeightSource {
   /// Natural shape. Throws Mismatch where there is no such tensor.
   const shard::Shape& shape(const std::string& name) const;
   shard::DType dtype(const std::string& name) const;
+  /// What read() gives it as.
+  shard::DType type_of(const std::string& name) const { return rows_of(name, 0, -1).type; }
   /// Bytes that read() gives.
   std::uint64_t bytes_of(const std::string& name, Index lo = 0, Index count = -1) const;
   /// A weight in its file's memory, for as long as the weight is held; not looked at.
@@ -79,7 +81,7 @@ class WeightSource {
     float value = 0;
     bool constant = true, matrix = false;
     float max_abs = 0;
-    std::map<Index, std::pair<double, std::uint64_t>> squares;  ///< sum and count of the rows from here; ranks may read the same
+    std::map<Index, std::pair<double, std::uint64_t>> squares;  ///< sum and count of the rows from here
   };
 
   struct Rows {
@@ -122,7 +124,7 @@ class WeightStream : public Weights {
   Weight take(const std::string& name, Index lo = 0) override;
   bool has(const std::string& name) const override { return source_.has(name); }
   Tensor gather(const std::string& name, const Ids& ids, Index lo, Index hi) override { return source_.gather(name, ids.host, lo, hi); }
-  WeightSource& source() { return source_; }
+  const WeightSource& source() const { return source_; }
   /// Waits until all of the plan was read and looked at.
   void drain();
   /// What takers together waited for weights, and looked at them.

@@ -135,9 +135,10 @@ Record Queue::run(Job& job) {
   }
   const auto start = std::chrono::steady_clock::now();
   try {
+    const auto device = lm::host_device();
     auto budget = budget_;
     budget.stop = &job.stop;
-    const auto validation = validate(job.ask, budget);
+    const auto validation = validate(job.ask, budget, *device);
     record.state = validation.ok() ? State::Sound : State::Bad;
     record.status = validation.ok() ? 0 : 1;
     record.loss = validation.loss_true_vocab;

@@ -1,6 +1,7 @@
 // The runtime over CUDA's, linked statically: the driver is loaded by the first call and its absence is an answer.
 #include "gpu/runtime.h"
 
+#include "gpu/architectures.h"
 #include "gpu/cuda/check.h"
 
 namespace gpu {
@@ -8,14 +9,24 @@ namespace {
 
 cudaStream_t raw(StreamView stream) { return static_cast<cudaStream_t>(stream.handle); }
 
-std::string arch_text(int major, int minor) { return fmt::format("{}.{}", major, minor); }
+/// As nvidia-smi writes it.
+std::string text_of(const cudaUUID_t& id) {
+  std::string out = "GPU";
+  for (int i = 0; i < 16; ++i) out += fmt::format("{}{:02x}", i == 0 || i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", static_cast<unsigned char>(id.bytes[i]));
+  return out;
+}
+
+/// All but its free memory, which would take a context there.
+DeviceInfo described(int index) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "asking for a device");
+  return {index, properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem, 0, text_of(properties.uuid)};
+}
 
 }  // namespace
 
 DeviceInfo device_info(int index) {
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, index), "asking for a device");
-  DeviceInfo out{index, properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem, 0};
+  auto out = described(index);
   int before = 0;
   check(cudaGetDevice(&before), "asking for a device");
   check(cudaSetDevice(index), "choosing a device");
@@ -43,21 +54,20 @@ Probe probe() {
     return out;
   }
   for (int i = 0; i < count; ++i) {
-    cudaDeviceProp properties;
-    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
-    if (properties.major < 8) {
-      out.why = fmt::format("device {} ({}) has compute capability {}; 8.0 is the least", i, properties.name, arch_text(properties.major, properties.minor));
-      continue;
-    }
     try {
-      out.devices.push_back(device_info(i));
+      const auto info = described(i);
+      if (has_code(SHARDKIT_CUDA_ARCHITECTURES, info.major, info.minor)) out.devices.push_back(info);
+      else out.refused[i] = fmt::format("device {} ({}) has compute capability {}.{}; this build has code for {}", i, info.name, info.major, info.minor, SHARDKIT_CUDA_ARCHITECTURES);
     } catch (const shard::Error& error) {
-      out.why = fmt::format("device {}: {}", i, error.what());
+      out.refused[i] = fmt::format("device {}: {}", i, error.what());
     }
   }
+  if (out.devices.empty() && !out.refused.empty()) out.why = out.refused.begin()->second;
   if (out.devices.empty() && out.why.empty()) out.why = "driver found, no device visible";
   return out;
 }
+
+bool is_emulated() { return false; }
 
 void use_device(int index) { check(cudaSetDevice(index), "choosing a device"); }
 
@@ -69,6 +79,11 @@ Stream::Stream() {
 Stream::~Stream() { cudaStreamDestroy(static_cast<cudaStream_t>(handle_)); }
 void Stream::wait() const { gpu::wait(*this); }
 void wait(StreamView stream) { check(cudaStreamSynchronize(raw(stream)), "waiting for a stream"); }
+bool done(StreamView stream) {
+  const auto status = cudaStreamQuery(raw(stream));
+  if (status != cudaErrorNotReady) check(status, "asking for a stream");
+  return status == cudaSuccess;
+}
 
 Event::Event() {
   cudaEvent_t made;

@@ -15,6 +15,8 @@ namespace gpu {
 
 /// Runs `work` when the stream is waited for, in order; device memory can be touched by it alone.
 void enqueue(StreamView on, std::function<void()> work);
+/// From inside `work` alone: other threads' streams go on while `wait` waits for them; it must not touch device memory nor throw.
+void let_others_work(const std::function<void()>& wait);
 
 template <typename Kernel>
 class Block {

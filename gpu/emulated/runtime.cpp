@@ -2,14 +2,17 @@
 // else, so that a missing wait and a host access to a device's pointer show.
 #include "gpu/runtime.h"
 
+#include "gpu/emulated/device.h"
 #include "gpu/kernel.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <deque>
 #include <map>
 #include <mutex>
+#include <thread>
 
 namespace gpu {
 namespace {
@@ -22,6 +25,7 @@ class Arena {
   Arena() : base_(static_cast<std::byte*>(mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) { free_[0] = kArena; }
   std::byte* take(std::size_t bytes) {
     const auto size = (bytes + kPage - 1) / kPage * kPage;
+    if (bytes > kArena || used_ + size > limit) out_of_memory(bytes);
     for (auto at = free_.begin(); at != free_.end(); ++at) {
       if (at->second < size) continue;
       const auto [first, room] = *at;
@@ -31,7 +35,7 @@ class Arena {
       used_ += size;
       return base_ + first;
     }
-    shard::fail(shard::Code::Device, "device: out of memory: {} bytes are asked for, {} of {} are free", bytes, kArena - used_, kArena);
+    out_of_memory(bytes);
   }
   void give_back(std::byte* memory) {
     const auto first = static_cast<std::size_t>(memory - base_);
@@ -51,9 +55,14 @@ class Arena {
       }
   }
   void open(bool yes) { mprotect(base_, kArena, yes ? PROT_READ | PROT_WRITE : PROT_NONE); }
-  std::uint64_t used() const { return used_; }
+  std::uint64_t free() const { return limit - std::min<std::uint64_t>(limit, used_); }
+  std::size_t limit = kArena;
 
  private:
+  [[noreturn]] void out_of_memory(std::size_t bytes) const {
+    shard::fail(shard::Code::Device, "device: out of memory: {} bytes are asked for, {} of {} are free", bytes, free(), limit);
+  }
+
   std::byte* base_;
   std::map<std::size_t, std::size_t> free_, taken_;
   std::uint64_t used_ = 0;
@@ -65,6 +74,7 @@ struct Queue {
   std::deque<Work> work;
   std::uint64_t given = 0, done = 0;
   std::shared_ptr<std::vector<Work>> recording;
+  std::thread::id runner;                      ///< whose thread is in its work
 };
 
 struct Point {
@@ -77,6 +87,8 @@ struct Machine {
   std::recursive_mutex mutex;
   Arena arena;
   int depth = 0;
+  Emulated told;
+  std::uint64_t done = 0;                      ///< pieces of work
 };
 Machine& machine() {
   static auto* const one = new Machine;  // outlives every buffer
@@ -88,23 +100,48 @@ Queue& queue(StreamView stream) { return *static_cast<Queue*>(stream.handle); }
 void run_until(Queue& queue, std::uint64_t number) {
   auto& all = machine();
   const std::lock_guard lock(all.mutex);
+  const auto me = std::this_thread::get_id();
+  shard::require(queue.runner == std::thread::id() || queue.runner == me, shard::Code::Device, [] { return "emulated device: two threads wait for one stream"; });
   while (queue.done < number && !queue.work.empty()) {
+    const auto before = std::exchange(queue.runner, me);
     const auto work = std::move(queue.work.front());
     queue.work.pop_front();
+    if (all.told.pause.count() > 0) std::this_thread::sleep_for(all.told.pause);
+    shard::require(all.done++ < all.told.lost_after, shard::Code::Device, [] { return "device: lost (emulated)"; });
     if (all.depth++ == 0) all.arena.open(true);
     struct Close {
       Machine& all;
       Queue& queue;
+      std::thread::id before;
       ~Close() {
         ++queue.done;
+        queue.runner = before;
         if (--all.depth == 0) all.arena.open(false);
       }
-    } close{all, queue};
+    } close{all, queue, before};
     work();
   }
 }
 
 }  // namespace
+
+void emulate(const Emulated& device) {
+  auto& all = machine();
+  const std::lock_guard lock(all.mutex);
+  all.told = device;
+  all.arena.limit = std::min(device.memory, kArena);
+}
+
+void let_others_work(const Work& wait) {
+  auto& all = machine();
+  const int depth = std::exchange(all.depth, 0);  // each level holds the lock once
+  all.arena.open(false);
+  for (int i = 0; i < depth; ++i) all.mutex.unlock();
+  wait();
+  for (int i = 0; i < depth; ++i) all.mutex.lock();
+  all.arena.open(true);
+  all.depth = depth;
+}
 
 void enqueue(StreamView on, Work work) {
   auto& to = queue(on);
@@ -116,9 +153,10 @@ void enqueue(StreamView on, Work work) {
 
 DeviceInfo device_info(int index) {
   shard::require(index == 0, shard::Code::Device, [&] { return fmt::format("device {}: there is one emulated device, 0", index); });
-  return {0, "emulated on the host", 9, 0, 4, kArena, kArena - machine().arena.used()};
+  return {0, "emulated on the host", 9, 0, 4, machine().arena.limit, machine().arena.free(), fmt::format("EMULATED-{}", ::getpid())};
 }
-Probe probe() { return {{device_info(0)}, ""}; }
+Probe probe() { return {{device_info(0)}, "", {}}; }
+bool is_emulated() { return true; }
 void use_device(int index) { device_info(index); }
 
 Stream::Stream() : handle_(new Queue) {}
@@ -132,6 +170,10 @@ Stream::~Stream() {
 }
 void Stream::wait() const { gpu::wait(*this); }
 void wait(StreamView stream) { run_until(queue(stream), queue(stream).given); }
+bool done(StreamView stream) {
+  wait(stream);
+  return true;
+}
 
 Event::Event() : handle_(new std::shared_ptr<Point>(std::make_shared<Point>())) {}
 Event::~Event() { delete static_cast<std::shared_ptr<Point>*>(handle_); }

@@ -76,6 +76,7 @@ struct Numbers {
 
   Numbers() = default;
   explicit Numbers(const View& view) : data(view.data), type(view.type) {}
+  GPU_CODE Numbers(const std::byte* first, shard::DType of) : data(first), type(of) {}
   GPU_CODE bool given() const { return data != nullptr; }
   GPU_CODE float operator[](std::int64_t i) const {
     const auto* halves = reinterpret_cast<const std::uint16_t*>(data);
@@ -104,6 +105,19 @@ struct Numbers {
   }
 };
 
+/// Where results go, of a type known when the kernel runs: F32 or BF16.
+struct Results {
+  std::byte* data = nullptr;
+  shard::DType type = shard::DType::F32;
+
+  GPU_CODE void set(std::int64_t i, float value) const {
+    if (type == shard::DType::F32) reinterpret_cast<float*>(data)[i] = value;
+    else reinterpret_cast<Bf16*>(data)[i] = narrow<Bf16>(value);
+  }
+  /// The value that set() would store.
+  GPU_CODE float as_stored(float value) const { return type == shard::DType::F32 ? value : rounded<Bf16>(value); }
+};
+
 // What the host checks and chooses before a launch.
 
 /// Calls body(T{}) for the storage type of activations.
@@ -120,6 +134,10 @@ inline bool is_number_type(shard::DType type) {
 inline Numbers numbers(const View& view) {
   shard::require(!view || is_number_type(view.type), shard::Code::Device, [&] { return fmt::format("device: weights of type {}", shard::name(view.type)); });
   return Numbers(view);
+}
+inline Results results(const View& view) {
+  shard::require(view.type == shard::DType::F32 || view.type == shard::DType::BF16, shard::Code::Device, [&] { return fmt::format("device: activations of type {}", shard::name(view.type)); });
+  return {view.data, view.type};
 }
 /// Whether every row of a view can be taken N elements at a time.
 inline bool in_packs(const View& view, int n) {

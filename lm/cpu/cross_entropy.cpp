@@ -66,25 +66,6 @@ LossSum::Seen CrossEntropy::seen() {
   return out;
 }
 
-std::vector<float> CrossEntropy::finish(Comm& tensor) {
-  auto top = top_;
-  tensor.all_reduce_max(top);
-  std::vector<float> out(labels_.size());
-  if (tensor.size() > 1) {
-    std::vector<float> sums(labels_.size());
-    for (std::size_t i = 0; i < sums.size(); ++i)
-      sums[i] = sum_[i] == 0 ? 0.0f : static_cast<float>(sum_[i] * std::exp(static_cast<double>(top_[i]) - static_cast<double>(top[i])));
-    tensor.all_reduce_sum(target_);
-    tensor.all_reduce_sum(sums);
-    for (std::size_t i = 0; i < sums.size(); ++i) sum_[i] = static_cast<double>(sums[i]);
-  }
-  for (std::size_t i = 0; i < out.size(); ++i) {
-    // A label out of range counts as p = 0 behind the shift, not before it.
-    const bool known = labels_[i] >= 0 && labels_[i] < limit_;
-    const auto p = known ? static_cast<double>(target_[i]) - static_cast<double>(top[i]) : 0.0;
-    out[i] = static_cast<float>(std::log(sum_[i]) - p);
-  }
-  return out;
-}
+std::vector<float> CrossEntropy::finish(Comm& tensor) { return join_losses(labels_, limit_, top_, sum_, target_, tensor); }
 
 }  // namespace lm::cpu

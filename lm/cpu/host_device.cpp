@@ -11,18 +11,26 @@ namespace {
 class HostDevice : public Device {
  public:
   std::string name() const override { return "cpu"; }
-  void prepare(const Ranks& ranks, const shard::TransformerConfig&, const std::vector<StagePlan>&) override {
+  void prepare(const Ranks& ranks, const shard::TransformerConfig&, const std::vector<StagePlan>& stages) override {
     ranks_ = ranks;
+    stages_ = stages;
     ops_.clear();
     for (int i = 0; i < ranks.tensor * ranks.pipeline; ++i) ops_.emplace_back(cpu::Context{ranks.compute, ranks.threads});
   }
-  bool resident() const override { return false; }
+  std::vector<WeightUse> takes(int stage) const override {
+    auto uses = stages_[static_cast<std::size_t>(stage)].uses;
+    for (auto& use : uses) use.times *= ranks_.tensor;
+    return uses;
+  }
   Ops& ops(int stage, int tensor_rank) override { return ops_[static_cast<std::size_t>(stage * ranks_.tensor + tensor_rank)]; }
-  std::unique_ptr<Comm> comm(Group& group, int member, int, int) override { return std::make_unique<LocalComm>(group, member); }
+  std::unique_ptr<Comm> comm(Group& group, Axis axis, int stage, int tensor_rank) override {
+    return std::make_unique<LocalComm>(group, axis == Axis::Tensor ? tensor_rank : stage);
+  }
   Weights& weights(WeightStream& stream, int, int) override { return stream; }
 
  private:
   Ranks ranks_;
+  std::vector<StagePlan> stages_;
   std::deque<cpu::HostOps> ops_;
 };
 

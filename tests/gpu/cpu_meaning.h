@@ -71,7 +71,7 @@ class OnDevice {
   }
   OnDevice(const Tensor& values, shard::DType type, Index stride = 0) : OnDevice(values.rows(), values.columns(), type, stride) { put(values); }
   const gpu::View& view() const { return view_; }
-  void put(const Tensor& values) {
+  void put(const Tensor& values) const {
     std::vector<std::byte> all(memory_.size(), std::byte{0xff});
     const auto item = shard::size_of(view_.type);
     for (Index r = 0; r < view_.rows; ++r)

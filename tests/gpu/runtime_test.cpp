@@ -1,4 +1,6 @@
 // The runtime that stands in for a device: order, laziness, graphs, and the phases of a block.
+#include "gpu/architectures.h"
+#include "gpu/emulated/device.h"
 #include "gpu/kernel.h"
 
 #include <doctest/doctest.h>
@@ -83,4 +85,32 @@ TEST_CASE("launches that no device takes are refused") {
   CHECK_THROWS_AS(gpu::launch(stream, {1, 70000}, RowSum{}), shard::Error);
   gpu::launch(stream, {0}, RowSum{});
   CHECK_THROWS_AS(gpu::DeviceBuffer(std::size_t{1} << 50), shard::Error);
+}
+
+TEST_CASE("which devices a list of architectures has code for") {
+  constexpr auto* kBuild = "80-real,90a-real,100-real,100-virtual";
+  CHECK_FALSE(gpu::has_code(kBuild, 7, 5));
+  CHECK(gpu::has_code(kBuild, 8, 0));
+  CHECK(gpu::has_code(kBuild, 8, 9));          // 8.x runs what was made for 8.0
+  CHECK(gpu::has_code(kBuild, 9, 0));
+  CHECK_FALSE(gpu::has_code("80-real,90a-real", 9, 1));  // 90a is for 9.0 alone
+  CHECK(gpu::has_code(kBuild, 12, 0));         // by the driver, from 100-virtual
+  CHECK_FALSE(gpu::has_code("80-real,90-real", 10, 0));
+  CHECK(gpu::has_code("75", 12, 0));           // both code and what the driver takes
+  CHECK_FALSE(gpu::has_code("", 9, 0));
+}
+
+TEST_CASE("an emulated device has the memory it was given, and can be lost") {
+  gpu::emulate({.memory = 1 << 20});
+  {
+    const gpu::DeviceBuffer half(512 << 10);
+    CHECK(gpu::device_info(0).free == 512u << 10);
+    CHECK_THROWS_WITH_AS(gpu::DeviceBuffer((512 << 10) + 1), "device: out of memory: 524289 bytes are asked for, 524288 of 1048576 are free", shard::Error);
+  }
+  gpu::emulate({.lost_after = 0});
+  gpu::Stream stream;
+  const gpu::DeviceBuffer buffer(16);
+  gpu::set_bytes(buffer.data(), 0, 16, stream);
+  CHECK_THROWS_AS(stream.wait(), shard::Error);
+  gpu::emulate({});
 }

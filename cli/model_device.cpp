@@ -1,0 +1,54 @@
+// The host computes attention one way; devices have a choice.
+#include "cli/model_device.h"
+
+#include "cli/device.h"
+#include "gpu/model/language_device.h"
+#include "gpu/runtime.h"
+#include "libshard/error.h"
+#include "lm/attention_backend.h"
+
+#include <cstdlib>
+
+namespace cli {
+namespace {
+
+using lm::AttentionBackend;
+
+AttentionBackend backend_of(const std::string& text) {
+  static const std::map<std::string, AttentionBackend> known{{"auto", AttentionBackend::Auto}, {"local", AttentionBackend::Local}, {"flash", AttentionBackend::Flash}, {"fused", AttentionBackend::Fused}, {"unfused", AttentionBackend::Unfused}};
+  const auto found = known.find(text);
+  shard::require(found != known.end(), shard::Code::Usage, [&] { return fmt::format("--attention-backend {}: auto, local, flash, fused and unfused are known", text); });
+  return found->second;
+}
+
+void check_environment(AttentionBackend backend) {
+  lm::Environment already;
+  for (const auto* name : {"NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"})
+    if (const char* value = std::getenv(name)) already[name] = value;
+  lm::attention_backend_environment(backend, std::nullopt, already);
+}
+
+}  // namespace
+
+ModelDevice model_device(const std::string& device, const std::string& attention) {
+  const auto backend = backend_of(attention);
+  if (backend != AttentionBackend::Auto) check_environment(backend);
+  const auto where = choose_device(device);
+  if (!where.cuda) {
+    shard::require(backend == AttentionBackend::Auto || backend == AttentionBackend::Local, shard::Code::Device,
+                   [&] { return fmt::format("--attention-backend {}: is there on CUDA devices; the CPU computes attention as 'local' says", attention); });
+    return {lm::host_device(), where.why};
+  }
+  gpu::LanguageDeviceOptions options;
+  options.attention = backend;
+  if (device == "cuda")
+    for (const auto& info : gpu::probe().devices) options.devices.push_back(info.index);
+  else options.devices = {*where.cuda};
+  return {gpu::language_device(std::move(options)), where.why};
+}
+
+void add_attention_option(CLI::App& command, std::string& attention) {
+  command.add_option("--attention-backend", attention, "auto, local, flash, fused or unfused (default auto)")->type_name("NAME");
+}
+
+}  // namespace cli

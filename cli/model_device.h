@@ -1,0 +1,25 @@
+// Where a model runs: --device and --attention-backend of the commands that compute.
+#pragma once
+
+#include "lm/device.h"
+
+#include <CLI/CLI.hpp>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace cli {
+
+struct ModelDevice {
+  std::unique_ptr<lm::Device> device;
+  std::string why;                             ///< the choice of the device: "asked for", "auto: …"
+};
+
+/// `device` as choose_device takes it; "cuda" gives ranks all devices that are there. `attention`: "auto", "local", "flash", "fused" or
+/// "unfused", checked against Transformer Engine's switches in the environment as Megatron does. Throws Usage, Device, Mismatch.
+ModelDevice model_device(const std::string& device, const std::string& attention);
+
+void add_attention_option(CLI::App& command, std::string& attention);
+
+}  // namespace cli

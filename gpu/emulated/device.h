@@ -1,0 +1,17 @@
+// What tests may ask of the emulated device: less memory, a loss, slowness.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+
+namespace gpu {
+
+struct Emulated {
+  std::size_t memory = std::size_t{8} << 30;           ///< bytes; at most the default
+  std::uint64_t lost_after = UINT64_MAX;               ///< pieces of work that go well before the device is lost for good
+  std::chrono::microseconds pause{0};                  ///< before each piece of work
+};
+void emulate(const Emulated& device);
+
+}  // namespace gpu

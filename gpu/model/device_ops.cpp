@@ -1,0 +1,332 @@
+// Views of tensors go to the kernels; what a device makes for itself is kept by what it was made from.
+#include "gpu/model/device_ops.h"
+
+#include "gpu/ops/elementwise.h"
+#include "gpu/ops/linear.h"
+#include "gpu/ops/normalize.h"
+#include "gpu/ops/rope.h"
+#include "gpu/ops/route.h"
+#include "gpu/ops/rows.h"
+#include "libshard/error.h"
+#include "lm/cpu/ops.h"
+
+#include <algorithm>
+
+namespace gpu {
+namespace {
+
+using shard::DType;
+
+NormConfig config_of(const lm::Norm& norm) { return {norm.kind, norm.epsilon, norm.zero_centered}; }
+
+/// A table of angles in device memory.
+struct DeviceRope {
+  DeviceBuffer memory;
+  RopeView view;
+};
+
+/// The experts of every token, and their rows.
+struct DeviceRouting {
+  std::int64_t topk = 0;
+  std::shared_ptr<std::byte> memory;
+  std::int32_t* expert = nullptr;                    ///< [tokens, topk]
+  float* weight = nullptr;
+};
+
+/// Parts of one piece of memory, each aligned.
+class Parts {
+ public:
+  template <typename T>
+  std::size_t add(std::size_t count) {
+    const auto at = size_;
+    size_ += (count * sizeof(T) + 255) / 256 * 256;
+    return at;
+  }
+  std::size_t size() const { return size_; }
+
+ private:
+  std::size_t size_ = 0;
+};
+template <typename T>
+T* part(const std::shared_ptr<std::byte>& memory, std::size_t at) {
+  return reinterpret_cast<T*>(memory.get() + at);
+}
+
+}  // namespace
+
+View view_of(const lm::Tensor& x) { return {x.data(), x.dtype(), x.rows(), x.columns(), x.columns()}; }
+View view_of(const lm::Weight& weight) { return {const_cast<std::byte*>(weight.data), weight.dtype, weight.rows, weight.columns, weight.stride}; }
+
+DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(device_info(options_.device)) {
+  enter();
+  try {
+    if (is_emulated() && options_.cublaslt.empty()) products_ = "own kernels: the device is emulated";
+    else matmul_.emplace(options_.device, options_.cublaslt), products_ = "cuBLASLt " + matmul_->version();
+  } catch (const shard::Error& error) {
+    products_ = fmt::format("own kernels: {}", error.what());
+  }
+}
+
+DeviceOps::~DeviceOps() = default;
+
+std::uint64_t DeviceOps::held() const {
+  auto out = arena_.held();
+  for (const auto& [key, work] : recorded_) out += work.arena.held();
+  return out;
+}
+
+std::vector<std::string> DeviceOps::notes() const { return {"products by " + products_}; }
+
+lm::Tensor DeviceOps::make(DType type, Index rows, Index columns) { return {arena_.take(static_cast<std::size_t>(rows * columns) * size_of(type)), type, rows, columns}; }
+lm::Tensor DeviceOps::make(Index rows, Index columns) { return make(type(), rows, columns); }
+
+lm::Tensor DeviceOps::clone(const Tensor& x) {
+  auto out = make(x.dtype(), x.rows(), x.columns());
+  on_device(out.data(), x.data(), static_cast<std::size_t>(x.rows() * x.columns()) * size_of(x.dtype()), stream_);
+  return out;
+}
+
+lm::Tensor DeviceOps::to_device(const Tensor& host) {
+  auto wide = make(DType::F32, host.rows(), host.columns());
+  gpu::to_device(wide.data(), host.data(), host.values().size_bytes(), stream_);
+  gpu::wait(stream_);  // `host` is the caller's again
+  if (type() == DType::F32) return wide;
+  auto out = make(host.rows(), host.columns());
+  convert(stream_, view_of(out), view_of(wide));
+  return out;
+}
+
+lm::Tensor DeviceOps::to_host(const Tensor& x) {
+  Tensor out(x.rows(), x.columns()), wide;
+  const auto view = as(DType::F32, view_of(x), wide);
+  gpu::to_host(out.data(), view.data, out.values().size_bytes(), stream_);
+  gpu::wait(stream_);
+  return out;
+}
+
+lm::Ids DeviceOps::ids(std::vector<Index> values) {
+  static_assert(sizeof(Index) == sizeof(std::int64_t));
+  lm::Ids out{std::move(values), {}};
+  out.device = scratch(out.host.size() * sizeof(Index));
+  gpu::to_device(out.device.get(), out.host.data(), out.host.size() * sizeof(Index), stream_);
+  gpu::wait(stream_);
+  return out;
+}
+
+View DeviceOps::as(DType wanted, const View& view, Tensor& keep) {
+  if (!view || view.type == wanted) return view;
+  keep = make(wanted, view.rows, view.columns);
+  convert(stream_, view_of(keep), view);
+  return view_of(keep);
+}
+
+void DeviceOps::store(Tensor& x, const Tensor& f32) { convert(stream_, view_of(x), view_of(f32)); }
+
+lm::Packed DeviceOps::pack(const Tensor& x) { return {x.rows(), x.columns(), std::make_shared<const View>(view_of(x))}; }
+
+void DeviceOps::product(const View& x, const Linear& by, const View& out) {
+  const auto w = view_of(by.weight), bias = view_of(by.bias);
+  shard::require(w.columns == x.columns && w.rows == out.columns, shard::Code::Mismatch,
+                 [&] { return fmt::format("model: a weight takes {} features; its input has {}", w.columns, x.columns); });
+  if (!matmul_) return gpu::linear(stream_, x, w, bias, out);
+  Tensor w_keep, bias_keep;
+  const auto same = as(x.type, w, w_keep), added = as(out.type, bias, bias_keep);
+  MatmulShape shape;
+  shape.rows = x.rows, shape.columns = w.rows, shape.inner = x.columns;
+  shape.type = shape.w_type = x.type, shape.out_type = out.type;
+  shape.x_pitch = x.stride, shape.w_pitch = same.stride, shape.out_pitch = out.stride;
+  shape.bias = static_cast<bool>(added);
+  shape.tf32 = options_.tf32;
+  (*matmul_)(shape, {x.data, same.data, added.data, out.data}, stream_);
+}
+
+void DeviceOps::linear(const lm::Packed& x, const Linear& by, Tensor& out) { product(*static_cast<const View*>(x.form.get()), by, view_of(out)); }
+
+lm::Tensor DeviceOps::linear_f32(const Tensor& x, const Linear& by) {
+  auto out = make(DType::F32, x.rows(), by.weight.rows);
+  Tensor wide;
+  product(as(DType::F32, view_of(x), wide), by, view_of(out));
+  return out;
+}
+
+lm::Tensor DeviceOps::normalize(const Tensor& x, const lm::Norm& norm, const Linear& by) {
+  auto out = make(x.rows(), x.columns());
+  gpu::normalize(stream_, config_of(norm), view_of(x), view_of(by.weight), view_of(by.bias), view_of(out));
+  return out;
+}
+
+lm::Tensor DeviceOps::add_normalize(Tensor& x, const Tensor& branch, const lm::Norm& norm, const Linear& by) {
+  auto out = make(x.rows(), x.columns());
+  gpu::add_normalize(stream_, config_of(norm), view_of(x), view_of(branch), view_of(by.weight), view_of(by.bias), view_of(out));
+  return out;
+}
+
+void DeviceOps::normalize_pieces(Tensor& x, Index pieces, Index width, const lm::Norm& norm, const Linear& by) {
+  gpu::normalize_pieces(stream_, config_of(norm), view_of(x), pieces, width, view_of(by.weight), view_of(by.bias));
+}
+
+lm::Rope DeviceOps::rope(const shard::RopeConfig& config, Index length) {
+  auto table = lm::cpu::rope_table(config, length);
+  if (table.half == 0) return {};
+  // In bf16 the table's numbers are rounded; equal tables are one.
+  const auto on = lm::cpu::Context{options_.compute, 1};
+  lm::cpu::round_values(on, table.cos);
+  lm::cpu::round_values(on, table.sin);
+  const auto bytes = table.cos.size() * sizeof(float);
+  std::string key(reinterpret_cast<const char*>(table.cos.data()), bytes);
+  key.append(reinterpret_cast<const char*>(table.sin.data()), bytes);
+  key += table.interleaved ? 'i' : 'h';
+  auto& known = ropes_[key];
+  if (!known) {
+    auto made = std::make_shared<DeviceRope>();
+    made->memory = DeviceBuffer(2 * bytes);
+    gpu::to_device(made->memory.data(), table.cos.data(), bytes, stream_);
+    gpu::to_device(made->memory.data() + bytes, table.sin.data(), bytes, stream_);
+    gpu::wait(stream_);
+    made->view = {reinterpret_cast<const float*>(made->memory.data()), reinterpret_cast<const float*>(made->memory.data() + bytes), table.half, table.interleaved};
+    known = std::move(made);
+  }
+  return {known};
+}
+
+void DeviceOps::apply_rope(const lm::Rope& rope, Tensor& x, Index first, Index heads, Index stride, Index length) {
+  if (!rope.form) return;
+  const auto& table = static_cast<const DeviceRope*>(rope.form.get())->view;
+  gpu::apply_rope(stream_, table, view_of(x).column_range(first, x.columns() - first), heads, stride, length);
+}
+
+void DeviceOps::copy_pieces(const Tensor& from, Index from_first, Index from_stride, Tensor& to, Index to_first, Index to_stride, Index pieces, Index width) {
+  const Piece piece{view_of(from).column_range(from_first, width), view_of(to).column_range(to_first, width), pieces, from_stride, to_stride};
+  gpu::copy_pieces(stream_, {&piece, 1});
+}
+
+void DeviceOps::add(Tensor& a, const Tensor& b) { gpu::add(stream_, view_of(a), view_of(b)); }
+void DeviceOps::scale(Tensor& a, double factor) {
+  if (factor != 1) gpu::scale(stream_, view_of(a), factor);
+}
+void DeviceOps::softcap(Tensor& a, double cap) {
+  if (cap != 0) gpu::softcap(stream_, view_of(a), cap);
+}
+void DeviceOps::gate_rows(Tensor& x, const Tensor& gate) { gpu::gate_rows(stream_, view_of(x), view_of(gate)); }
+void DeviceOps::activate(const shard::TransformerConfig& config, const Tensor* gate, Tensor& up) {
+  gpu::activate(stream_, activation_config(config), gate ? view_of(*gate) : View{}, view_of(up));
+}
+
+lm::Tensor DeviceOps::attention(const lm::AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, const lm::Weight& sinks) {
+  return to_device(lm::cpu::attention({options_.compute, 1}, shape, to_host(q), to_host(k), to_host(v), sinks));
+}
+
+lm::Routing DeviceOps::route(const shard::RouterConfig& config, const Tensor& logits, const lm::Weight& bias) {
+  const auto experts = logits.columns();
+  shard::require(config.topk > 0 && config.topk <= experts && config.topk <= kMaxTopk && experts <= kMaxExperts, shard::Code::Mismatch,
+                 [&] { return fmt::format("model: the router takes {} of {} experts; at most {} of {} are supported on a device", config.topk, experts, kMaxTopk, kMaxExperts); });
+  auto out = std::make_shared<DeviceRouting>();
+  const auto count = static_cast<std::size_t>(logits.rows() * config.topk);
+  Parts parts;
+  const auto expert = parts.add<std::int32_t>(count), weight = parts.add<float>(count);
+  out->topk = config.topk;
+  out->memory = scratch(parts.size());
+  out->expert = part<std::int32_t>(out->memory, expert);
+  out->weight = part<float>(out->memory, weight);
+  gpu::route(stream_, config, view_of(logits), view_of(bias), options_.compute == lm::Compute::Bf16 && !config.fp32, out->expert, out->weight);
+  return {std::move(out)};
+}
+
+const std::byte* const* DeviceOps::pointers(const std::vector<const std::byte*>& list) {
+  auto& known = pointers_[list];
+  if (!known) {
+    known = DeviceBuffer(list.size() * sizeof(list[0]));
+    gpu::to_device(known.data(), list.data(), known.size(), stream_);
+    gpu::wait(stream_);
+  }
+  return reinterpret_cast<const std::byte* const*>(known.data());
+}
+
+lm::Tensor DeviceOps::experts(const shard::TransformerConfig& config, const Tensor& x, const lm::Routing& routing,
+                              const std::function<lm::FeedForward(Index expert)>& weights) {
+  const auto& chosen = *static_cast<const DeviceRouting*>(routing.form.get());
+  const auto tokens = x.rows(), count = config.num_experts, rows = tokens * chosen.topk;
+  // Every expert's linear of one kind, as one list of addresses.
+  struct Kind {
+    std::vector<const std::byte*> data, bias;
+    lm::Weight like;
+    DType bias_type = DType::F32;
+    void add(const Linear& linear) {
+      if (data.empty()) like = linear.weight, bias_type = linear.bias.dtype;
+      shard::require(linear.weight.rows == like.rows && linear.weight.columns == like.columns && linear.weight.stride == like.stride && linear.weight.dtype == like.dtype &&
+                         (!linear.bias || linear.bias.dtype == bias_type),
+                     shard::Code::Mismatch, [] { return std::string("model: experts of one layer differ in shape or type"); });
+      data.push_back(linear.weight.data);
+      if (linear.bias) bias.push_back(linear.bias.data);
+    }
+  } gate, up, down;
+  for (Index e = 0; e < count; ++e) {
+    const auto expert = weights(e);
+    if (expert.gate.weight) gate.add(expert.gate);
+    up.add(expert.up);
+    down.add(expert.down);
+  }
+
+  Parts parts;
+  const auto offsets = parts.add<std::int32_t>(static_cast<std::size_t>(count + 1)), tiles = parts.add<std::int32_t>(static_cast<std::size_t>(count + 1)),
+             token = parts.add<std::int32_t>(static_cast<std::size_t>(rows)), weight = parts.add<float>(static_cast<std::size_t>(rows)),
+             row = parts.add<std::int32_t>(static_cast<std::size_t>(rows));
+  const auto memory = scratch(parts.size());
+  const Permutation order{part<std::int32_t>(memory, offsets), part<std::int32_t>(memory, tiles), part<std::int32_t>(memory, token), part<float>(memory, weight),
+                          part<std::int32_t>(memory, row)};
+  permute(stream_, tokens, chosen.topk, count, chosen.expert, chosen.weight, order);
+  auto gathered = make(rows, x.columns());
+  gather_rows(stream_, view_of(gathered), view_of(x), order.token, config.moe_probs_on_input ? order.weight : nullptr);
+  const auto by = [&](const Kind& kind, const Tensor& in, const float* row_weights) {
+    auto out = make(rows, kind.like.rows);
+    // One type for both; biases of other types would need a list of copies.
+    shard::require(kind.bias.empty() || kind.bias_type == kind.like.dtype, shard::Code::Mismatch,
+                   [&] { return fmt::format("model: experts with {} weights and {} biases are not supported on a device", shard::name(kind.like.dtype), shard::name(kind.bias_type)); });
+    const ExpertWeights w{pointers(kind.data), kind.bias.empty() ? nullptr : pointers(kind.bias), kind.like.dtype, kind.like.rows, kind.like.columns, kind.like.stride};
+    grouped_linear(stream_, view_of(in), w, count, order.offsets, order.tiles, row_weights, view_of(out));
+    return out;
+  };
+  auto fed = by(up, gathered, nullptr);
+  const auto opened = gate.data.empty() ? Tensor() : by(gate, gathered, nullptr);
+  activate(config, gate.data.empty() ? nullptr : &opened, fed);
+  const bool weighed = !config.moe_probs_on_input;
+  if (weighed) scale_rows(stream_, view_of(fed), order.weight);
+  const auto parts_out = by(down, fed, weighed ? order.weight : nullptr);
+  auto out = make(tokens, config.hidden_size);
+  combine(stream_, view_of(out), view_of(parts_out), chosen.topk, order.row);
+  return out;
+}
+
+lm::Tensor DeviceOps::recorded(const std::string& key, const Tensor& hidden, const lm::Ids& ids, const lm::Ids& positions, const Step& step) {
+  if (!options_.graphs) return step(hidden, ids, positions);
+  auto& work = recorded_[key];
+  if (work.runs++ == 0) return step(hidden, ids, positions);  // tables are made, algorithms searched, code loaded
+  const auto bytes = [](const Tensor& x) { return static_cast<std::size_t>(x.rows() * x.columns()) * size_of(x.dtype()); };
+  if (!work.graph) {
+    std::swap(arena_, work.arena);
+    struct Back {
+      DeviceOps& ops;
+      Recorded& work;
+      ~Back() { std::swap(ops.arena_, work.arena); }
+    } back{*this, work};
+    work.hidden = make(hidden.dtype(), hidden.rows(), hidden.columns());
+    for (auto* mine : {&work.ids, &work.positions}) *mine = {ids.host, scratch(ids.host.size() * sizeof(Index))};
+    Graph::begin(stream_);
+    try {
+      work.out = step(work.hidden, work.ids, work.positions);
+    } catch (...) {
+      Graph::end(stream_);
+      throw;
+    }
+    work.graph = Graph::end(stream_);
+  }
+  shard::require(bytes(work.hidden) == bytes(hidden) && work.ids.host.size() == ids.host.size(), shard::Code::Device,
+                 [&] { return fmt::format("device: '{}' was recorded for another shape", key); });
+  on_device(work.hidden.data(), hidden.data(), bytes(hidden), stream_);
+  on_device(work.ids.device.get(), ids.device.get(), ids.host.size() * sizeof(Index), stream_);
+  on_device(work.positions.device.get(), positions.device.get(), positions.host.size() * sizeof(Index), stream_);
+  work.graph.launch(stream_);
+  return clone(work.out);
+}
+
+}  // namespace gpu

@@ -1,0 +1,137 @@
+// Ranks of one layout keep their ops; a stage's ranks on one device share its weights.
+#include "gpu/model/language_device.h"
+
+#include "gpu/model/device_ops.h"
+#include "gpu/model/memory_plan.h"
+#include "gpu/model/resident.h"
+#include "gpu/model/staged_comm.h"
+#include "libshard/error.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <set>
+
+namespace gpu {
+namespace {
+
+class Devices : public LanguageDevice {
+ public:
+  explicit Devices(LanguageDeviceOptions options) : options_(std::move(options)) {
+    shard::require(!options_.devices.empty(), shard::Code::Device, [] { return std::string("device: none was given"); });
+    for (const auto device : options_.devices) names_.push_back(device_info(device).name);
+  }
+
+  std::string name() const override {
+    std::string out;
+    for (std::size_t i = 0; i < options_.devices.size(); ++i) out += fmt::format("{}cuda:{} ({})", i ? ", " : "", options_.devices[i], names_[i]);
+    return out;
+  }
+  std::vector<std::string> notes() const override { return ranks_.empty() ? std::vector<std::string>{} : ranks_[0]->notes(); }
+
+  void prepare(const lm::Ranks& layout, const shard::TransformerConfig& config, const std::vector<lm::StagePlan>& stages) override {
+    const bool same = layout.tensor == layout_.tensor && layout.pipeline == layout_.pipeline && layout.compute == layout_.compute && !ranks_.empty();
+    if (!same) {
+      of_ranks_.clear();
+      weights_.clear();
+      ranks_.clear();
+    }
+    layout_ = layout;
+    plans_ = stages;
+    for (auto& plan : plans_)
+      for (const auto& name : plan.gathered)
+        if (std::none_of(plan.uses.begin(), plan.uses.end(), [&](const auto& use) { return use.name == name; })) plan.uses.push_back({name});
+    for (const auto device : std::set(options_.devices.begin(), options_.devices.end())) {
+      Demand demand;
+      std::uint64_t mine = 0;  // taken already, and about to be used again
+      std::set<int> stages_here;
+      for (int rank = 0; rank < layout.tensor * layout.pipeline; ++rank) {
+        if (device_of(rank) != device) continue;
+        stages_here.insert(rank / layout.tensor);
+        demand.activations += activation_bytes(config, layout, stages[static_cast<std::size_t>(rank / layout.tensor)].rows);
+        demand.libraries += Matmul::kWorkspace;
+        if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + Matmul::kWorkspace;
+      }
+      for (const auto stage : stages_here) {
+        demand.weights += stages[static_cast<std::size_t>(stage)].weight_bytes;
+        if (const auto held = weights_.find({stage, device}); held != weights_.end()) mine += held->second.size();
+      }
+      if (stages_here.empty()) continue;
+      const auto info = device_info(device);
+      require_fits(demand, (options_.memory ? options_.memory : info.free / 10 * 9 + mine), fmt::format("cuda:{} ({})", device, info.name), layout);
+    }
+    for (int rank = static_cast<int>(ranks_.size()); rank < layout.tensor * layout.pipeline; ++rank) {
+      // What goes through the host in between cannot be recorded.
+      const OpsOptions ops{device_of(rank), layout.compute, options_.attention, false, options_.graphs && layout.tensor == 1, options_.cublaslt, options_.cudnn};
+      ranks_.push_back(std::make_unique<DeviceOps>(ops));
+    }
+    loaded_.clear();
+  }
+
+  std::vector<lm::WeightUse> takes(int stage) const override {
+    std::set<int> devices;
+    for (int t = 0; t < layout_.tensor; ++t) devices.insert(device_of(stage * layout_.tensor + t));
+    auto uses = plans_[static_cast<std::size_t>(stage)].uses;
+    for (auto& use : uses) use.times = static_cast<int>(devices.size());
+    return uses;
+  }
+
+  lm::Ops& ops(int stage, int tensor_rank) override {
+    auto& mine = of(stage, tensor_rank);
+    mine.enter();
+    return mine;
+  }
+
+  std::unique_ptr<lm::Comm> comm(lm::Group& group, Axis axis, int stage, int tensor_rank) override {
+    return std::make_unique<StagedComm>(group, axis == Axis::Tensor ? tensor_rank : stage, of(stage, tensor_rank));
+  }
+
+  lm::Weights& weights(lm::WeightStream& stream, int stage, int tensor_rank) override {
+    auto& mine = of(stage, tensor_rank);
+    const std::pair key{stage, mine.device()};
+    const std::lock_guard lock(mutex_of(stage));
+    auto& held = weights_of(key);
+    if (first_of(key) && !held.load(stream, plans_[static_cast<std::size_t>(stage)].uses, mine.stream()))
+      for (int t = 0; t < layout_.tensor; ++t)
+        if (device_of(stage * layout_.tensor + t) == mine.device()) of(stage, t).forget_recorded();
+    const std::lock_guard all(mutex_);
+    auto& out = of_ranks_[stage * layout_.tensor + tensor_rank];
+    out = std::make_unique<RankWeights>(held, mine);
+    return *out;
+  }
+
+ private:
+  int device_of(int rank) const { return options_.devices[static_cast<std::size_t>(rank) % options_.devices.size()]; }
+  DeviceOps& of(int stage, int tensor_rank) const { return *ranks_[static_cast<std::size_t>(stage * layout_.tensor + tensor_rank)]; }
+  /// Stages load side by side, ranks of one stage after each other.
+  std::mutex& mutex_of(int stage) {
+    const std::lock_guard lock(mutex_);
+    return stage_mutexes_[stage];
+  }
+
+  Resident& weights_of(std::pair<int, int> key) {
+    const std::lock_guard lock(mutex_);
+    return weights_[key];
+  }
+  bool first_of(std::pair<int, int> key) {
+    const std::lock_guard lock(mutex_);
+    return loaded_.insert(key).second;
+  }
+
+  LanguageDeviceOptions options_;
+  std::vector<std::string> names_;
+  lm::Ranks layout_;
+  std::vector<lm::StagePlan> plans_;
+  std::vector<std::unique_ptr<DeviceOps>> ranks_;
+  std::map<std::pair<int, int>, Resident> weights_;                   ///< by stage and device
+  std::map<int, std::unique_ptr<RankWeights>> of_ranks_;
+  std::set<std::pair<int, int>> loaded_;                              ///< for this run
+  std::map<int, std::mutex> stage_mutexes_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+
+std::unique_ptr<LanguageDevice> language_device(LanguageDeviceOptions options) { return std::make_unique<Devices>(std::move(options)); }
+
+}  // namespace gpu

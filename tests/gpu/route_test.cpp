@@ -1,0 +1,179 @@
+// Routing and the experts' order of rows against the CPU's.
+#include "gpu/ops/linear.h"
+#include "gpu/ops/route.h"
+#include "gpu/ops/rows.h"
+#include "gpu/ops/elementwise.h"
+
+#include "libshard/error.h"
+#include "tests/gpu/cpu_meaning.h"
+
+using namespace meaning;
+
+namespace {
+
+struct Case {
+  const char* name;
+  shard::RouterConfig config;
+  Index experts;
+  bool bias = false, ties = false;
+};
+
+std::vector<Case> cases() {
+  using Score = shard::RouterConfig::Score;
+  using Rule = shard::RouterConfig::GroupRule;
+  std::vector<Case> out;
+  const auto add = [&](const char* name, Index experts, bool bias, auto&& set) {
+    Case one{name, {}, experts, bias, false};
+    set(one.config);
+    out.push_back(one);
+    one.ties = true;
+    out.push_back(one);
+  };
+  add("mixtral", 8, false, [](auto& c) { c.topk = 2; });
+  add("qwen", 60, false, [](auto& c) { c.topk = 4, c.pre_softmax = c.renormalize = true; });
+  add("plain probabilities", 33, false, [](auto& c) { c.topk = 1, c.pre_softmax = true, c.scaling = 2.5; });
+  add("deepseek 2", 40, false, [](auto& c) { c.topk = 6, c.pre_softmax = true, c.num_groups = 8, c.group_topk = 3, c.group_rule = Rule::Max; });
+  add("deepseek 3", 64, true, [](auto& c) {
+    c.score = Score::Sigmoid, c.topk = 8, c.renormalize = true, c.num_groups = 8, c.group_topk = 4, c.group_best = 2, c.scaling = 2.5, c.fp32 = true;
+  });
+  add("softplus", 16, true, [](auto& c) { c.score = Score::SqrtSoftplus, c.topk = 3, c.renormalize = true; });
+  add("groups of one kept", 12, false, [](auto& c) { c.topk = 6, c.num_groups = 4, c.group_topk = 1, c.group_best = 2; });  // more than a group holds
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("tokens go to the CPU's experts, ties included, with weights within 1e-6 or one rounding of bf16") {
+  for (const auto& mode : kModes)
+    for (const auto& one : cases()) {
+      CAPTURE(one.name);
+      CAPTURE(one.ties);
+      CAPTURE(mode.bf16());
+      auto logits = random_tensor(mode, 33, one.experts, 2);
+      if (one.ties)
+        for (auto& value : logits.values()) value = std::round(value);  // a handful of values, +0 and −0 among them
+      const auto bias = random_tensor(kModes[0], 1, one.experts, 0.1f);
+      auto zero = Tensor(1, one.experts);
+      for (auto& value : zero.values()) value = 0;
+      const auto& added = one.ties ? zero : bias;
+      const OnDevice x(logits, mode.type), b(added, shard::DType::F32);
+      const auto count = static_cast<std::size_t>(33 * one.config.topk);
+      const Values<std::int32_t> expert(count);
+      const Values<float> weight(count);
+      gpu::route(stream(), one.config, x.view(), one.bias ? b.view() : gpu::View{}, mode.bf16() && !one.config.fp32, expert.data(), weight.data());
+      const auto expected = lm::route(mode.on(), one.config, logits, one.bias ? weight_of(added, shard::DType::F32) : lm::Weight{});
+      const auto chosen = expert.get();
+      const auto weights = weight.get();
+      for (std::size_t i = 0; i < count; ++i) {
+        CAPTURE(i);
+        CHECK(chosen[i] == expected.expert[i]);
+        CHECK(std::abs(weights[i] - expected.weight[i]) <= bound(mode, 1e-6) * std::max(1.0f, std::abs(expected.weight[i])));
+      }
+    }
+}
+
+TEST_CASE("logits that are no numbers still choose experts") {
+  Tensor logits(3, 5);
+  for (auto& value : logits.values()) value = NAN;
+  logits.row(1)[2] = 1;
+  const OnDevice x(logits, shard::DType::F32);
+  const Values<std::int32_t> expert(6);
+  const Values<float> weight(6);
+  gpu::route(stream(), {}, x.view(), {}, false, expert.data(), weight.data());
+  for (const auto e : expert.get()) CHECK((e >= 0 && e < 5));
+}
+
+TEST_CASE("a router that is too wide is refused") {
+  const OnDevice wide(1, 1025, shard::DType::F32), few(1, 2, shard::DType::F32);
+  shard::RouterConfig config;
+  CHECK_THROWS_AS(gpu::route(stream(), config, wide.view(), {}, false, nullptr, nullptr), shard::Error);
+  config.topk = 3;
+  CHECK_THROWS_AS(gpu::route(stream(), config, few.view(), {}, false, nullptr, nullptr), shard::Error);
+}
+
+TEST_CASE("a mixture of experts, weighed behind or before, is what the CPU's loop over experts makes") {
+  for (const auto& mode : kModes)
+    for (const Index tokens : {1, 7, 150})
+      for (const bool on_input : {false, true}) {
+        CAPTURE(mode.bf16());
+        CAPTURE(tokens);
+        CAPTURE(on_input);
+        const Index experts = 5, topk = 2, hidden = 40, wide = 72, rows = tokens * topk;
+        const auto x = random_tensor(mode, tokens, hidden);
+        std::vector<std::int32_t> expert;
+        std::vector<float> weight;
+        for (Index t = 0; t < tokens; ++t) {  // expert 3 has none
+          const auto a = random_below(3);
+          expert.push_back(static_cast<std::int32_t>(a == 0 ? 4 : a));
+          expert.push_back(static_cast<std::int32_t>(a == 2 ? 1 : 0));
+          weight.push_back(std::abs(random_value()));
+          weight.push_back(std::abs(random_value()));
+        }
+        std::vector<Tensor> up, down, bias;
+        std::vector<OnDevice> memory;
+        std::vector<const std::byte*> up_data, down_data, bias_data;
+        for (Index e = 0; e < experts; ++e) {
+          up.push_back(random_tensor(mode, wide, hidden, 0.2f));
+          down.push_back(random_tensor(mode, hidden, wide, 0.2f));
+          bias.push_back(random_tensor(mode, 1, hidden));
+          for (const auto* part : {&up, &down, &bias}) memory.emplace_back(part->back(), mode.type);
+          up_data.push_back(memory[memory.size() - 3].view().data);
+          down_data.push_back(memory[memory.size() - 2].view().data);
+          bias_data.push_back(memory[memory.size() - 1].view().data);
+        }
+        const Values<const std::byte*> ups(up_data), downs(down_data), biases(bias_data);
+        const Values<std::int32_t> chosen(expert), offsets(6), tiles(6), token(static_cast<std::size_t>(rows)), row(static_cast<std::size_t>(rows));
+        const Values<float> weights(weight), row_weight(static_cast<std::size_t>(rows));
+        const gpu::Permutation order{offsets.data(), tiles.data(), token.data(), row_weight.data(), row.data()};
+        gpu::permute(stream(), tokens, topk, experts, chosen.data(), weights.data(), order);
+        const OnDevice in(x, mode.type), gathered(rows, hidden, mode.type), middle(rows, wide, mode.type), part(rows, hidden, mode.type), out(tokens, hidden, mode.type);
+        gpu::gather_rows(stream(), gathered.view(), in.view(), token.data(), on_input ? row_weight.data() : nullptr);
+        gpu::grouped_linear(stream(), gathered.view(), {ups.data(), nullptr, mode.type, wide, hidden, hidden}, experts, offsets.data(), tiles.data(), nullptr, middle.view());
+        if (on_input) gpu::fill(stream(), {reinterpret_cast<std::byte*>(row_weight.data()), shard::DType::F32, 1, rows, rows}, 1);
+        shard::TransformerConfig config;
+        gpu::activate(stream(), gpu::activation_config(config), {}, middle.view());
+        gpu::scale_rows(stream(), middle.view(), row_weight.data());
+        gpu::grouped_linear(stream(), middle.view(), {downs.data(), biases.data(), mode.type, hidden, wide, wide}, experts, offsets.data(), tiles.data(), row_weight.data(), part.view());
+        gpu::combine(stream(), out.view(), part.view(), topk, row.data());
+
+        std::vector<std::int32_t> order_of_tokens, starts{0};
+        Tensor expected(tokens, hidden);
+        for (auto& value : expected.values()) value = 0;
+        for (Index e = 0; e < experts; ++e) {
+          std::vector<float> mine;
+          std::vector<Index> tokens_here;
+          for (std::size_t i = 0; i < expert.size(); ++i)
+            if (expert[i] == e) {
+              tokens_here.push_back(static_cast<Index>(i) / topk);
+              mine.push_back(weight[i]);
+              order_of_tokens.push_back(static_cast<std::int32_t>(i) / topk);
+            }
+          starts.push_back(static_cast<std::int32_t>(order_of_tokens.size()));
+          if (mine.empty()) continue;
+          const auto count = static_cast<Index>(mine.size());
+          Tensor rows_here(count, hidden), wide_rows(count, wide), made(count, hidden);
+          for (std::size_t i = 0; i < mine.size(); ++i)
+            for (Index c = 0; c < hidden; ++c) rows_here.row(static_cast<Index>(i))[c] = x.row(tokens_here[i])[c] * (on_input ? mine[i] : 1.0f);
+          lm::round_values(mode.on(), rows_here.values());
+          if (on_input) std::fill(mine.begin(), mine.end(), 1.0f);
+          const auto at = static_cast<std::size_t>(e);
+          lm::linear(mode.on(), lm::Packed(mode.on(), rows_here), weight_of(up[at], mode.type), {}, wide_rows);
+          lm::activate(mode.on(), config, nullptr, wide_rows);
+          for (std::size_t i = 0; i < mine.size(); ++i)
+            for (Index c = 0; c < wide; ++c) wide_rows.row(static_cast<Index>(i))[c] *= mine[i];
+          lm::round_values(mode.on(), wide_rows.values());
+          lm::linear(mode.on(), lm::Packed(mode.on(), wide_rows), weight_of(down[at], mode.type), {}, made);
+          for (std::size_t i = 0; i < mine.size(); ++i)
+            for (Index c = 0; c < hidden; ++c) made.row(static_cast<Index>(i))[c] += bias[at].row(0)[c] * mine[i];
+          lm::round_values(mode.on(), made.values());
+          for (std::size_t i = 0; i < mine.size(); ++i) {
+            auto* to = expected.row(tokens_here[i]);
+            for (Index c = 0; c < hidden; ++c) to[c] += made.row(static_cast<Index>(i))[c];
+            lm::round_values(mode.on(), {to, static_cast<std::size_t>(hidden)});
+          }
+        }
+        CHECK(offsets.get() == starts);
+        CHECK(token.get() == order_of_tokens);
+        CHECK(worst(out.get(), expected) <= (mode.bf16() ? 0.02 : 3e-6));  // bf16: roundings of four steps may each fall to the other side
+      }
+}
