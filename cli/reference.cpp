@@ -167,7 +167,7 @@ Reference read_reference(const std::string& path, Index hidden) {
     }
     if (name.starts_with("mtp.") && (name.ends_with(".loss") || name.ends_with(".labels"))) same(name.c_str(), array, 2);
   }
-  for (Index depth = 0; depth < 64; ++depth) {
+  for (Index depth = 0; depth < kMostDepths; ++depth) {
     const auto prefix = fmt::format("mtp_step.{}.", depth);
     const auto *in = out.arrays.find(prefix + "in_hidden"), *next = out.arrays.find(prefix + "next_token_ids"), *at = out.arrays.find(prefix + "position_ids");
     if (!in || !next) continue;

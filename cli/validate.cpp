@@ -39,6 +39,7 @@ Opened open_model(const ValidateAsk& ask, const std::string& path, unsigned thre
   shard::require(table != out.checkpoint.logical.tensors.end(), Code::Mismatch, [&] { return fmt::format("{}: holds no embedding.word.weight; a language model has one", path); });
   out.stored_vocab = table->second.natural.empty() ? 0 : table->second.natural[0];
   out.vocab = std::min(out.checkpoint.vocab.value_or(out.config.vocab_size ? out.config.vocab_size : out.stored_vocab), out.stored_vocab);
+  shard::require(out.vocab > 0, Code::Mismatch, [&] { return fmt::format("{}: has a vocabulary of {}; should be positive", path, out.vocab); });
   return out;
 }
 
@@ -117,24 +118,40 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
         if (m.step->logits) judge(v, fmt::format("reference mtp_step.{} logits", m.depth), m.step->max_abs_logits, most);
       }
   }
+  for (Index depth = 0; depth < kMostDepths; ++depth) {
+    const bool wanted = std::any_of(reference.arrays.arrays.begin(), reference.arrays.arrays.end(), [&](const auto& entry) {
+      return entry.first.starts_with(fmt::format("mtp.{}.", depth)) || entry.first.starts_with(fmt::format("mtp_step.{}.", depth));
+    });
+    if (wanted && depth >= static_cast<Index>(v.mtp.size()))
+      v.checks.push_back({fmt::format("reference mtp.{}", depth), fmt::format("the reference holds it; the model has {} MTP layers", v.mtp.size()), false});
+  }
   if (!compared.main.logits && !compared.main.loss) v.notes.push_back("the reference holds neither logits nor a loss that fits; nothing was compared");
 }
 
 void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, const shard::Budget& budget, lm::Device& device) {
   const auto other = open_model(ask, ask.against, budget.threads);
   const formats::LocalReader reader(other.checkpoint.logical, other.checkpoint.files);
+  for (const auto id : batch.input_ids)
+    shard::require(id < other.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: token {} of {} is outside its vocabulary of {}", ask.against, id, v.input, other.stored_vocab); });
   const std::vector<lm::MtpStep> none;
   const auto theirs = run_model(reader, formats::kernels(), other.config, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options, device);
   shard::refuse(theirs.findings);
   other.checkpoint.files->refuse_changed();
-  std::size_t different = 0;
+  std::size_t different = 0, compared = 0;
   double most = 0;
-  const auto &a = mine.result.main.limited, &b = theirs.result.main.limited;
-  for (std::size_t i = 0; i < a.size(); ++i)
-    if (std::memcmp(&a[i], &b[i], sizeof a[i]) != 0) {
-      ++different;
-      most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
-    }
+  const auto compare = [&](const std::vector<float>& a, const std::vector<float>& b) {
+    compared += a.size();
+    for (std::size_t i = 0; i < a.size(); ++i)
+      if (std::memcmp(&a[i], &b[i], sizeof a[i]) != 0) {
+        ++different;
+        most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
+      }
+  };
+  compare(mine.result.main.limited, theirs.result.main.limited);
+  const auto depths = std::min(mine.result.mtp.size(), theirs.result.mtp.size());
+  for (std::size_t k = 0; k < depths; ++k) compare(mine.result.mtp[k].limited, theirs.result.mtp[k].limited);
+  if (mine.result.mtp.size() != theirs.result.mtp.size())
+    v.notes.push_back(fmt::format("{} MTP layers here, {} in {}; {} were compared", mine.result.mtp.size(), theirs.result.mtp.size(), ask.against, depths));
   std::string where;
   for (std::size_t i = 0; i < mine.result.hidden.size() && i < theirs.result.hidden.size(); ++i)
     if (mine.result.hidden[i].digest != theirs.result.hidden[i].digest) {
@@ -143,7 +160,7 @@ void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch
     }
   if (different && where.empty()) where = "; activations are the same up to the head";
   v.checks.push_back({"against " + ask.against,
-                      different ? fmt::format("{} of {} losses differ, by up to {:.2e}{}", different, a.size(), most, where) : fmt::format("{} losses are the same bits", a.size()),
+                      different ? fmt::format("{} of {} losses differ, by up to {:.2e}{}", different, compared, most, where) : fmt::format("{} losses are the same bits", compared),
                       different == 0});
 }
 
@@ -221,7 +238,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   v.tied = model.config.tied;
   bool finite = result.nonfinite_logits == 0 && std::isfinite(v.loss);
   for (std::size_t k = 0; k < result.mtp.size(); ++k) {
-    v.mtp.push_back({static_cast<Index>(k), mean(result.mtp[k].all, result.mtp_labels[k], batch.length, static_cast<Index>(k) + 1), std::nullopt, std::nullopt});
+    const auto loss = mean(result.mtp[k].all, result.mtp_labels[k], batch.length, static_cast<Index>(k) + 1);
+    v.mtp.push_back({static_cast<Index>(k), loss, loss * model.config.mtp_loss_scaling_factor / static_cast<double>(model.config.mtp_num_layers), std::nullopt, std::nullopt});
     finite = finite && std::isfinite(v.mtp.back().loss);
   }
   std::string first_bad;

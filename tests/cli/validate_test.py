@@ -62,7 +62,13 @@ class Reference(Case):
         out = self.near(DEEPSEEK, DEEPSEEK_REFERENCE)
         depth = out["mtp"][0]
         self.assertEqual(depth["depth"], 0)
+        self.assertAlmostEqual(depth["scaled_loss"], 0.1 * depth["loss"], places=6)
         self.assertLess(max(depth["max_abs_logits"], depth["max_abs_loss"], depth["step"]["max_abs_hidden"], depth["step"]["max_abs_logits"]), 1e-4)
+
+    def test_a_reference_with_more_than_the_model(self):
+        status, out = run_json("validate", DATA / "hf/deepseek_v3_mtp_bf16", "--reference", DEEPSEEK_REFERENCE, "--drop", "mtp.*")
+        self.assertEqual((status, out["mtp"]), (1, []))
+        self.assertEqual([check["name"] for check in out["checks"] if not check["ok"]], ["reference mtp.0"])
 
     def test_ranks(self):
         for checkpoint, reference in ((LLAMA, LLAMA_REFERENCE), (DEEPSEEK, DEEPSEEK_REFERENCE), (FAMILIES[-1], FAMILIES[-1] / "reference.safetensors")):
@@ -115,6 +121,20 @@ class Against(Case):
         status, out, _ = run("validate", copy, "--against", DATA / "hf/qwen3_moe_bf16")
         self.assertEqual(status, 1)
         self.assertIn("first part ways at layer 2", out)
+
+
+    def test_where_mtp_layers_part(self):
+        copy = self.copy("hf/deepseek_v3_mtp_bf16")
+        file = next(f for f in sorted(copy.glob("*.safetensors")) if "model.layers.4.eh_proj.weight" in tensors_of(f))
+        offset, _ = tensors_of(file)["model.layers.4.eh_proj.weight"]
+        patch(file, offset, b"\x80\x3f")
+        status, out, _ = run("validate", copy, "--against", DATA / "hf/deepseek_v3_mtp_bf16")
+        self.assertEqual(status, 1)
+        self.assertIn("first part ways at mtp 0", out)
+
+    def test_no_vocabulary(self):
+        for size in (0, -1):
+            self.assertIn("vocabulary", self.refused(6, "validate", DATA / "hf/llama_untied_bf16", "--vocab-size", size))
 
 
 class Tokens(Case):
@@ -190,6 +210,15 @@ class Findings(Case):
         self.assertNotEqual(run("validate", copy)[0], 0)
         (copy / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "spiral"}}))
         self.refused(4, "validate", copy)
+
+    def test_config_that_ended_the_process_or_was_not_understood(self):
+        for name, change, word in (("deepseek_v3_mtp_bf16", {"moe_layer_freq": 0}, "moe_layer_freq"), ("gemma2_tied_bf16", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+                                   ("qwen3_moe_bf16", {"decoder_sparse_step": 0}, "decoder_sparse_step"), ("llama_untied_bf16", {"head_dim": 2**31}, "")):
+            copy = self.tmp / name
+            shutil.copytree(DATA / "hf" / name, copy)
+            config = json.loads((copy / "config.json").read_text())
+            (copy / "config.json").write_text(json.dumps(config | change))
+            self.assertIn(word, self.refused(6 if name.startswith("llama") else 4, "validate", copy))
 
     def test_reports(self):
         html, junit = self.tmp / "report.html", self.tmp / "report.xml"
