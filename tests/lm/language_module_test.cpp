@@ -2,6 +2,7 @@
 #include "lm/language_module.h"
 
 #include "formats/kernels.h"
+#include "libshard/error.h"
 #include "libshard/families/megatron.h"
 #include "libshard/translate.h"
 #include "lm/device.h"
