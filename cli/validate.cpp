@@ -207,6 +207,11 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   for (const auto id : batch.labels)  // negative ones are left out of means, as a loss mask would
     shard::require(id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: label {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
 
+  if (reference)
+    for (const auto& step : reference->steps)
+      for (const auto id : step.next_token_ids)
+        shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: mtp_step.{}.next_token_ids holds {}; the vocabulary is {}", v.input, step.depth, id, model.stored_vocab); });
+
   const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop};
   const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
   std::optional<Comparer> comparer;

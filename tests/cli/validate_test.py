@@ -27,6 +27,21 @@ def tensors_of(path):
     return {name: (8 + size + record["data_offsets"][0], record) for name, record in header.items()}
 
 
+def renamed(source, target, names):
+    """A safetensors file with the same data under other names; those that become None are left out."""
+    raw = pathlib.Path(source).read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    data, body, header = raw[8 + size:], b"", {}
+    for name, record in json.loads(raw[8:8 + size]).items():
+        if name != "__metadata__" and (name := names.get(name, name)):
+            begin, end = record["data_offsets"]
+            header[name] = record | {"data_offsets": [len(body), len(body) + end - begin]}
+            body += data[begin:end]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    pathlib.Path(target).write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
 def patch(path, offset, data):
     raw = bytearray(pathlib.Path(path).read_bytes())
     raw[offset:offset + len(data)] = data
@@ -69,6 +84,18 @@ class Reference(Case):
         status, out = run_json("validate", DATA / "hf/deepseek_v3_mtp_bf16", "--reference", DEEPSEEK_REFERENCE, "--drop", "mtp.*")
         self.assertEqual((status, out["mtp"]), (1, []))
         self.assertEqual([check["name"] for check in out["checks"] if not check["ok"]], ["reference mtp.0"])
+
+    def test_steps_that_cannot_be_compared(self):
+        one, step = self.tmp / "one.safetensors", "mtp_step.0."
+        renamed(DEEPSEEK_REFERENCE, one, {})
+        self.near(DEEPSEEK, one)
+        for names in ({step + "in_hidden": None}, {step + "next_token_ids": None}, {step + "logits": step + "hidden", step + "hidden": step + "logits"}, {step + "hidden": step + "position_ids", step + "position_ids": None}):
+            renamed(DEEPSEEK_REFERENCE, one, names)
+            self.refused(4, "validate", DEEPSEEK, "--reference", one)
+        renamed(DEEPSEEK_REFERENCE, one, {})
+        offset, _ = tensors_of(one)[step + "next_token_ids"]
+        patch(one, offset, struct.pack("<q", 1 << 40))
+        self.refused(6, "validate", DEEPSEEK, "--reference", one)
 
     def test_ranks(self):
         for checkpoint, reference in ((LLAMA, LLAMA_REFERENCE), (DEEPSEEK, DEEPSEEK_REFERENCE), (FAMILIES[-1], FAMILIES[-1] / "reference.safetensors")):
@@ -158,6 +185,14 @@ class Tokens(Case):
         self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
         (self.tmp / "ids.txt").write_text("1")
         self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
+        for shape in ("(9223372036854775807,)", "(4611686018427387904, 4)", "(-8,)", "(0,)", "()", "(9,)"):
+            header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+            (self.tmp / "ids.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + struct.pack("<8q", *range(8)))
+            self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.npy")
+
+    def test_rows_of_a_nested_list(self):
+        (self.tmp / "ids.txt").write_text("[[1, 2, 3], [4, 5, 6]]")
+        self.assertEqual(run_json("validate", LLAMA, "--tokens", self.tmp / "ids.txt")[1]["tokens"], 4)
 
     def test_built_in_tokens_and_max_loss(self):
         status, out = run_json("validate", LLAMA)
