@@ -94,7 +94,8 @@ void watch_signals() {
   torn.sa_flags = SA_SIGINFO;
   sigaction(SIGBUS, &torn, nullptr);
   for (const int number : {SIGINT, SIGTERM, SIGHUP}) std::signal(number, on_signal);
-  std::signal(SIGPIPE, SIG_IGN);
+  // A reader that went away, a limit on the size of files: the write that fails says so.
+  for (const int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);
 }
 
 }  // namespace cli
