@@ -1,4 +1,4 @@
-// y = x·Wᵀ + b. Weights stay row-major as stored and are broadcast; activations are packed once, since they are the smaller side.
+// y = x·Wᵀ + b. A block of weight rows is turned into panels that stay near while all tokens pass; activations are broadcast as they lie.
 #include "lm/cpu/kernel.h"
 #include "lm/cpu/numbers.h"
 #include "lm/cpu/workers.h"
@@ -13,15 +13,10 @@ namespace {
 
 using cpu::kPanel;
 
-#ifndef RB
-#define RB 64
-#define DP 512
-#define GR 48
-#endif
-constexpr Index kRowBlock = RB;    // output features that one task takes: whole panels
-constexpr Index kDepth = DP;
-constexpr Index kTokenBlock = 512;
-constexpr Index kGroup = GR;
+constexpr Index kRowBlock = 64;     // output features that one task takes: whole panels
+constexpr Index kDepth = 512;       // words of a panel: shorter ones store and load sums more often, longer ones leave the caches
+constexpr Index kTokenBlock = 512;  // that one task takes
+constexpr Index kGroup = 48;        // tokens that meet all panels of a block before the next ones come: a multiple of every kernel's rows
 
 typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(2), may_alias));
 typedef std::uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
@@ -80,12 +75,6 @@ SHARD_CLONES void turn(const std::byte* from, std::size_t stride, Word kind, Ind
     else if (kind == Word::Same) turn_panel<Word::Same>(from, stride, some, numbers, into);
     else turn_panel<Word::Widened>(from, stride, some, numbers, into);
   }
-}
-
-/// These rows' next numbers come from memory while others are multiplied.
-void ask_ahead(const std::byte* from, std::size_t stride, Index rows, std::size_t bytes) {
-  for (Index r = 0; r < rows; ++r, from += stride)
-    for (std::size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
 }
 
 SHARD_CLONES void finish_row(const float* sums, const float* bias, Index n, bool rounded, float* out) {
@@ -147,18 +136,9 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
     auto* const sums = reinterpret_cast<float*>(mine.sums.get());
     for (Index at = 0; at < features; at += block) {
       const auto numbers = std::min(block, features - at), words = (numbers + numbers_a_word - 1) / numbers_a_word, done = at / numbers_a_word;
-      const auto* from = w.data + static_cast<std::size_t>(row) * stride + static_cast<std::size_t>(at) * item;
-      turn(from, stride, kind, rows, numbers, words, turned);
-      // Next come these rows' next numbers, then likely the first ones of this thread's next rows.
-      const auto next = row + kRowBlock * static_cast<Index>(on.threads);
-      const bool same = at + block < features;
-      const auto ahead_rows = same ? rows : std::max<Index>(0, std::min(kRowBlock, w.rows - next));
-      const auto* ahead = same ? from + static_cast<std::size_t>(block) * item : w.data + static_cast<std::size_t>(next) * stride;
-      const auto ahead_bytes = static_cast<std::size_t>(same ? std::min(block, features - at - block) : std::min(block, features)) * item;
+      turn(w.data + static_cast<std::size_t>(row) * stride + static_cast<std::size_t>(at) * item, stride, kind, rows, numbers, words, turned);
       for (Index t = 0; t < tokens; t += kGroup) {
         const auto some = std::min(kGroup, tokens - t);
-        const auto lo = ahead_rows * t / tokens, hi = ahead_rows * (t + some) / tokens;
-        ask_ahead(ahead + static_cast<std::size_t>(lo) * stride, stride, hi - lo, ahead_bytes);
         for (Index r = 0; r < rows; r += kPanel) {
           const auto columns = std::min(kPanel, (rows - r + 15) / 16 * 16);
           auto* to = sums + t * width + r;
