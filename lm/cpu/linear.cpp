@@ -67,7 +67,7 @@ SHARD_INLINE void turn_panel(const std::byte* from, std::size_t stride, Index ro
     }
 }
 
-/// Rows from `row`, numbers from `at`, as panels that are `words` long.
+/// `rows` rows of `numbers` numbers as panels of `words` rows, one after another.
 SHARD_CLONES void turn(const std::byte* from, std::size_t stride, Word kind, Index rows, Index numbers, Index words, std::uint32_t* into) {
   for (Index r = 0; r < rows; r += kPanel, from += kPanel * stride, into += words * kPanel) {
     const auto some = rows - r < kPanel ? rows - r : kPanel;
@@ -88,11 +88,11 @@ SHARD_CLONES void narrow_row(const float* from, Index count, std::uint16_t* to) 
   for (Index i = 0; i < count; ++i) to[i] = static_cast<std::uint16_t>(shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[i])));
 }
 
-/// Words from one token's activations to the next one's; never a power of two, which would share cache sets.
-Index pitch(Index words) { return (words + 15) / 16 * 16 + 16; }
+/// Words from one row of a matrix to the next: an odd number of cache lines, so that rows do not share cache sets.
+Index pitch(Index words) { return ((words + 15) / 16 | 1) * 16; }
 
 struct Scratch {
-  std::shared_ptr<std::byte> weights = take_buffer(kRowBlock * kDepth * 4), sums = take_buffer(kTokenBlock * (kRowBlock + 16) * 4);
+  std::shared_ptr<std::byte> weights = take_buffer(kRowBlock * kDepth * 4), sums = take_buffer(static_cast<std::size_t>(kTokenBlock * pitch(kRowBlock)) * 4);
 };
 
 }  // namespace
@@ -110,7 +110,7 @@ Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features
         continue;
       }
       auto* to = pairs_ + t * row;
-      to[words - 1] = 0;  // an odd number's partner
+      if (features_ % 2) std::memset(to + words - 1, 0, 4);  // the last number's partner
       narrow_row(x.row(t), features_, reinterpret_cast<std::uint16_t*>(to));
     }
   });
@@ -130,7 +130,7 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
   cpu::run_on_workers(static_cast<std::size_t>(row_blocks * token_blocks), on.threads, [&](std::size_t task) {
     const auto row = static_cast<Index>(task) % row_blocks * kRowBlock, first = static_cast<Index>(task) / row_blocks * kTokenBlock;
     const auto rows = std::min(kRowBlock, w.rows - row), tokens = std::min(kTokenBlock, x.tokens_ - first);
-    const auto width = (rows + 15) / 16 * 16 + 16;
+    const auto width = pitch(rows);
     thread_local Scratch mine;
     auto* const turned = reinterpret_cast<std::uint32_t*>(mine.weights.get());
     auto* const sums = reinterpret_cast<float*>(mine.sums.get());
