@@ -112,6 +112,10 @@ void OutFile::resize(std::uint64_t size) {
     shard::fail(Code::Io, "{}: cannot resize: {}", name_, std::strerror(errno));
 }
 
+void OutFile::sync() {
+  if (::fsync(fd_) != 0) shard::fail(Code::Io, "{}: cannot sync: {}", name_, std::strerror(errno));
+}
+
 fs::path inside(const fs::path& folder, std::string_view name) {
   const auto refuse = [&](const char* why) {
     shard::fail(Code::BadFormat, "{}: the name '{}' {}", folder.string(), name, why);

@@ -51,6 +51,8 @@ class OutFile {
   /// Throws Io, naming the file.
   void write(std::uint64_t offset, std::span<const std::byte> from);
   void resize(std::uint64_t size);
+  /// Until the storage has it.
+  void sync();
 
  private:
   std::string name_;

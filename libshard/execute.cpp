@@ -7,14 +7,13 @@
 #include "libshard/kernel_copy.h"
 #include "libshard/parallel.h"
 #include "libshard/source.h"
+#include "libshard/target.h"
 
 #include <algorithm>
 #include <tuple>
 
 namespace shard {
 namespace {
-
-constexpr std::uint64_t kKernelRun = 64 << 10;
 
 struct Unit {
   enum class Kind { Contiguous, Rows, Tiles, Compare } kind;
@@ -30,7 +29,7 @@ class Execution {
  public:
   Execution(const Plan& plan, const Reader& from, Writer& to, const Kernels& kernels, const Budget& budget, const Progress& tell)
       : plan_(plan), from_(from), to_(to), kernels_(kernels), budget_(budget), tell_(tell), source_(from, kernels, &plan.memory),
-        target_(to.describe().streams), target_sums_(target_.size()), buffers_(std::max(1u, budget.threads)), block_(block_size(budget)) {}
+        target_(to, kernels), buffers_(std::max(1u, budget.threads)), block_(block_size(budget)) {}
 
   Report run() {
     plan_units();
@@ -39,9 +38,9 @@ class Execution {
     for (std::size_t i = 0; i < differences_.size(); ++i)
       if (differences_[i].count)
         report_.findings.push_back(describe_difference(source_, plan_.tensors[plan_.comparisons[i].copy.tensor], plan_.comparisons[i], differences_[i]));
-    finish_target();
+    report_.crc32 = target_.finish(plan_, budget_.threads);
     report_.bytes_read = source_.bytes_read() + in_kernel_;
-    report_.bytes_written = written_;
+    report_.bytes_written = target_.bytes_written();
     report_.bytes_copied_in_kernel = in_kernel_;
     return std::move(report_);
   }
@@ -64,7 +63,7 @@ class Execution {
     for (const auto i : rest) add_copy(i);
     for (std::size_t g = 0; g < groups_.size(); ++g) add_group(g);
     std::stable_sort(units_.begin(), units_.end(), [&](const Unit& a, const Unit& b) {
-      return std::tie(target_[a.stream].file, a.stream, a.offset) < std::tie(target_[b.stream].file, b.stream, b.offset);
+      return std::tie(target_.stream(a.stream).file, a.stream, a.offset) < std::tie(target_.stream(b.stream).file, b.stream, b.offset);
     });
     for (std::size_t i = 0; i < plan_.comparisons.size(); ++i)
       units_.push_back({Unit::Kind::Compare, i, 0, 0, 0, 0});
@@ -112,18 +111,13 @@ class Execution {
     }
   }
 
-  void store(std::uint32_t stream, std::uint64_t offset, std::span<const std::byte> from) {
-    to_.write(stream, offset, from);
-    written_ += from.size();
-  }
-
   void told(std::uint64_t bytes) {
     const auto done = done_ += bytes;
     if (tell_) tell_(done, all_);
   }
 
   void contiguous(const Copy& copy, std::uint64_t begin, std::uint64_t end, Buffers& buffers) {
-    const bool summed = target_[copy.to_stream].summed, known = source_.summed(copy.from_stream);
+    const bool summed = target_.summed(copy.to_stream), known = source_.summed(copy.from_stream);
     if (!summed && !known && end - begin >= kKernelRun) begin += in_kernel(copy, begin, end);
     for (auto at = begin; at < end; at += block_) {
       const auto block = Buffers::need(buffers.a, std::min(block_, end - at));
@@ -131,21 +125,17 @@ class Execution {
       if (summed || known) {
         const auto crc = kernels_.crc32(block);
         if (known) source_.add_sum(copy.from_stream, copy.from + at, block.size(), crc);
-        if (summed) target_sums_[copy.to_stream].add(copy.to + at, block.size(), crc, kernels_.combine);
+        if (summed) target_.add_sum(copy.to_stream, copy.to + at, block.size(), crc);
       }
-      store(copy.to_stream, copy.to + at, block);
+      target_.write(copy.to_stream, copy.to + at, block);
       told(block.size());
     }
   }
 
   std::uint64_t in_kernel(const Copy& copy, std::uint64_t begin, std::uint64_t end) {
-    auto from = from_.file_range(copy.from_stream), to = to_.file_range(copy.to_stream);
-    if (!from || !to) return 0;
-    from->offset += copy.from + begin;
-    to->offset += copy.to + begin;
-    const auto moved = kernel_copy(*from, *to, end - begin);
+    const auto moved = kernel_copy(from_, to_, copy, begin, end);
     in_kernel_ += moved;
-    written_ += moved;
+    target_.add_written(moved);
     told(moved);
     return moved;
   }
@@ -172,11 +162,11 @@ class Execution {
   }
 
   void write_band(const Band& band, std::uint64_t begin, std::uint64_t end, std::span<const std::byte> from) {
-    const bool summed = target_[band.stream].summed;
+    const bool summed = target_.summed(band.stream);
     const auto put = [&](std::uint64_t offset, std::span<const std::byte> bytes) {
       if (summed && bytes.size() >= kShortRun)
-        target_sums_[band.stream].add(offset, bytes.size(), kernels_.crc32(bytes), kernels_.combine);
-      store(band.stream, offset, bytes);
+        target_.add_sum(band.stream, offset, bytes.size(), kernels_.crc32(bytes));
+      target_.write(band.stream, offset, bytes);
     };
     if (band.width == band.stride) return put(band.start + begin * band.stride, from.first((end - begin) * band.stride));
     for (auto row = begin; row < end; ++row)
@@ -228,30 +218,11 @@ class Execution {
   }
 
   void scatter(const Copy& copy, std::uint64_t base, const EndRuns& runs, std::span<const std::byte> bytes) {
-    const bool summed = target_[copy.to_stream].summed && runs.run >= kShortRun;
+    const bool summed = target_.summed(copy.to_stream) && runs.run >= kShortRun;
     for_each_run(runs, [&](std::uint64_t in_stream, std::uint64_t in_memory) {
       const auto run = bytes.subspan(in_memory, runs.run);
-      if (summed) target_sums_[copy.to_stream].add(base + in_stream, runs.run, kernels_.crc32(run), kernels_.combine);
-      store(copy.to_stream, base + in_stream, run);
-    });
-  }
-
-  void finish_target() {
-    report_.crc32.resize(target_.size());
-    std::vector<char> mine(target_.size(), !plan_.partial);
-    for (const auto& copy : plan_.copies) mine[copy.to_stream] = true;
-    run_tasks(target_.size(), budget_.threads, [&](std::size_t i, unsigned worker) {
-      const auto s = static_cast<std::uint32_t>(i);
-      if (!target_[s].summed || !mine[s]) return;
-      for (auto [offset, length] : target_sums_[s].gaps(target_[s].size))
-        for (; length > 0;) {
-          const auto block = Buffers::need(buffers_[worker].a, std::min(block_, length));
-          to_.read(s, offset, block);
-          target_sums_[s].add(offset, block.size(), kernels_.crc32(block), kernels_.combine);
-          offset += block.size();
-          length -= block.size();
-        }
-      report_.crc32[s] = target_sums_[s].whole();
+      if (summed) target_.add_sum(copy.to_stream, base + in_stream, runs.run, kernels_.crc32(run));
+      target_.write(copy.to_stream, base + in_stream, run);
     });
   }
 
@@ -262,14 +233,13 @@ class Execution {
   const Budget& budget_;
   const Progress& tell_;
   SummedSource source_;
-  const std::vector<Stream>& target_;
-  std::vector<StreamSum> target_sums_;
+  SummedTarget target_;
   std::vector<Buffers> buffers_;
   std::vector<Group> groups_;
   std::vector<Unit> units_;
   std::vector<Difference> differences_;
   std::uint64_t block_, all_ = 0;
-  std::atomic<std::uint64_t> written_ = 0, in_kernel_ = 0, done_ = 0;
+  std::atomic<std::uint64_t> in_kernel_ = 0, done_ = 0;
   Report report_;
 };
 

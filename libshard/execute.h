@@ -30,6 +30,7 @@ struct Budget {
 
 struct Report {
   std::uint64_t bytes_read = 0, bytes_written = 0, bytes_copied_in_kernel = 0;
+  std::uint64_t bytes_through_device = 0;         ///< of those written; the executor here has none
   /// One per target stream that asks for a sum; of a partial plan only for the streams that it writes.
   std::vector<std::optional<std::uint32_t>> crc32;
   std::vector<Finding> findings;                  ///< checksums that do not match and replicas that differ

@@ -28,4 +28,12 @@ std::uint64_t kernel_copy(FileRange from, FileRange to, std::uint64_t bytes) {
   return moved;
 }
 
+std::uint64_t kernel_copy(const Reader& reader, Writer& writer, const Copy& copy, std::uint64_t begin, std::uint64_t end) {
+  auto from = reader.file_range(copy.from_stream), to = writer.file_range(copy.to_stream);
+  if (!from || !to) return 0;
+  from->offset += copy.from + begin;
+  to->offset += copy.to + begin;
+  return kernel_copy(*from, *to, end - begin);
+}
+
 }  // namespace shard

@@ -1,4 +1,4 @@
-// What tests may ask of the emulated device: less memory, a loss, slowness.
+// What tests may ask of the emulated device: less memory, a loss, slowness, direct storage.
 #pragma once
 
 #include <chrono>
@@ -11,7 +11,9 @@ struct Emulated {
   std::size_t memory = std::size_t{8} << 30;           ///< bytes; at most the default
   std::uint64_t lost_after = UINT64_MAX;               ///< pieces of work that go well before the device is lost for good
   std::chrono::microseconds pause{0};                  ///< before each piece of work
+  bool direct = false;                                 ///< files are read into device memory
 };
 void emulate(const Emulated& device);
+Emulated emulated();
 
 }  // namespace gpu

@@ -143,6 +143,11 @@ void let_others_work(const Work& wait) {
   all.depth = depth;
 }
 
+Emulated emulated() {
+  const std::lock_guard lock(machine().mutex);
+  return machine().told;
+}
+
 void enqueue(StreamView on, Work work) {
   auto& to = queue(on);
   const std::lock_guard lock(machine().mutex);

@@ -16,6 +16,7 @@ const bool set = [] {
   device.memory = number("SHARDKIT_EMULATED_MEMORY", device.memory);
   device.lost_after = number("SHARDKIT_EMULATED_LOST_AFTER", device.lost_after);
   device.pause = std::chrono::microseconds(number("SHARDKIT_EMULATED_PAUSE_US", 0));
+  device.direct = number("SHARDKIT_EMULATED_DIRECT", 0) != 0;
   gpu::emulate(device);
   return true;
 }();
