@@ -9,6 +9,7 @@ import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, Case, run, run_json  # noqa: E402
+from torch_edit import edit_archive  # noqa: E402
 
 LLAMA = DATA / "mcore/llama_untied_bf16/tp2pp2"
 REFERENCES = DATA / "references"
@@ -265,6 +266,12 @@ class Findings(Case):
             config = json.loads((copy / "config.json").read_text())
             (copy / "config.json").write_text(json.dumps(config | change))
             self.assertIn(word, self.refused(6 if name.startswith("llama") else 4, "validate", copy))
+
+    def test_more_experts_than_can_be(self):
+        copy = self.copy("legacy/moe_bf16")
+        file = sorted(copy.rglob("model_optim_rng.pt"))[0]
+        edit_archive(file, lambda root: setattr(root["args"], "num_experts", 1_000_000))
+        self.assertIn("num_experts", self.refused(4, "validate", file.parent.parent.parent))
 
     def test_reports(self):
         html, junit = self.tmp / "report.html", self.tmp / "report.xml"
