@@ -68,6 +68,7 @@ class OnDevice {
     memory_ = gpu::DeviceBuffer(static_cast<std::size_t>(rows * stride) * shard::size_of(type));
     view_ = {memory_.data(), type, rows, columns, stride};
     gpu::set_bytes(memory_.data(), 0xff, memory_.size(), stream());
+    stream().wait();
   }
   OnDevice(const Tensor& values, shard::DType type, Index stride = 0) : OnDevice(values.rows(), values.columns(), type, stride) { put(values); }
   const gpu::View& view() const { return view_; }
