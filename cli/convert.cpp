@@ -1,5 +1,7 @@
 // shardkit reshard, convert and plan: open → describe → plan → execute → commit.
 #include "cli/commands.h"
+#include "cli/crew.h"
+#include "cli/device.h"
 #include "cli/options.h"
 #include "cli/parts.h"
 #include "cli/print.h"
@@ -7,6 +9,7 @@
 #include "formats/hf/lora.h"
 #include "formats/kernels.h"
 #include "formats/target.h"
+#include "gpu/reshard/execute.h"
 #include "libshard/error.h"
 #include "libshard/numeric.h"
 
@@ -115,8 +118,10 @@ struct Outcome {
   const formats::TargetOptions& options;
   std::vector<formats::Dropped> dropped;
   std::vector<std::string> filled, files;
-  shard::Report report;
+  Device device;
+  gpu::reshard::Outcome run;   ///< on the CPU only the report
   double seconds;
+  const shard::Report& report() const { return run.report; }
 };
 
 bool is_cut(const formats::TargetOptions& options) { return options.format == "torch_dist" || options.format == "mp_rank"; }
@@ -126,9 +131,12 @@ Json outcome_json(const ConvertAsk& ask, const Outcome& outcome) {
   for (const auto& [alias, owner] : outcome.source.logical.ties) ties.push_back({{"alias", alias}, {"owner", owner}});
   Json out{{"source", {{"path", ask.from}, {"format", outcome.source.format}, {"layout", layout_json(outcome.source.parallel)}}},
            {"target", {{"path", ask.to}, {"format", outcome.options.format}, {"layout", is_cut(outcome.options) ? layout_json(outcome.options.parallel) : Json(nullptr)}, {"files", outcome.files}}},
-           {"bytes_read", outcome.report.bytes_read},
-           {"bytes_written", outcome.report.bytes_written},
-           {"bytes_copied_in_kernel", outcome.report.bytes_copied_in_kernel},
+           {"bytes_read", outcome.report().bytes_read},
+           {"bytes_written", outcome.report().bytes_written},
+           {"bytes_copied_in_kernel", outcome.report().bytes_copied_in_kernel},
+           {"bytes_through_device", outcome.report().bytes_through_device},
+           {"device", outcome.device.name},
+           {"device_why", outcome.device.why},
            {"seconds", outcome.seconds},
            {"peak_memory_bytes", peak_memory()},
            {"tensors", outcome.target.logical.tensors.size()},
@@ -136,16 +144,25 @@ Json outcome_json(const ConvertAsk& ask, const Outcome& outcome) {
            {"carried", outcome.target.carried},
            {"tied", ties},
            {"padded", outcome.filled}};
+  if (outcome.device.cuda)
+    out["device_use"] = {{"model", outcome.device.model}, {"storage", outcome.run.storage}, {"lanes", outcome.run.sizes.lanes}, {"image_bytes", outcome.run.sizes.image},
+                         {"pinned_memory_bytes", outcome.run.sizes.pinned_memory}, {"device_memory_bytes", outcome.run.sizes.device_memory}};
   if (outcome.target.padded_vocab) out["padded_vocab_size"] = outcome.target.padded_vocab;
   if (!outcome.target.notes.empty()) out["notes"] = outcome.target.notes;
   return out;
 }
 
 void print_summary(const ConvertAsk& ask, const Outcome& outcome) {
-  const auto& report = outcome.report;
+  const auto& report = outcome.report();
   fmt::print(stderr, "{} {} → {}: {} tensors, {} in {:.2f} s ({}/s), {} files\n", ask.dry_run ? "would write" : "wrote", outcome.source.format, outcome.options.format,
              outcome.target.logical.tensors.size(), human_bytes(report.bytes_written), outcome.seconds,
              human_bytes(static_cast<std::uint64_t>(static_cast<double>(report.bytes_written) / std::max(outcome.seconds, 1e-6))), outcome.files.size());
+  if (ask.run.device != "cpu" || ask.run.verbose) fmt::print(stderr, "device: {}{} ({})\n", outcome.device.name, outcome.device.cuda ? ", " + outcome.device.model : "", outcome.device.why);
+  if (ask.run.verbose && !ask.dry_run) {
+    fmt::print(stderr, "bytes written: {} through the device, {} copied in the kernel, {} by the CPU\n", human_bytes(report.bytes_through_device), human_bytes(report.bytes_copied_in_kernel),
+               human_bytes(report.bytes_written - report.bytes_through_device - report.bytes_copied_in_kernel));
+    if (outcome.device.cuda) fmt::print(stderr, "storage: {}\nlanes: {} of two images of {} bytes\n", outcome.run.storage, outcome.run.sizes.lanes, outcome.run.sizes.image);
+  }
   if (is_cut(outcome.options)) fmt::print(stderr, "layout: {} → {}\n", outcome.source.parallel ? layout_line(*outcome.source.parallel) : "unknown", layout_line(outcome.options.parallel));
   for (const auto& [alias, owner] : outcome.source.logical.ties) fmt::print(stderr, "tied: {} is {}\n", alias, owner);
   for (const auto& key : outcome.filled) fmt::print(stderr, "padded: new rows of {} are {}\n", key, ask.pad == "zeros" ? "zero" : ask.pad == "last" ? "copies of its last row" : "its mean row");
@@ -181,9 +198,11 @@ Origin origin_of(const ConvertAsk& ask) {
   return {base, ask.from, {fmt::format("the base is {}, as adapter_config.json says", base)}};
 }
 
-int run_convert(const ConvertAsk& ask) {
+/// `crew`: the ranks that this process is one of, or null.
+int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto start = std::chrono::steady_clock::now();
-  const auto budget = ask.run.budget();
+  const auto device = choose_device(ask.run.device);
+  const auto budget = ask.run.limits();
   auto open = ask.model.open;
   open.threads = budget.threads;
   const auto origin = origin_of(ask);
@@ -197,33 +216,37 @@ int run_convert(const ConvertAsk& ask) {
   const auto path = ask.dry_run ? std::filesystem::temp_directory_path() / fmt::format("shardkit-plan-{}", ::getpid()) : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
     shard::require(ask.to.empty() || !std::filesystem::exists(ask.to), shard::Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", ask.to); });
-  const auto part = ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
+  const auto part = crew ? std::optional(crew->part()) : ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
   if (part) options.joint = true;
-  auto target = formats::create(part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
+  auto target = formats::create(crew ? crew->folder() : part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
   target.notes.insert(target.notes.begin(), source.notes.begin(), source.notes.end());
   target.notes.insert(target.notes.begin(), origin.notes.begin(), origin.notes.end());
   const auto& filled_source = target.source ? *target.source : source;
   const formats::LocalReader reader(filled_source.logical, filled_source.files);
   const auto whole = make_plan(filled_source.logical, target.logical,                                     // plan
                               {wanted_pad(ask.pad), options.dtype.has_value(), [&](const auto& tensor) { return mean_row(reader, tensor, source.vocab); }});
+  if (crew) crew->agree(whole, *target.writer);
   const auto mine = part ? std::optional(part_of(whole, part->index, part->count)) : std::nullopt;
   const auto& plan = mine ? *mine : whole;
   bool published = !ask.dry_run;
-  shard::Report report;
+  gpu::reshard::Outcome run;
+  auto& report = run.report;
   if (ask.dry_run) {
     report.bytes_read = planned_bytes(plan, false);
     report.bytes_written = planned_bytes(plan, true);
   } else {
-    ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json);
-    report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());          // execute
+    ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json || (crew && part->index > 0));
+    if (device.cuda) run = gpu::reshard::execute(plan, reader, *target.writer, formats::kernels(), budget, {*device.cuda, ask.run.device_limit()}, bar.callback());
+    else report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());     // execute
     refuse(report.findings);
+    if (crew && !crew->finish(report, *target.writer, !ask.no_sync)) return 0;                           // rank 0 publishes and tells
     if (!part) target.writer->commit(report.crc32, !ask.no_sync);                                        // commit
-    else if (!finish_part(path, *part, report, *target.writer, ask.force, !ask.no_sync)) {
+    else if (!crew && !finish_part(path, *part, report, *target.writer, ask.force, !ask.no_sync)) {
       published = false;
       target.notes.push_back("other parts are not done yet; the last one publishes");
     }
   }
-  const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), report,
+  const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), device, run,
                         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
   if (ask.run.json) print_json(outcome_json(ask, outcome));
   else if (!ask.run.quiet) print_summary(ask, outcome);
@@ -234,6 +257,14 @@ int run_convert(const ConvertAsk& ask) {
     write_report(ask.report, outcome_json(ask, outcome), receipt, budget, ask.run.quiet || ask.run.json);
   }
   return 0;
+}
+
+/// Alone, or as one of several ranks where a launcher's environment says so. --part and --dry-run are for single processes.
+int run_alone_or_together(const ConvertAsk& ask) {
+  const auto launch = ask.dry_run || !ask.part.empty() ? std::nullopt : ranks::launch_of(environment());
+  if (!launch) return run_convert(ask, nullptr);
+  Crew crew(*launch, ask.to, ask.force);
+  return crew.run([&] { return run_convert(ask, &crew); });
 }
 
 void add_options(CLI::App& command, ConvertAsk& ask) {
@@ -278,7 +309,7 @@ void add_convert(CLI::App& app, Action& action) {
     if (!dry) command->add_flag("--dry-run", ask->dry_run, "Say what would be done");
     command->callback([ask, dry, &action] {
       if (dry) ask->dry_run = true;
-      action = [ask] { return run_convert(*ask); };
+      action = [ask] { return run_alone_or_together(*ask); };
     });
   };
   add("reshard", "Another parallel layout, same format and keys", false, false, false);
