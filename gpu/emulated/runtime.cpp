@@ -59,7 +59,7 @@ class Arena {
     auto size = taken_.at(first);
     taken_.erase(first);
     used_ -= size - kGuard;
-    forbid(memory, size);
+    allow(memory, size);  // work that still waits may write there, which a device would finish first
     madvise(memory, size, MADV_DONTNEED);
     auto at = free_.emplace(first, size).first;
     if (const auto next = std::next(at); next != free_.end() && at->first + at->second == next->first) {
