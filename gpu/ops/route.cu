@@ -222,14 +222,15 @@ struct Offsets {
   }
 };
 
-/// A block writes one expert's rows in the tokens' order.
+/// A block writes one expert's rows in the tokens' order: slice after slice of the entries, of which each thread has a run.
+template <int N>
 struct Place {
-  static constexpr unsigned kThreads = 256;
+  static constexpr unsigned kThreads = 256, kRun = 16, kTeam = 16;
   struct Shared {
-    unsigned count[kThreads];
+    unsigned count[kThreads], team[kThreads / kTeam];  ///< of the expert's entries, by thread and by sixteen threads
   };
   struct Own {
-    unsigned before;
+    unsigned found, before;                             ///< bits of the run; the expert's entries in earlier slices
   };
   const std::int32_t* expert;
   const float* from_weight;
@@ -240,27 +241,42 @@ struct Place {
   GPU_CODE void operator()(Block& block) const {
     auto& s = block.shared();
     const auto mine = static_cast<std::int32_t>(block.x());
-    const auto run = (entries + kThreads - 1) / kThreads;
-    const auto each_entry = [&](unsigned thread, auto&& body) {
-      for (Index i = thread * run; i < (thread + 1) * run && i < entries; ++i)
-        if (expert[i] == mine) body(i);
-    };
-    block.each([&](unsigned thread, Own&) {
-      s.count[thread] = 0;
-      each_entry(thread, [&](Index) { ++s.count[thread]; });
-    });
-    block.each([&](unsigned thread, Own& own) {
-      own.before = 0;
-      for (unsigned i = 0; i < thread; ++i) own.before += s.count[i];
-    });
-    block.each([&](unsigned thread, Own& own) {
-      auto row = out.offsets[mine] + static_cast<std::int32_t>(own.before);
-      each_entry(thread, [&](Index i) {
-        out.token[row] = static_cast<std::int32_t>(i / topk);
-        out.weight[row] = from_weight[i];
-        out.row[i] = row++;
+    block.each_apart([](unsigned, Own& own) { own.before = 0; });
+    for (Index slice = 0; slice < entries; slice += kThreads * kRun) {
+      block.each([&](unsigned thread, Own& own) {
+        own.found = s.count[thread] = 0;
+        const auto first = slice + thread * kRun;
+        for (unsigned i = 0; i < kRun; i += N) {
+          if (first + i >= entries) break;
+          const auto pack = load_pack<N>(expert + first + i);
+          for (unsigned j = 0; j < N; ++j) {
+            const bool is_mine = pack.item[j] == mine;
+            own.found |= static_cast<unsigned>(is_mine) << (i + j);
+            s.count[thread] += is_mine;
+          }
+        }
       });
-    });
+      block.each([&](unsigned thread, Own&) {
+        if (thread >= kThreads / kTeam) return;
+        s.team[thread] = 0;
+        for (unsigned i = 0; i < kTeam; ++i) s.team[thread] += s.count[thread * kTeam + i];
+      });
+      block.each([&](unsigned thread, Own& own) {
+        auto row = out.offsets[mine] + static_cast<std::int32_t>(own.before);
+        for (unsigned i = 0; i < kThreads / kTeam; ++i) {
+          if (i < thread / kTeam) row += static_cast<std::int32_t>(s.team[i]);
+          own.before += s.team[i];
+        }
+        for (unsigned i = thread / kTeam * kTeam; i < thread; ++i) row += static_cast<std::int32_t>(s.count[i]);
+        for (unsigned i = 0; i < kRun; ++i) {
+          if (!(own.found >> i & 1)) continue;
+          const auto entry = slice + thread * kRun + i;
+          out.token[row] = static_cast<std::int32_t>(entry / topk);
+          out.weight[row] = from_weight[entry];
+          out.row[entry] = row++;
+        }
+      });
+    }
   }
 };
 
@@ -346,7 +362,8 @@ void permute(StreamView on, std::int64_t tokens, std::int64_t topk, std::int64_t
   shard::require(tokens * topk < (std::int64_t{1} << 31), shard::Code::Device, [&] { return fmt::format("device: {} tokens for {} experts each", tokens, topk); });
   launch(on, {static_cast<std::uint64_t>(experts)}, CountTokens{expert, out.offsets, tokens * topk});
   launch(on, {1}, Offsets{out.offsets, out.tiles, static_cast<int>(experts)});
-  launch(on, {static_cast<std::uint64_t>(experts)}, Place{expert, weight, out, tokens * topk, topk});
+  const auto place = [&]<int N>() { launch(on, {static_cast<std::uint64_t>(experts)}, Place<N>{expert, weight, out, tokens * topk, topk}); };
+  tokens * topk % 4 == 0 && reinterpret_cast<std::uintptr_t>(expert) % 16 == 0 ? place.template operator()<4>() : place.template operator()<1>();
 }
 
 void combine(StreamView on, const View& out, const View& x, std::int64_t topk, const std::int32_t* row) {
