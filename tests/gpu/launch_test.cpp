@@ -54,10 +54,9 @@ void record(shard::DType type, Index batch, Index length) {
   gpu::combine(on, at(rows, hidden), at(rows * topk, hidden), topk, order.row);
   const gpu::CrossEntropyState state{nowhere<float>(), nowhere<double>(), nowhere<float>(), rows};
   gpu::cross_entropy_start(on, state);
-  gpu::cross_entropy_add(on, state, at(rows, vocabulary), 0, vocabulary, nowhere<std::int64_t>());
+  gpu::cross_entropy_add(on, state, at(rows, vocabulary), 0, vocabulary, nowhere<std::int64_t>(), nowhere<gpu::LogitsPeak>());
   gpu::cross_entropy_shift(on, state, nowhere<float>());
   gpu::cross_entropy_finish(on, state, vocabulary, nowhere<std::int64_t>(), nowhere<float>());
-  gpu::logits_peak(on, at(rows, vocabulary), vocabulary, nowhere<gpu::LogitsPeak>());
   gpu::look_at_weight(on, at(vocabulary, hidden), nowhere<std::byte>(), nowhere<gpu::WeightLook>());
   gpu::look_at_activation(on, at(rows, hidden), nowhere<std::byte>(), nowhere<gpu::ActivationLook>());
   for (const Index key : {64, 128, 192}) {
