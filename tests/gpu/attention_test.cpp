@@ -1,6 +1,7 @@
 // Every way of attention against lm::cpu::attention.
 #include "gpu/ops/attention.h"
 
+#include "gpu/ops/attention_flash.h"
 #include "libshard/error.h"
 #include "tests/gpu/cpu_meaning.h"
 
@@ -71,6 +72,25 @@ TEST_CASE("attention: local, flash and unfused are the CPU's within 3e-6 of f32 
         CHECK(worst(out.get(), way == 1 ? exact : rounding) <= (mode.bf16() ? 0.006 : 3e-6));
       }
     }
+}
+
+TEST_CASE("tensor cores take bf16 whose heads and rows are whole 16 bytes") {
+  const auto taken = [](shard::DType type, Index key, Index value, Index gap, double scale) {
+    auto s = shape(1, 5, 2, 1, key, value);
+    s.scale = scale;
+    const OnDevice q(5, 2 * key, type, 2 * key + gap), k(5, 2 * key, type), v(5, 2 * value, type), out(5, 2 * value, type);
+    const bool yes = gpu::flash_on_tensor_cores(stream(), gpu::attention_scalars(s, {}), q.view(), k.view(), v.view(), out.view());
+    stream().wait();
+    return yes;
+  };
+  using enum shard::DType;
+  for (const auto& [key, value] : {std::pair<Index, Index>{64, 64}, {40, 40}, {96, 80}, {128, 128}, {192, 128}, {256, 256}}) CHECK(taken(BF16, key, value, 0, 0.1));
+  CHECK(!taken(F32, 64, 64, 0, 0.1));
+  CHECK(!taken(BF16, 36, 64, 0, 0.1));
+  CHECK(!taken(BF16, 64, 20, 0, 0.1));
+  CHECK(!taken(BF16, 64, 64, 4, 0.1));
+  CHECK(!taken(BF16, 64, 64, 0, -0.1));
+  CHECK(!taken(BF16, 264, 64, 0, 0.1));
 }
 
 TEST_CASE("heads and views that no kernel takes are refused") {
