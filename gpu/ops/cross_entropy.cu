@@ -11,7 +11,9 @@ namespace {
 using Index = std::int64_t;
 
 /// Towards a maximum that may be −∞: nothing was there then.
-GPU_CODE double shifted(double sum, float from, float to) { return sum == 0 || from == to ? sum : sum * exp(static_cast<double>(from) - static_cast<double>(to)); }
+GPU_CODE double shifted(double sum, float from, float to) {
+  return sum == 0 || from == to ? sum : sum * exp(static_cast<double>(from) - static_cast<double>(to));
+}
 
 struct Start {
   static constexpr unsigned kThreads = 128;
@@ -138,19 +140,24 @@ std::uint64_t blocks(Index rows, unsigned threads) { return blocks_for(static_ca
 
 void cross_entropy_start(StreamView on, const CrossEntropyState& state) { launch(on, {blocks(state.rows, Start::kThreads)}, Start{state}); }
 
-void cross_entropy_add(StreamView on, const CrossEntropyState& state, const View& block, std::int64_t first, std::int64_t limit, const std::int64_t* labels,
-                       LogitsPeak* peak) {
+void cross_entropy_add(StreamView on, const CrossEntropyState& state, const View& block, std::int64_t first, std::int64_t limit,
+                       const std::int64_t* labels, LogitsPeak* peak) {
   const auto columns = std::min(block.columns, limit - first);
   if (columns <= 0) return;
-  shard::require(block.rows == state.rows, shard::Code::Device, [&] { return fmt::format("device: logits of {} rows for {} labels", block.rows, state.rows); });
+  shard::require(block.rows == state.rows, shard::Code::Device,
+                 [&] { return fmt::format("device: logits of {} rows for {} labels", block.rows, state.rows); });
   with_activation_type(block.type, [&]<typename T>(T) {
-    const auto run = [&]<int N>() { launch(on, {static_cast<std::uint64_t>(block.rows)}, Add<T, N>{state, elements<const T>(block), labels, peak, block.stride, columns, first}); };
+    const auto run = [&]<int N>() {
+      launch(on, {static_cast<std::uint64_t>(block.rows)}, Add<T, N>{state, elements<const T>(block), labels, peak, block.stride, columns, first});
+    };
     constexpr int n = kPack<T>;
     in_packs(block.column_range(0, n), n) ? run.template operator()<n>() : run.template operator()<1>();
   });
 }
 
-void cross_entropy_shift(StreamView on, const CrossEntropyState& state, const float* top) { launch(on, {blocks(state.rows, Shift::kThreads)}, Shift{state, top}); }
+void cross_entropy_shift(StreamView on, const CrossEntropyState& state, const float* top) {
+  launch(on, {blocks(state.rows, Shift::kThreads)}, Shift{state, top});
+}
 
 void cross_entropy_finish(StreamView on, const CrossEntropyState& state, std::int64_t limit, const std::int64_t* labels, float* losses) {
   launch(on, {blocks(state.rows, Finish::kThreads)}, Finish{state, labels, losses, limit});

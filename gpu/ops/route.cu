@@ -82,7 +82,8 @@ struct Route {
       });
     }
     block.each([&](unsigned thread, Own&) {
-      for (int e = static_cast<int>(thread % 32); e < experts; e += 32) s.choice[thread / 32][e] = s.score[thread / 32][e] + (bias.given() ? bias[e] : 0.0f);
+      for (int e = static_cast<int>(thread % 32); e < experts; e += 32)
+        s.choice[thread / 32][e] = s.score[thread / 32][e] + (bias.given() ? bias[e] : 0.0f);
     });
     if (groups > 1 && group_topk > 0) limit_groups(block);
     for (int k = 0; k < topk; ++k) {
@@ -230,7 +231,7 @@ struct Place {
     unsigned count[kThreads], team[kThreads / kTeam];  ///< of the expert's entries, by thread and by sixteen threads
   };
   struct Own {
-    unsigned found, before;                             ///< bits of the run; the expert's entries in earlier slices
+    unsigned found, before;  ///< bits of the run; the expert's entries in earlier slices
   };
   const std::int32_t* expert;
   const float* from_weight;
@@ -318,25 +319,31 @@ struct Combine {
 };
 
 void check_topk(Index topk) {
-  shard::require(topk > 0 && topk <= kMaxTopk, shard::Code::Device, [&] { return fmt::format("device: the router takes {} experts; at most {} are provided for", topk, kMaxTopk); });
+  shard::require(topk > 0 && topk <= kMaxTopk, shard::Code::Device,
+                 [&] { return fmt::format("device: the router takes {} experts; at most {} are provided for", topk, kMaxTopk); });
 }
 void check_experts(Index experts) {
-  shard::require(experts > 0 && experts <= kMaxExperts, shard::Code::Device, [&] { return fmt::format("device: {} experts; at most {} are provided for", experts, kMaxExperts); });
+  shard::require(experts > 0 && experts <= kMaxExperts, shard::Code::Device,
+                 [&] { return fmt::format("device: {} experts; at most {} are provided for", experts, kMaxExperts); });
 }
 
 }  // namespace
 
-void route(StreamView on, const shard::RouterConfig& config, const View& logits, const View& bias, bool rounded, std::int32_t* expert, float* weight) {
+void route(StreamView on, const shard::RouterConfig& config, const View& logits, const View& bias, bool rounded, std::int32_t* expert,
+           float* weight) {
   const auto experts = logits.columns;
   check_experts(experts);
   check_topk(config.topk);
-  shard::require(config.topk <= experts, shard::Code::Mismatch, [&] { return fmt::format("model: the router takes {} of {} experts", config.topk, experts); });
+  shard::require(config.topk <= experts, shard::Code::Mismatch,
+                 [&] { return fmt::format("model: the router takes {} of {} experts", config.topk, experts); });
   const bool grouped = config.num_groups > 1 && config.group_topk > 0;
   shard::require(!grouped || (experts % config.num_groups == 0 && config.group_topk <= config.num_groups), shard::Code::Mismatch,
                  [&] { return fmt::format("model: {} experts in {} groups", experts, config.num_groups); });
   shard::require(!grouped || config.num_groups <= kMaxGroups, shard::Code::Device,
                  [&] { return fmt::format("device: {} groups of experts; at most {} are provided for", config.num_groups, kMaxGroups); });
-  const auto best = config.group_rule == shard::RouterConfig::GroupRule::Max ? 1 : grouped ? std::min(config.group_best, experts / config.num_groups) : 1;
+  const auto best = config.group_rule == shard::RouterConfig::GroupRule::Max ? 1
+                    : grouped                                                ? std::min(config.group_best, experts / config.num_groups)
+                                                                             : 1;
   const Route kernel{numbers(logits),
                      numbers(bias),
                      expert,
@@ -356,22 +363,26 @@ void route(StreamView on, const shard::RouterConfig& config, const View& logits,
   launch(on, {blocks_for(static_cast<std::uint64_t>(logits.rows), Route::kTokens)}, kernel);
 }
 
-void permute(StreamView on, std::int64_t tokens, std::int64_t topk, std::int64_t experts, const std::int32_t* expert, const float* weight, const Permutation& out) {
+void permute(StreamView on, std::int64_t tokens, std::int64_t topk, std::int64_t experts, const std::int32_t* expert, const float* weight,
+             const Permutation& out) {
   check_experts(experts);
   check_topk(topk);
-  shard::require(tokens * topk < (std::int64_t{1} << 31), shard::Code::Device, [&] { return fmt::format("device: {} tokens for {} experts each", tokens, topk); });
+  shard::require(tokens * topk < (std::int64_t{1} << 31), shard::Code::Device,
+                 [&] { return fmt::format("device: {} tokens for {} experts each", tokens, topk); });
   launch(on, {static_cast<std::uint64_t>(experts)}, CountTokens{expert, out.offsets, tokens * topk});
   launch(on, {1}, Offsets{out.offsets, out.tiles, static_cast<int>(experts)});
   const auto place = [&]<int N>() { launch(on, {static_cast<std::uint64_t>(experts)}, Place<N>{expert, weight, out, tokens * topk, topk}); };
-  tokens * topk % 4 == 0 && reinterpret_cast<std::uintptr_t>(expert) % 16 == 0 ? place.template operator()<4>() : place.template operator()<1>();
+  tokens* topk % 4 == 0 && reinterpret_cast<std::uintptr_t>(expert) % 16 == 0 ? place.template operator()<4>() : place.template operator()<1>();
 }
 
 void combine(StreamView on, const View& out, const View& x, std::int64_t topk, const std::int32_t* row) {
   check_topk(topk);
-  shard::require(out.type == x.type && out.columns == x.columns && x.rows == out.rows * topk, shard::Code::Device, [] { return "device: experts' rows of another shape than the sum"; });
+  shard::require(out.type == x.type && out.columns == x.columns && x.rows == out.rows * topk, shard::Code::Device,
+                 [] { return "device: experts' rows of another shape than the sum"; });
   with_activation_type(out.type, [&]<typename T>(T) {
     const auto run = [&]<int N>() {
-      launch(on, {static_cast<std::uint64_t>(out.rows)}, Combine<T, N>{elements<T>(out), elements<const T>(x), row, out.stride, x.stride, out.columns, static_cast<int>(topk)});
+      launch(on, {static_cast<std::uint64_t>(out.rows)},
+             Combine<T, N>{elements<T>(out), elements<const T>(x), row, out.stride, x.stride, out.columns, static_cast<int>(topk)});
     };
     constexpr int n = kPack<T>;
     in_packs(out, n) && in_packs(x, n) ? run.template operator()<n>() : run.template operator()<1>();
