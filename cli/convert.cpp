@@ -1,6 +1,7 @@
 // shardkit reshard, convert and plan: open → describe → plan → execute → commit.
 #include "cli/commands.h"
 #include "cli/crew.h"
+#include "cli/device.h"
 #include "cli/options.h"
 #include "cli/parts.h"
 #include "cli/print.h"
@@ -8,6 +9,7 @@
 #include "formats/hf/lora.h"
 #include "formats/kernels.h"
 #include "formats/target.h"
+#include "gpu/reshard/execute.h"
 #include "libshard/error.h"
 #include "libshard/numeric.h"
 
@@ -116,8 +118,10 @@ struct Outcome {
   const formats::TargetOptions& options;
   std::vector<formats::Dropped> dropped;
   std::vector<std::string> filled, files;
-  shard::Report report;
+  Device device;
+  gpu::reshard::Outcome run;   ///< on the CPU only the report
   double seconds;
+  const shard::Report& report() const { return run.report; }
 };
 
 bool is_cut(const formats::TargetOptions& options) { return options.format == "torch_dist" || options.format == "mp_rank"; }
@@ -127,9 +131,12 @@ Json outcome_json(const ConvertAsk& ask, const Outcome& outcome) {
   for (const auto& [alias, owner] : outcome.source.logical.ties) ties.push_back({{"alias", alias}, {"owner", owner}});
   Json out{{"source", {{"path", ask.from}, {"format", outcome.source.format}, {"layout", layout_json(outcome.source.parallel)}}},
            {"target", {{"path", ask.to}, {"format", outcome.options.format}, {"layout", is_cut(outcome.options) ? layout_json(outcome.options.parallel) : Json(nullptr)}, {"files", outcome.files}}},
-           {"bytes_read", outcome.report.bytes_read},
-           {"bytes_written", outcome.report.bytes_written},
-           {"bytes_copied_in_kernel", outcome.report.bytes_copied_in_kernel},
+           {"bytes_read", outcome.report().bytes_read},
+           {"bytes_written", outcome.report().bytes_written},
+           {"bytes_copied_in_kernel", outcome.report().bytes_copied_in_kernel},
+           {"bytes_through_device", outcome.report().bytes_through_device},
+           {"device", outcome.device.name},
+           {"device_why", outcome.device.why},
            {"seconds", outcome.seconds},
            {"peak_memory_bytes", peak_memory()},
            {"tensors", outcome.target.logical.tensors.size()},
@@ -137,16 +144,25 @@ Json outcome_json(const ConvertAsk& ask, const Outcome& outcome) {
            {"carried", outcome.target.carried},
            {"tied", ties},
            {"padded", outcome.filled}};
+  if (outcome.device.cuda)
+    out["device_use"] = {{"model", outcome.device.model}, {"storage", outcome.run.storage}, {"lanes", outcome.run.sizes.lanes}, {"image_bytes", outcome.run.sizes.image},
+                         {"pinned_memory_bytes", outcome.run.sizes.pinned_memory}, {"device_memory_bytes", outcome.run.sizes.device_memory}};
   if (outcome.target.padded_vocab) out["padded_vocab_size"] = outcome.target.padded_vocab;
   if (!outcome.target.notes.empty()) out["notes"] = outcome.target.notes;
   return out;
 }
 
 void print_summary(const ConvertAsk& ask, const Outcome& outcome) {
-  const auto& report = outcome.report;
+  const auto& report = outcome.report();
   fmt::print(stderr, "{} {} → {}: {} tensors, {} in {:.2f} s ({}/s), {} files\n", ask.dry_run ? "would write" : "wrote", outcome.source.format, outcome.options.format,
              outcome.target.logical.tensors.size(), human_bytes(report.bytes_written), outcome.seconds,
              human_bytes(static_cast<std::uint64_t>(static_cast<double>(report.bytes_written) / std::max(outcome.seconds, 1e-6))), outcome.files.size());
+  if (ask.run.device != "cpu" || ask.run.verbose) fmt::print(stderr, "device: {}{} ({})\n", outcome.device.name, outcome.device.cuda ? ", " + outcome.device.model : "", outcome.device.why);
+  if (ask.run.verbose && !ask.dry_run) {
+    fmt::print(stderr, "bytes written: {} through the device, {} copied in the kernel, {} by the CPU\n", human_bytes(report.bytes_through_device), human_bytes(report.bytes_copied_in_kernel),
+               human_bytes(report.bytes_written - report.bytes_through_device - report.bytes_copied_in_kernel));
+    if (outcome.device.cuda) fmt::print(stderr, "storage: {}\nlanes: {} of two images of {} bytes\n", outcome.run.storage, outcome.run.sizes.lanes, outcome.run.sizes.image);
+  }
   if (is_cut(outcome.options)) fmt::print(stderr, "layout: {} → {}\n", outcome.source.parallel ? layout_line(*outcome.source.parallel) : "unknown", layout_line(outcome.options.parallel));
   for (const auto& [alias, owner] : outcome.source.logical.ties) fmt::print(stderr, "tied: {} is {}\n", alias, owner);
   for (const auto& key : outcome.filled) fmt::print(stderr, "padded: new rows of {} are {}\n", key, ask.pad == "zeros" ? "zero" : ask.pad == "last" ? "copies of its last row" : "its mean row");
@@ -185,7 +201,8 @@ Origin origin_of(const ConvertAsk& ask) {
 /// `crew`: the ranks that this process is one of, or null.
 int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto start = std::chrono::steady_clock::now();
-  const auto budget = ask.run.budget();
+  const auto device = choose_device(ask.run.device);
+  const auto budget = ask.run.limits();
   auto open = ask.model.open;
   open.threads = budget.threads;
   const auto origin = origin_of(ask);
@@ -212,13 +229,15 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto mine = part ? std::optional(part_of(whole, part->index, part->count)) : std::nullopt;
   const auto& plan = mine ? *mine : whole;
   bool published = !ask.dry_run;
-  shard::Report report;
+  gpu::reshard::Outcome run;
+  auto& report = run.report;
   if (ask.dry_run) {
     report.bytes_read = planned_bytes(plan, false);
     report.bytes_written = planned_bytes(plan, true);
   } else {
     ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json || (crew && part->index > 0));
-    report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());          // execute
+    if (device.cuda) run = gpu::reshard::execute(plan, reader, *target.writer, formats::kernels(), budget, {*device.cuda, ask.run.device_limit()}, bar.callback());
+    else report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());     // execute
     refuse(report.findings);
     if (crew && !crew->finish(report, *target.writer, !ask.no_sync)) return 0;                           // rank 0 publishes and tells
     if (!part) target.writer->commit(report.crc32, !ask.no_sync);                                        // commit
@@ -227,7 +246,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
       target.notes.push_back("other parts are not done yet; the last one publishes");
     }
   }
-  const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), report,
+  const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), device, run,
                         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
   if (ask.run.json) print_json(outcome_json(ask, outcome));
   else if (!ask.run.quiet) print_summary(ask, outcome);

@@ -45,6 +45,7 @@ void RunOptions::add_to(CLI::App& command) {
   command.add_option("--threads", threads, "Worker threads (default: all cores)");
   command.add_option("--mem-limit", memory, "Memory for buffers (default 256MiB)")->type_name("SIZE");
   command.add_option("--device", device, "auto, cpu or cuda[:N] (default cpu)");
+  command.add_option("--device-mem-limit", device_memory, "Memory for buffers on the device (default: a quarter of what is free)")->type_name("SIZE");
   command.add_flag("-q,--quiet", quiet, "No progress, no summary");
   command.add_flag("-v,--verbose", verbose, "Say more");
   command.add_flag("--json", json, "One JSON object on stdout");
@@ -60,6 +61,8 @@ shard::Budget RunOptions::limits() const {
   shard::require(threads <= 4096, shard::Code::Usage, [&] { return fmt::format("--threads {}: should be at most 4096", threads); });
   return {threads ? threads : cores, parse_size(memory), &stop};
 }
+
+std::uint64_t RunOptions::device_limit() const { return device_memory.empty() ? 0 : parse_size(device_memory); }
 
 std::uint64_t parse_size(const std::string& text) {
   static const std::map<std::string, std::uint64_t> units{{"", 1}, {"B", 1}, {"KB", 1'000}, {"MB", 1'000'000}, {"GB", 1'000'000'000},
@@ -91,7 +94,8 @@ void watch_signals() {
   torn.sa_flags = SA_SIGINFO;
   sigaction(SIGBUS, &torn, nullptr);
   for (const int number : {SIGINT, SIGTERM, SIGHUP}) std::signal(number, on_signal);
-  std::signal(SIGPIPE, SIG_IGN);
+  // A reader that went away, a limit on the size of files: the write that fails says so.
+  for (const int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);
 }
 
 }  // namespace cli

@@ -16,14 +16,16 @@ struct ModelOptions {
   void add_to(CLI::App& command);
 };
 
-/// --threads, --mem-limit, --device, -q, -v, --json.
+/// --threads, --mem-limit, --device, --device-mem-limit, -q, -v, --json.
 struct RunOptions {
   unsigned threads = 0;
-  std::string memory = "256MiB", device = "cpu";
+  std::string memory = "256MiB", device = "cpu", device_memory;
   bool quiet = false, verbose = false, json = false;
   void add_to(CLI::App& command);
   /// Threads, memory and the stop flag that signals set. Throws Usage for sizes that are none.
   shard::Budget limits() const;
+  /// Bytes that buffers may take on a device; 0: a share of what is free.
+  std::uint64_t device_limit() const;
   /// The same for commands that only the CPU runs: throws Device where another device is asked for.
   shard::Budget budget() const;
 };

@@ -1,10 +1,12 @@
 // shardkit verify: every way in which a checkpoint can contradict itself, as findings.
 #include "cli/commands.h"
+#include "cli/device.h"
 #include "cli/junit.h"
 #include "cli/options.h"
 #include "cli/print.h"
 #include "cli/receipt.h"
 #include "formats/kernels.h"
+#include "gpu/reshard/scan.h"
 #include "libshard/error.h"
 #include "libshard/inspectors.h"
 
@@ -47,7 +49,7 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared
   if (checkpoint.megatron && !checkpoint.vocab) note("vocabulary", "args do not say the true vocabulary size; padding rows are taken for tokens");
 }
 
-Result check(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
+Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   Result out{checkpoint.findings, {}};
   const auto stored = readable(checkpoint.stored, checkpoint.findings);
   auto logical = readable(checkpoint.logical, checkpoint.findings);
@@ -55,7 +57,8 @@ Result check(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, const 
   auto described = checkpoint.logical;
   const formats::LocalReader reader(described, checkpoint.files);
   ProgressBar bar("verifying", ask.run.quiet || ask.run.json);
-  auto found = scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());
+  const auto found = device.cuda ? gpu::reshard::scan_bytes(reader, stored, replicas, formats::kernels(), budget, {*device.cuda, ask.run.device_limit()}, bar.callback()).findings
+                                 : scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());
   bar.clear();
   out.findings.insert(out.findings.end(), found.begin(), found.end());
   const auto ties = static_cast<std::uint64_t>(std::count_if(replicas.comparisons.begin(), replicas.comparisons.end(), [](const auto& c) { return c.tie; }));
@@ -88,12 +91,13 @@ void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, c
 }
 
 int run_verify(const VerifyAsk& ask) {
-  const auto budget = ask.run.budget();
+  const auto device = choose_device(ask.run.device);
+  const auto budget = ask.run.limits();
   auto options = ask.model.open;
   options.threads = budget.threads;
   const auto receipt = ask.receipt.empty() ? std::nullopt : std::optional(read_receipt(ask.receipt));
   const auto checkpoint = formats::open(ask.path, options);
-  auto result = check(ask, checkpoint, budget);
+  auto result = check(ask, device, checkpoint, budget);
   if (!ask.against.empty()) compare_with(ask, checkpoint, budget, result);
   if (receipt) {
     const auto found = check_receipt(*receipt, checkpoint, budget, ask.run.quiet || ask.run.json);
@@ -102,7 +106,7 @@ int run_verify(const VerifyAsk& ask) {
   }
   if (!ask.junit.empty()) write_junit(ask.junit, "shardkit.verify", fmt::format("shardkit verify {}", ask.path), kRules, result.findings);
   if (ask.run.json) {
-    print_json({{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}});
+    print_json({{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}, {"device", device.name}, {"device_why", device.why}});
   } else if (!ask.run.quiet || !result.ok()) {
     print_findings(result.findings);
     if (!ask.run.quiet) {

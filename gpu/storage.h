@@ -14,6 +14,9 @@ struct DirectStorage {
   /// `bytes` from `offset` of an open file to `at` in the device memory that starts at `memory`; done on return.
   virtual bool read(int descriptor, std::uint64_t offset, std::byte* memory, std::uint64_t at, std::uint64_t bytes) = 0;
   virtual bool write(int descriptor, std::uint64_t offset, const std::byte* memory, std::uint64_t at, std::uint64_t bytes) = 0;
+  /// Memory that is used again and again, until it is forgotten: bytes need no stop on the device before it.
+  virtual void remember(std::byte* /*memory*/, std::uint64_t /*bytes*/) {}
+  virtual void forget(std::byte* /*memory*/) {}
 };
 
 struct DirectChoice {

@@ -32,6 +32,13 @@ std::vector<Index> tile_extent(const std::vector<TileDim>& dims, Index elements)
   return extent;
 }
 
+std::uint64_t target_offset(const std::vector<TileDim>& dims, const std::vector<Index>& extent, std::uint64_t packed) {
+  std::uint64_t out = 0;
+  for (auto d = dims.size(); d-- > 0; packed /= static_cast<std::uint64_t>(extent[d]))
+    out += packed % static_cast<std::uint64_t>(extent[d]) * static_cast<std::uint64_t>(dims[d].to);
+  return out;
+}
+
 EndRuns end_runs(const std::vector<TileDim>& dims, const std::vector<Index>& extent, bool source, Index item) {
   const auto stride = [&](std::size_t d) { return source ? dims[d].from : dims[d].to; };
   std::vector<std::size_t> order;

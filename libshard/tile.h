@@ -30,6 +30,9 @@ struct EndRuns {
   std::vector<Index> packed;        ///< and once the runs are packed one behind the other
 };
 
+/// Bytes from a tile's first element to its `packed`th, where the target has them.
+std::uint64_t target_offset(const std::vector<TileDim>& dims, const std::vector<Index>& extent, std::uint64_t packed);
+
 /// Dimensions of stride 0 (a repeated row) are read once.
 EndRuns end_runs(const std::vector<TileDim>& dims, const std::vector<Index>& extent, bool source, Index item);
 

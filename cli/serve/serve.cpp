@@ -196,18 +196,11 @@ int run(ServeAsk ask) {
   const auto submit = [&](const Candidate& candidate) {
     auto job = std::make_shared<Job>();
     job->ask = watched;
-    job->ask.path = candidate.path.string();
     const auto relative = candidate.path.lexically_relative(root);
-    job->shown = relative.empty() || *relative.begin() == ".." ? candidate.path.string() : relative.string();
+    job->ask.path = job->shown = relative.empty() || *relative.begin() == ".." ? candidate.path.string() : relative.string();
     job->origin = "watch";
-    job->begun = [&, candidate] { history.attempt(candidate.path.string(), candidate.stamp); };
-    job->done = [&, candidate](const Record& record) {
-      try {
-        watch->ended(candidate.path, candidate.stamp, record.state == State::Sound || record.state == State::Bad || record.state == State::Failed);
-      } catch (const std::exception&) {
-        metrics.trouble("history");
-      }
-    };
+    job->watched = Watched{candidate.path.string(), candidate.stamp};
+    job->done = [&watch, path = candidate.path](const Record&) { watch->ended(path); };
     return queue.push(std::move(job));
   };
 
@@ -222,10 +215,11 @@ int run(ServeAsk ask) {
   queue.close();
   const int signal = stopped_by();
   const int status = signal == SIGTERM ? 0 : 128 + signal;
-  if (!queue.wait(std::chrono::seconds(kGraceSeconds))) {
+  const bool ended = queue.wait(std::chrono::seconds(kGraceSeconds));
+  if (!ended || (watch && !watch->stop(std::chrono::seconds(1)))) {
     // Stuck in a read that does not return, as on a dead network file system: threads cannot be ended, the process can.
     history.interrupt_running();
-    note("a validation did not stop in time and is left as interrupted");
+    note(ended ? "looking at --watch did not stop in time" : "a validation did not stop in time and is left as interrupted");
     std::fflush(nullptr);
     ::_exit(status);
   }

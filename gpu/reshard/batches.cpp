@@ -1,6 +1,7 @@
 // The CPU executor's ways – contiguous runs, rows of several files in step, tiles – as lists that a device takes at once.
 #include "gpu/reshard/batches.h"
 
+#include "libshard/element.h"
 #include "libshard/error.h"
 #include "libshard/source.h"
 
@@ -20,6 +21,21 @@ constexpr std::uint64_t kAlign = 256;
 constexpr std::size_t kMostParts = 4096;  ///< segments and boxes of a batch
 
 std::uint64_t aligned(std::uint64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+struct Images {
+  std::uint64_t from, to;
+};
+
+/// Starts a piece: 256-aligned places in both images.
+Images room(std::uint64_t image, std::uint64_t from, std::uint64_t to, Batch& open, const Full& full) {
+  shard::require(from <= image && to <= image, shard::Code::Device, [&] { return fmt::format("device: a piece of {} bytes does not fit an image of {}", std::max(from, to), image); });
+  const bool many = open.boxes.size() >= kMostParts || open.reads.size() >= kMostParts || open.writes.size() >= kMostParts;
+  if (!open.empty() && (many || aligned(open.from_bytes) + from > image || aligned(open.to_bytes) + to > image)) full(open);
+  const Images out{aligned(open.from_bytes), aligned(open.to_bytes)};
+  open.from_bytes = out.from + from;
+  open.to_bytes = out.to + to;
+  return out;
+}
 
 /// How one end of a tile is read: its span at once, or run by run, packed.
 struct Gather {
@@ -78,10 +94,6 @@ Copy copy_of(const shard::Group& group, const shard::Strip& strip) {
 
 }  // namespace
 
-struct Batches::Images {
-  std::uint64_t from, to;
-};
-
 Batches::Batches(const shard::Plan& plan, std::uint64_t image) : plan_(plan), image_(image / kAlign * kAlign), copies_(plan.copies) {
   std::vector<std::size_t> rest;
   auto groups = group_rows(plan.copies, rest);
@@ -128,16 +140,6 @@ void Batches::add_group(std::size_t index) {
     units_.push_back({Unit::Kind::Rows, index, at, std::min(rows, at + step), group.to[0].stream, group.to[0].start + at * group.to[0].stride});
 }
 
-Batches::Images Batches::room(std::uint64_t from, std::uint64_t to, Batch& open, const Full& full) const {
-  shard::require(from <= image_ && to <= image_, shard::Code::Device, [&] { return fmt::format("device: a piece of {} bytes does not fit an image of {}", std::max(from, to), image_); });
-  const bool many = open.boxes.size() >= kMostParts || open.reads.size() >= kMostParts || open.writes.size() >= kMostParts;
-  if (!open.empty() && (many || aligned(open.from_bytes) + from > image_ || aligned(open.to_bytes) + to > image_)) full(open);
-  const Images out{aligned(open.from_bytes), aligned(open.to_bytes)};
-  open.from_bytes = out.from + from;
-  open.to_bytes = out.to + to;
-  return out;
-}
-
 void Batches::expand(const Unit& unit, Batch& open, const Full& full) const {
   switch (unit.kind) {
     case Unit::Kind::Contiguous: return contiguous(unit, open, full);
@@ -151,7 +153,7 @@ void Batches::contiguous(const Unit& unit, Batch& open, const Full& full) const 
   const auto& copy = copies_[unit.index];
   for (auto at = unit.begin; at < unit.end;) {
     const auto bytes = std::min(image_, unit.end - at);
-    const auto images = room(bytes, 0, open, full);
+    const auto images = room(image_, bytes, 0, open, full);
     const Segment read{copy.from_stream, copy.from + at, bytes, images.from};
     open.reads.push_back(read);
     open.straight.push_back({read, copy.to_stream, copy.to + at});
@@ -179,7 +181,7 @@ void Batches::rows(const Unit& unit, Batch& open, const Full& full) const {
       to_at.push_back(to);
       to = aligned(to + count * band.width);
     }
-    const auto images = room(from, to, open, full);
+    const auto images = room(image_, from, to, open, full);
     for (std::size_t i = 0; i < group.from.size(); ++i) {
       const auto& band = group.from[i];
       const auto start = band.start + first * band.stride, at = images.from + from_at[i];
@@ -216,7 +218,7 @@ void Batches::tiles(const Copy& copy, const Unit& unit, Batch& open, const Full&
   shard::for_each_tile(copy, dims, unit.begin, unit.end, image_, [&](const auto& extent, std::uint64_t from, std::uint64_t to) {
     const auto source = end_runs(dims, extent, true, item), target = end_runs(dims, extent, false, wide);
     const auto how = gather_of(source, image_);
-    const auto images = room(how.bytes, bytes_of(extent, wide), open, full);
+    const auto images = room(image_, how.bytes, bytes_of(extent, wide), open, full);
     add_reads(open, copy.from_stream, from, source, how, images.from);
     open.boxes.add({images.from, images.to, box_dims(extent, how.strides(source), target.packed), copy.from_type, copy.to_type});
     shard::for_each_run(target, [&](std::uint64_t in_stream, std::uint64_t in_memory) { open.writes.push_back({copy.to_stream, to + in_stream, target.run, images.to + in_memory}); });
@@ -234,7 +236,7 @@ void Batches::compare(const Unit& unit, Batch& open, const Full& full) const {
     const auto a = end_runs(dims, extent, true, item), b = end_runs(dims, extent, false, item);
     const auto how_a = gather_of(a, most), how_b = gather_of(b, most);
     const auto second = aligned(how_a.bytes);
-    const auto images = room(second + how_b.bytes, half + bytes, open, full);
+    const auto images = room(image_, second + how_b.bytes, half + bytes, open, full);
     const auto packed = packed_strides(extent, item);
     add_reads(open, copy.from_stream, from, a, how_a, images.from);
     add_reads(open, copy.to_stream, to, b, how_b, images.from + second);
@@ -243,6 +245,37 @@ void Batches::compare(const Unit& unit, Batch& open, const Full& full) const {
     open.compared.push_back({unit.index, first, images.to, images.to + half, bytes, copy.from_type});
     open.moved += bytes;
     first += bytes / static_cast<std::uint64_t>(item);
+  });
+}
+
+void expand(const shard::ScanTask& task, std::size_t number, std::uint64_t image, Batch& open, const Full& full) {
+  const auto& [tensor, shard, begin, end] = task;
+  const auto dtype = tensor->dtype;
+  const bool counts = is_floating(shard::part_of(dtype));
+  if (dense(*tensor, *shard)) {
+    for (auto at = begin; at < end;) {
+      const auto bytes = std::min(image / kAlign * kAlign, end - at);
+      const auto images = room(image, bytes, 0, open, full);
+      open.reads.push_back({shard->place.stream, shard->place.offset + at, bytes, images.from});
+      open.sums.push_back(open.reads.back());
+      if (counts) open.scanned.push_back({number, images.from, bytes, dtype, at, {}, {}});
+      open.moved += bytes;
+      at += bytes;
+    }
+    return;
+  }
+  const auto copy = in_place(*tensor, *shard);
+  const auto item = static_cast<Index>(size_of(dtype));
+  const auto dims = tile_dims(copy);
+  shard::for_each_tile(copy, dims, 0, static_cast<std::uint64_t>(dims.front().count), image, [&](const auto& extent, std::uint64_t from, std::uint64_t to) {
+    const auto source = end_runs(dims, extent, true, item);
+    const auto how = gather_of(source, image);
+    const auto images = room(image, how.bytes, bytes_of(extent, item), open, full);
+    add_reads(open, copy.from_stream, from, source, how, images.from);
+    open.moved += bytes_of(extent, item);
+    if (!counts) return;
+    open.boxes.add({images.from, images.to, box_dims(extent, how.strides(source), packed_strides(extent, item)), dtype, dtype});
+    open.scanned.push_back({number, images.to, bytes_of(extent, item), dtype, to, dims, extent});
   });
 }
 

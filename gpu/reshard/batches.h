@@ -5,6 +5,7 @@
 #include "gpu/reshard/boxes.h"
 #include "libshard/bands.h"
 #include "libshard/plan.h"
+#include "libshard/scan.h"
 
 #include <functional>
 #include <vector>
@@ -32,12 +33,23 @@ struct Compared {
   shard::DType dtype;
 };
 
+/// A part of a scan's task: bytes together in the source image, or a tile packed in the target image.
+struct Scanned {
+  std::size_t task;
+  std::uint64_t at, bytes;
+  shard::DType dtype;
+  std::uint64_t before;              ///< bytes of the shard's row-major order before its first
+  std::vector<shard::TileDim> dims;   ///< of a tile; none: bytes follow each other
+  std::vector<shard::Index> extent;
+};
+
 /// What a device does at once: fills a source image, moves boxes to a target image, sums, compares, writes.
 struct Batch {
   std::vector<Segment> reads, writes;
   std::vector<Segment> sums;     ///< parts of the source image that are long enough for a sum of their own
   std::vector<Straight> straight;
   std::vector<Compared> compared;
+  std::vector<Scanned> scanned;
   BoxList boxes;
   std::uint64_t from_bytes = 0, to_bytes = 0;  ///< of the images
   std::uint64_t moved = 0;       ///< source bytes of the plan
@@ -54,6 +66,12 @@ struct Unit {
   std::uint64_t offset;
 };
 
+/// Takes a batch, and empties it, whenever nothing more fits.
+using Full = std::function<void(Batch&)>;
+
+/// Adds a scan's task to `open`, in images of `image` bytes.
+void expand(const shard::ScanTask& task, std::size_t number, std::uint64_t image, Batch& open, const Full& full);
+
 class Batches {
  public:
   /// `image`: bytes that either image of a batch may take, at least 64 KiB. Keeps a reference to the plan.
@@ -61,20 +79,16 @@ class Batches {
   /// By target file position; comparisons last. Contiguous ones may go another way altogether.
   const std::vector<Unit>& units() const { return units_; }
   const shard::Copy& copy(const Unit& unit) const { return unit.kind == Unit::Kind::Compare ? plan_.comparisons[unit.index].copy : copies_[unit.index]; }
-  /// Adds a unit to `open`; `full` takes it, and empties it, whenever nothing more fits.
-  using Full = std::function<void(Batch&)>;
+  /// Adds a unit to `open`.
   void expand(const Unit& unit, Batch& open, const Full& full) const;
 
  private:
-  struct Images;
   void add_copy(std::size_t index);
   void add_group(std::size_t index);
   void contiguous(const Unit& unit, Batch& open, const Full& full) const;
   void rows(const Unit& unit, Batch& open, const Full& full) const;
   void tiles(const shard::Copy& copy, const Unit& unit, Batch& open, const Full& full) const;
   void compare(const Unit& unit, Batch& open, const Full& full) const;
-  /// Starts a piece: 256-aligned places in both images.
-  Images room(std::uint64_t from, std::uint64_t to, Batch& open, const Full& full) const;
 
   const shard::Plan& plan_;
   std::uint64_t image_;

@@ -11,11 +11,15 @@ struct Options {
   bool direct = true;               ///< GPUDirect Storage, where it works
 };
 
+struct Sizes {
+  unsigned lanes = 0;               ///< batches under way at once, each on a stream of its own
+  std::uint64_t image = 0, pinned_memory = 0, device_memory = 0;  ///< bytes: of a lane's image; of all lanes
+};
+
 struct Outcome {
   shard::Report report;
   std::string storage;              ///< how bytes came and went: "GPUDirect Storage …" or "pinned memory: why"
-  unsigned lanes = 0;               ///< batches under way at once, each on a stream of its own
-  std::uint64_t image = 0, pinned_memory = 0, device_memory = 0;  ///< bytes: of a lane's image; of all lanes
+  Sizes sizes;
 };
 
 /// `budget.memory` bounds pinned memory. Throws Device where the device fails or its memory is too small, else as shard::execute().

@@ -48,7 +48,7 @@ class Usage(Case):
         self.refused(2, "frobnicate")
         self.refused(2, "reshard", LLAMA)
         self.refused(2, "convert", LLAMA, self.tmp / "x", "--to", "nonsense")
-        self.refused(8, "reshard", LLAMA, self.tmp / "x", "--device", "cuda")
+        self.refused(8, "reshard", LLAMA, self.tmp / "x", "--device", "cuda:99")
         self.refused(2, "reshard", LLAMA, self.tmp / "x", "--mem-limit", "lots")
         self.assertEqual(run("--help")[0], 0)
         self.assertEqual(run("reshard", "--help")[0], 0)

@@ -1,0 +1,66 @@
+// Sizes from two budgets, and the turns that lanes take.
+#include "gpu/reshard/workers.h"
+
+#include "libshard/error.h"
+#include "libshard/parallel.h"
+
+#include <algorithm>
+
+namespace gpu::reshard {
+namespace {
+
+constexpr std::uint64_t kLeastImage = 64 << 10, kMostImage = 16 << 20, kMostLanes = 16, kWorthLane = 4 << 20;
+
+}  // namespace
+
+Sizes size_lanes(std::uint64_t bytes, const shard::Budget& budget, const Options& options) {
+  Sizes out;
+  const auto info = device_info(options.device);
+  const auto device = options.device_memory ? options.device_memory : info.free / 4;
+  const auto least = Lane::device_memory(kLeastImage);
+  shard::require(device >= least && info.free >= least, shard::Code::Device, [&] {
+    return fmt::format("device: {} of {} bytes are free on device {} and {} are for buffers; {} is the least", info.free, info.memory, options.device, device, least);
+  });
+  const auto memory = std::max(std::min(budget.memory, std::min(device, info.free)), least);
+  const auto most = std::min<std::uint64_t>(kMostLanes, 2 * std::max(1u, budget.threads));
+  const auto lanes = std::clamp<std::uint64_t>(std::min(memory, 2 * bytes) / kWorthLane, 1, most);
+  out.lanes = static_cast<unsigned>(lanes);
+  out.image = std::clamp<std::uint64_t>(std::min((memory / lanes - Lane::device_memory(0)) / 2, 2 * bytes), kLeastImage, kMostImage) / 256 * 256;
+  out.pinned_memory = lanes * Lane::pinned_memory(out.image);
+  out.device_memory = lanes * Lane::device_memory(out.image);
+  return out;
+}
+
+std::string storage_line(const DirectChoice& direct, const Shared& shared) {
+  if (!direct.storage) return fmt::format("pinned memory: {}", direct.why);
+  return fmt::format("{}; {} bytes read and {} written so", direct.why, shared.read_directly.load(), shared.written_directly.load());
+}
+
+Workers::Workers(const Sizes& sizes, int device, const shard::Budget& budget, Shared& shared, std::function<void(std::uint64_t)> told)
+    : device_(device), budget_(budget), told_(std::move(told)), workers_((sizes.lanes + 1) / 2) {
+  for (unsigned i = 0; i < sizes.lanes; ++i) workers_[i / 2].lanes.push_back(std::make_unique<Lane>(sizes.image, shared));
+}
+
+void Workers::run(std::size_t count, const std::function<void(std::size_t i, Batch& open, const Full& full)>& expand) {
+  const auto threads = static_cast<unsigned>(workers_.size());
+  shard::run_tasks(count, threads, [&](std::size_t i, unsigned worker) {
+    use_device(device_);
+    expand(i, workers_[worker].open, [&](Batch& batch) { start(workers_[worker], batch); });
+  });
+  shard::run_tasks(workers_.size(), threads, [&](std::size_t i, unsigned) {
+    use_device(device_);
+    auto& worker = workers_[i];
+    if (!worker.open.empty()) start(worker, worker.open);
+    for (std::size_t lane = 0; lane < worker.lanes.size(); ++lane) told_(worker.lanes[(worker.next + lane) % worker.lanes.size()]->finish());
+  });
+}
+
+void Workers::start(Worker& worker, Batch& batch) {
+  shard::require(!budget_.stop || !*budget_.stop, shard::Code::Io, [] { return "stopped by a signal"; });
+  auto& lane = *worker.lanes[worker.next];
+  worker.next = (worker.next + 1) % worker.lanes.size();
+  told_(lane.finish());
+  lane.start(batch);
+}
+
+}  // namespace gpu::reshard
