@@ -27,7 +27,7 @@ struct AttentionShape {
   std::int64_t window = 0;                             ///< and of those only the last so many, i itself counted; 0: all
   double softcap = 0;                                  ///< not to be had; here so that the refusal can name them
   bool sinks = false;
-  AttentionStrides q, k, v, out;
+  AttentionStrides q{}, k{}, v{}, out{};
   auto operator<=>(const AttentionShape&) const = default;
 };
 

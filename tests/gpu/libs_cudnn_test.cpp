@@ -88,7 +88,7 @@ TEST_CASE("the vendors' own libraries have every entry point that is called, and
   const auto said = [](const char* variable, const char* doing, auto start) {
     const auto* path = library(variable);
     if (!path) {
-      MESSAGE("not run: " << variable << " names no library");
+      MESSAGE("not run: " << std::string(variable) << " names no library");
       return;
     }
     try {

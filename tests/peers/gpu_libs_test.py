@@ -16,15 +16,14 @@ def skip(why):
     sys.exit(77)
 
 
-def main(program, stubs):
+def main(program, stub):
     if not PYTHON:
         skip("SHARDKIT_PEERS_PYTHON names no Python with NVIDIA's packages")
     packages = [path for root in sys.path for path in [pathlib.Path(root) / "nvidia"] if path.is_dir()]
     found = {name: next((str(f) for p in packages for f in sorted(p.glob(f"*/lib/{file}"))), None)
              for name, file in (("SHARDKIT_CUBLASLT", "libcublasLt.so.13"), ("SHARDKIT_CUDNN", "libcudnn.so.9"), ("SHARDKIT_NCCL", "libnccl.so.2"))}
-    stub = pathlib.Path(stubs) / "libcuda.so"
-    if None in found.values() or not stub.exists():
-        skip(f"not all of NVIDIA's libraries are here: {found | {'stub': stub if stub.exists() else None}}")
+    if None in found.values() or not pathlib.Path(stub).is_file():
+        skip(f"not all of NVIDIA's libraries are here: {found}, the driver's stub {stub}")
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / "libcuda.so.1").symlink_to(stub)
         places = [folder, *(str(lib) for p in packages for lib in sorted(p.glob("*/lib")))]
