@@ -223,6 +223,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   v.load_seconds = since(start);
   const auto report = run_model(reader, formats::kernels(), model.config, request, options, device);
   model.checkpoint.files->refuse_changed();
+  for (auto& note : device.notes()) v.notes.push_back(std::move(note));
   v.load_seconds += report.load_seconds;
   v.forward_seconds = report.seconds - report.load_seconds;
   v.bytes_read = report.bytes_read;

@@ -69,6 +69,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   const auto fail = [&] {
     for (auto& group : tensor_groups) group->fail();
     for (auto& group : pipeline_groups) group->fail();
+    device.fail();
   };
   run_ranks(tp * pp, fail, [&](int rank) {
     const auto p = rank / tp, t = rank % tp;
@@ -78,6 +79,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
                pipeline = device.comm(*pipeline_groups[static_cast<std::size_t>(t)], Device::Axis::Pipeline, p, t);
     LanguageModule module(config, source, placement_of(config, p, pp), *tensor, *pipeline, ops);
     module.forward(device.weights(stream, p, t), request, report.result, mutex);
+    ops.finish();
     if (t == 0) stream.drain();
   });
   report.findings = source.findings(options.threads);

@@ -39,8 +39,8 @@ void Job::cut(Cut reason) {
   stop = true;
 }
 
-Queue::Queue(std::size_t longest, shard::Budget budget, History& history, Metrics& metrics, std::function<void(const Record&)> after)
-    : longest_(longest), budget_(budget), history_(history), metrics_(metrics), after_(std::move(after)), worker_([this] { work(); }) {}
+Queue::Queue(std::size_t longest, shard::Budget budget, std::unique_ptr<lm::Device> device, History& history, Metrics& metrics, std::function<void(const Record&)> after)
+    : longest_(longest), budget_(budget), device_(std::move(device)), history_(history), metrics_(metrics), after_(std::move(after)), worker_([this] { work(); }) {}
 
 Queue::~Queue() {
   close();
@@ -135,10 +135,9 @@ Record Queue::run(Job& job) {
   }
   const auto start = std::chrono::steady_clock::now();
   try {
-    const auto device = lm::host_device();
     auto budget = budget_;
     budget.stop = &job.stop;
-    const auto validation = validate(job.ask, budget, *device);
+    const auto validation = validate(job.ask, budget, *device_);
     record.state = validation.ok() ? State::Sound : State::Bad;
     record.status = validation.ok() ? 0 : 1;
     record.loss = validation.loss_true_vocab;

@@ -35,7 +35,7 @@ struct Job {
 class Queue {
  public:
   /// `after` sees every validation that ran, once its row is written (for --on-bad).
-  Queue(std::size_t longest, shard::Budget budget, History& history, Metrics& metrics, std::function<void(const Record&)> after);
+  Queue(std::size_t longest, shard::Budget budget, std::unique_ptr<lm::Device> device, History& history, Metrics& metrics, std::function<void(const Record&)> after);
   ~Queue();
   /// False where the line is full or closed: the job is not taken.
   bool push(std::shared_ptr<Job> job);
@@ -53,6 +53,7 @@ class Queue {
   Record run(Job& job);
   const std::size_t longest_;
   const shard::Budget budget_;
+  const std::unique_ptr<lm::Device> device_;  // the worker's
   History& history_;
   Metrics& metrics_;
   const std::function<void(const Record&)> after_;

@@ -1,5 +1,6 @@
 // shardkit serve: wires listener, queue, watcher and history together, and decides how it starts and ends.
 #include "cli/commands.h"
+#include "cli/model_device.h"
 #include "cli/options.h"
 #include "cli/serve/history.h"
 #include "cli/serve/http.h"
@@ -189,7 +190,9 @@ int run(ServeAsk ask) {
     metrics.trouble("on_bad");
     note(trouble);
   };
-  Queue queue(ask.queue, ask.run.budget(), history, metrics, after);
+  auto where = model_device(ask.run.device, ask.watched.attention);
+  if (ask.run.device != "cpu") note(fmt::format("on {} ({})", where.device->name(), where.why));
+  Queue queue(ask.queue, ask.run.limits(), std::move(where.device), history, metrics, after);
   HttpServer server(http, Routes(root, ask.timeout, queue, history, metrics));
 
   std::unique_ptr<Watch> watch;
@@ -246,6 +249,7 @@ void add_serve(CLI::App& app, Action& action) {
   command->add_option("--text", ask->watched.text, "For --watch: text for the checkpoint's own tokenizer")->type_name("FILE");
   command->add_option("--max-loss", ask->watched.max_loss, "For --watch: bad above this mean loss");
   command->add_option("--compute", ask->watched.compute, "For --watch: f32 or bf16 (default f32)");
+  add_attention_option(*command, ask->watched.attention);
   command->add_option("--tp", ask->watched.tp, "For --watch: tensor parallel ranks, as threads (default 1)");
   command->add_option("--pp", ask->watched.pp, "For --watch: pipeline stages, as threads (default 1)");
   ask->run.add_to(*command);

@@ -14,18 +14,12 @@ struct LanguageDeviceOptions {
   std::vector<int> devices;                          ///< rank r computes on devices[r mod their number]
   lm::AttentionBackend attention = lm::AttentionBackend::Auto;
   bool graphs = true;
-  std::string cublaslt, cudnn, nccl;                 ///< paths in place of the usual names
+  std::string cublaslt = {}, cudnn = {}, nccl = {};  ///< paths in place of the usual names
   /// How many bytes of each device may be taken; 0: nine tenths of what is free.
   std::uint64_t memory = 0;
 };
 
-/// What choices were made, for people: one clause each.
-class LanguageDevice : public lm::Device {
- public:
-  virtual std::vector<std::string> notes() const = 0;
-};
-
 /// Throws Device where there is none such.
-std::unique_ptr<LanguageDevice> language_device(LanguageDeviceOptions options);
+std::unique_ptr<lm::Device> language_device(LanguageDeviceOptions options);
 
 }  // namespace gpu
