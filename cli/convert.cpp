@@ -10,6 +10,7 @@
 #include "formats/kernels.h"
 #include "formats/target.h"
 #include "gpu/reshard/execute.h"
+#include "gpu/runtime.h"
 #include "libshard/error.h"
 #include "libshard/numeric.h"
 
@@ -198,10 +199,16 @@ Origin origin_of(const ConvertAsk& ask) {
   return {base, ask.from, {fmt::format("the base is {}, as adapter_config.json says", base)}};
 }
 
+/// --device; ranks of one host take its devices in turn.
+Device device_of(const ConvertAsk& ask, const Crew* crew) {
+  const auto count = crew && ask.run.device == "cuda" ? gpu::probe().devices.size() : 0;
+  return choose_device(count ? fmt::format("cuda:{}", static_cast<std::size_t>(crew->local_rank()) % count) : ask.run.device);
+}
+
 /// `crew`: the ranks that this process is one of, or null.
 int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto start = std::chrono::steady_clock::now();
-  const auto device = choose_device(ask.run.device);
+  const auto device = device_of(ask, crew);
   const auto budget = ask.run.limits();
   auto open = ask.model.open;
   open.threads = budget.threads;

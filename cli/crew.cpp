@@ -103,16 +103,17 @@ void Crew::agree(const shard::Plan& whole, formats::LocalWriter& writer) {
 
 bool Crew::finish(shard::Report& report, formats::LocalWriter& writer, bool sync) {
   writer.folder().flush(sync);
-  nlohmann::json mine{{"sums", sums_of(report)}, {"read", report.bytes_read}, {"written", report.bytes_written}, {"in_kernel", report.bytes_copied_in_kernel}};
+  nlohmann::json mine{{"sums", sums_of(report)}, {"read", report.bytes_read}, {"written", report.bytes_written}, {"in_kernel", report.bytes_copied_in_kernel}, {"through_device", report.bytes_through_device}};
   const auto all = ranks_.all_gather(mine.dump());
   if (launch_.rank == 0) {
     std::vector<nlohmann::json> sums;
-    report.bytes_read = report.bytes_written = report.bytes_copied_in_kernel = 0;
+    report.bytes_read = report.bytes_written = report.bytes_copied_in_kernel = report.bytes_through_device = 0;
     for (std::size_t r = 0; r < all.size(); ++r) {
       auto one = formats::parse_json(all[r], fmt::format("rank {}", r));
       report.bytes_read += one.at("read").get<std::uint64_t>();
       report.bytes_written += one.at("written").get<std::uint64_t>();
       report.bytes_copied_in_kernel += one.at("in_kernel").get<std::uint64_t>();
+      report.bytes_through_device += one.at("through_device").get<std::uint64_t>();
       sums.push_back(std::move(one.at("sums")));
     }
     writer.commit(join_sums(sums, report, writer), false);

@@ -213,11 +213,11 @@ std::vector<Socket> receive_all(const Launch& launch, const Place& place, millis
 // --- the others -------------------------------------------------------------------------------------------------------
 
 /// Welcomed, or nothing and why. Throws what rank 0 refused this rank for.
-Socket knock(const Launch& launch, const std::string& host, const std::string& port, const std::string& secret, Clock::time_point until, const std::atomic<bool>* stop, std::string& why) {
+std::optional<Connection> knock(const Launch& launch, const std::string& host, const std::string& port, const std::string& secret, Clock::time_point until, const std::atomic<bool>* stop, std::string& why) {
   auto out = connect_to(host, port, std::chrono::seconds(2), why);
-  if (!out) return {};
+  if (!out) return std::nullopt;
   why = "the connection was closed";
-  if (!send_frame(out, Kind::Hello, fmt::format("{}\n{}\n{}\n{}", kMagic, launch.rank, launch.size, secret))) return {};
+  if (!send_frame(out, Kind::Hello, fmt::format("{}\n{}\n{}\n{}", kMagic, launch.rank, launch.size, secret))) return std::nullopt;
   Inbound in{{}, kMostHello};
   while (in.state == Inbound::State::Open && Clock::now() < until) {
     check_stop(stop);
@@ -225,27 +225,27 @@ Socket knock(const Launch& launch, const std::string& host, const std::string& p
     ::poll(&one, 1, 100);
     in.pump(out);
     if (const auto frame = in.next()) {
-      if (frame->kind == Kind::Welcome) return out;
+      if (frame->kind == Kind::Welcome) return Connection{std::move(out), std::move(in.bytes)};
       shard::require(frame->kind != Kind::Refuse, Code::Io, [&] { return frame->text; });
-      return {};
+      return std::nullopt;
     }
   }
   if (in.state == Inbound::State::Open) why = "it has not said that all ranks are there";
-  return {};
+  return std::nullopt;
 }
 
-Socket find_rank_0(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) {
+Connection find_rank_0(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) {
   const auto until = Clock::now() + patience, at_most = until + std::chrono::seconds(5);  // rank 0 may have begun to wait later
   std::string why = "there is no such file yet";
   do {
     check_stop(stop);
     if (!place.host.empty()) {
-      if (auto out = knock(launch, place.host, place.port, place.secret, at_most, stop, why)) return out;
+      if (auto out = knock(launch, place.host, place.port, place.secret, at_most, stop, why)) return std::move(*out);
       shard::require(why != "the connection was closed", Code::Io,
                      [&] { return fmt::format("{}:{}: refused rank {}: is SHARDKIT_SECRET the same in every rank?", place.host, place.port, launch.rank); });
     } else if (const auto known = read_meeting(place.file)) {
       for (const auto& host : known->hosts)
-        if (auto out = knock(launch, host, known->port, known->word + place.secret, at_most, stop, why)) return out;
+        if (auto out = knock(launch, host, known->port, known->word + place.secret, at_most, stop, why)) return std::move(*out);
     }
     std::this_thread::sleep_for(milliseconds(50));
   } while (Clock::now() < until);
@@ -254,10 +254,11 @@ Socket find_rank_0(const Launch& launch, const Place& place, milliseconds patien
 
 }  // namespace
 
-std::vector<Socket> join(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) {
-  if (launch.rank == 0) return receive_all(launch, place, patience, stop);
-  std::vector<Socket> out;
-  out.push_back(find_rank_0(launch, place, patience, stop));
+std::vector<Connection> join(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) {
+  std::vector<Connection> out;
+  if (launch.rank != 0) out.push_back(find_rank_0(launch, place, patience, stop));
+  else
+    for (auto& socket : receive_all(launch, place, patience, stop)) out.push_back({std::move(socket), ""});
   return out;
 }
 

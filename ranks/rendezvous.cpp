@@ -27,6 +27,7 @@ struct Peer {
   Inbound in{{}, 0};
   std::deque<std::string> texts;
   bool left = false;                   // said goodbye, or is gone
+  bool closed = false;                 // says nothing more
   std::mutex sending;
 };
 
@@ -46,6 +47,7 @@ struct Rendezvous::State {
   Launch launch;
   const std::atomic<bool>* stop;
   std::vector<std::unique_ptr<Peer>> peers;  // rank 0: by rank, none at 0; the others: rank 0 alone
+  std::mutex telling;                        // held until a failure is told, so that no goodbye comes before it; taken before `mutex`
   std::mutex mutex;
   std::condition_variable changed;
   std::optional<shard::Error> failure;
@@ -70,20 +72,24 @@ struct Rendezvous::State {
   void set_failure(const shard::Error& why, const Peer* from) {
     std::function<void()> calling;
     {
-      const std::lock_guard lock(mutex);
-      if (failure) return;
-      failure = why;
-      failed = true;
-      calling = std::exchange(call, nullptr);
-      changed.notify_all();
+      const std::lock_guard told(telling);
+      {
+        const std::lock_guard lock(mutex);
+        if (failure) return;
+        failure = why;
+        failed = true;
+        calling = std::exchange(call, nullptr);
+        changed.notify_all();
+      }
+      for (const auto& peer : peers)
+        if (peer && peer.get() != from && (!from || launch.rank == 0)) send(*peer, Kind::Fail, failure_text(why));
     }
-    for (const auto& peer : peers)
-      if (peer && peer.get() != from && (!from || launch.rank == 0)) send(*peer, Kind::Fail, failure_text(why));
     if (calling) calling();
   }
 
   void take(Peer& peer, Frame frame) {
     if (frame.kind == Kind::Fail) return set_failure(read_failure(frame.text), &peer);
+    if (frame.kind == Kind::Bye && launch.rank == 0) end_sending(peer.socket);  // it waits for this
     const std::lock_guard lock(mutex);
     if (frame.kind == Kind::Data) peer.texts.push_back(std::move(frame.text));
     else peer.left = true;
@@ -97,14 +103,18 @@ struct Rendezvous::State {
     bool gone = false;
     {
       const std::lock_guard lock(mutex);
-      gone = !std::exchange(peer.left, true) && !finished;
-      changed.notify_all();
+      gone = !peer.left && !finished;
     }
-    if (gone)
+    if (gone)  // before `left`, which alone would mean that it may be
       set_failure({Code::Io, fmt::format("rank {}: {}", rank_of(peer), peer.in.state == Inbound::State::Closed ? "is gone: its connection was closed" : "sent what no rank sends")}, &peer);
+    const std::lock_guard lock(mutex);
+    peer.left = peer.closed = true;
+    changed.notify_all();
   }
 
   void read_on() {
+    for (const auto& peer : peers)
+      if (peer) read(*peer);  // what came early makes no noise
     for (;;) {
       std::vector<pollfd> watched{{wake.fd(), POLLIN, 0}};
       std::vector<Peer*> by;
@@ -140,11 +150,12 @@ struct Rendezvous::State {
 Rendezvous::Rendezvous(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) : state_(std::make_unique<State>()) {
   state_->launch = launch;
   state_->stop = stop;
-  for (auto& socket : join(launch, place, patience, stop)) {
+  for (auto& [socket, early] : join(launch, place, patience, stop)) {
     auto& peer = state_->peers.emplace_back();
     if (!socket) continue;
     peer = std::make_unique<Peer>();
     peer->socket = std::move(socket);
+    peer->in.bytes = std::move(early);
     peer->in.most = launch.rank == 0 ? kMost : kMostAnswer;
   }
   state_->reader = std::thread([state = state_.get()] { state->read_on(); });
@@ -152,14 +163,17 @@ Rendezvous::Rendezvous(const Launch& launch, const Place& place, milliseconds pa
 
 Rendezvous::~Rendezvous() {
   auto& s = *state_;
+  // Waits, where there was a failure, until it is told.
   if (!s.finished) s.set_failure({Code::Io, fmt::format("rank {}: left early", s.launch.rank)}, nullptr);
   for (const auto& peer : s.peers)
     if (peer) s.send(*peer, Kind::Bye, "");
-  if (s.launch.rank == 0) {  // what the others still do may need what rank 0 is about to remove
+  {
+    // Rank 0: what the others still do may need what it is about to remove. The others: a connection that is closed with something unread would take
+    // what was last said with it.
     std::unique_lock lock(s.mutex);
     s.changed.wait_for(lock, kFarewell, [&] {
       for (const auto& peer : s.peers)
-        if (peer && !peer->left) return false;
+        if (peer && !(s.launch.rank == 0 ? peer->left : peer->closed)) return false;
       return true;
     });
   }

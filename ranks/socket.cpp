@@ -96,6 +96,8 @@ bool send_frame(const Socket& to, Kind kind, std::string_view text) {
   return true;
 }
 
+void end_sending(const Socket& to) { ::shutdown(to.fd(), SHUT_WR); }
+
 Socket listen_on(const std::string& host, const std::string& port) {
   std::string why = "no address";
   const auto addresses = resolve(host, port, true, why);

@@ -47,6 +47,9 @@ struct Inbound {
 /// All of it, waiting at most half a minute for room; false where the other end is gone.
 bool send_frame(const Socket& to, Kind kind, std::string_view text);
 
+/// Ends what is sent; the other end sees that there is no more, and what is on its way arrives.
+void end_sending(const Socket& to);
+
 /// Listens on `host`'s own address, on any where that is not this machine's; "" is any, and port "0" a free one. Throws Io.
 Socket listen_on(const std::string& host, const std::string& port);
 std::string port_of(const Socket& listener);

@@ -93,6 +93,22 @@ TEST_CASE("a failure reaches every rank with its text and status, also those tha
   CHECK(threw == std::vector<std::string>{"5 rank 1: x.pt: cannot be cut", "5 x.pt: cannot be cut", "5 rank 1: x.pt: cannot be cut"});
 }
 
+TEST_CASE("what a rank says before it ends at once is heard") {
+  for (int turn = 0; turn < 30; ++turn)
+    for (const int bad : {0, 1}) {
+      const auto threw = run(3, by_file(), [&](ranks::Rendezvous& all) {
+        if (all.rank() != bad) {
+          all.all_gather(long_text(all.rank()));
+          return;
+        }
+        const shard::Error why(shard::Code::Usage, "x: exists");
+        all.fail(why);  // behind its welcome, and with the others' texts unread
+        throw why;
+      });
+      for (int r = 0; r < 3; ++r) CHECK(threw[static_cast<std::size_t>(r)] == (r == bad ? std::string("2 x: exists") : fmt::format("2 rank {}: x: exists", bad)));
+    }
+}
+
 TEST_CASE("a rank that leaves early fails the others") {
   const auto threw = run(3, by_file(), [](ranks::Rendezvous& all) {
     all.barrier();
