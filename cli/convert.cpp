@@ -1,5 +1,6 @@
 // shardkit reshard, convert and plan: open → describe → plan → execute → commit.
 #include "cli/commands.h"
+#include "cli/crew.h"
 #include "cli/device.h"
 #include "cli/options.h"
 #include "cli/parts.h"
@@ -197,7 +198,8 @@ Origin origin_of(const ConvertAsk& ask) {
   return {base, ask.from, {fmt::format("the base is {}, as adapter_config.json says", base)}};
 }
 
-int run_convert(const ConvertAsk& ask) {
+/// `crew`: the ranks that this process is one of, or null.
+int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto start = std::chrono::steady_clock::now();
   const auto device = choose_device(ask.run.device);
   const auto budget = ask.run.limits();
@@ -214,15 +216,16 @@ int run_convert(const ConvertAsk& ask) {
   const auto path = ask.dry_run ? std::filesystem::temp_directory_path() / fmt::format("shardkit-plan-{}", ::getpid()) : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
     shard::require(ask.to.empty() || !std::filesystem::exists(ask.to), shard::Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", ask.to); });
-  const auto part = ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
+  const auto part = crew ? std::optional(crew->part()) : ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
   if (part) options.joint = true;
-  auto target = formats::create(part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
+  auto target = formats::create(crew ? crew->folder() : part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
   target.notes.insert(target.notes.begin(), source.notes.begin(), source.notes.end());
   target.notes.insert(target.notes.begin(), origin.notes.begin(), origin.notes.end());
   const auto& filled_source = target.source ? *target.source : source;
   const formats::LocalReader reader(filled_source.logical, filled_source.files);
   const auto whole = make_plan(filled_source.logical, target.logical,                                     // plan
                               {wanted_pad(ask.pad), options.dtype.has_value(), [&](const auto& tensor) { return mean_row(reader, tensor, source.vocab); }});
+  if (crew) crew->agree(whole, *target.writer);
   const auto mine = part ? std::optional(part_of(whole, part->index, part->count)) : std::nullopt;
   const auto& plan = mine ? *mine : whole;
   bool published = !ask.dry_run;
@@ -232,12 +235,13 @@ int run_convert(const ConvertAsk& ask) {
     report.bytes_read = planned_bytes(plan, false);
     report.bytes_written = planned_bytes(plan, true);
   } else {
-    ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json);
+    ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json || (crew && part->index > 0));
     if (device.cuda) run = gpu::reshard::execute(plan, reader, *target.writer, formats::kernels(), budget, {*device.cuda, ask.run.device_limit()}, bar.callback());
     else report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());     // execute
     refuse(report.findings);
+    if (crew && !crew->finish(report, *target.writer, !ask.no_sync)) return 0;                           // rank 0 publishes and tells
     if (!part) target.writer->commit(report.crc32, !ask.no_sync);                                        // commit
-    else if (!finish_part(path, *part, report, *target.writer, ask.force, !ask.no_sync)) {
+    else if (!crew && !finish_part(path, *part, report, *target.writer, ask.force, !ask.no_sync)) {
       published = false;
       target.notes.push_back("other parts are not done yet; the last one publishes");
     }
@@ -253,6 +257,14 @@ int run_convert(const ConvertAsk& ask) {
     write_report(ask.report, outcome_json(ask, outcome), receipt, budget, ask.run.quiet || ask.run.json);
   }
   return 0;
+}
+
+/// Alone, or as one of several ranks where a launcher's environment says so. --part and --dry-run are for single processes.
+int run_alone_or_together(const ConvertAsk& ask) {
+  const auto launch = ask.dry_run || !ask.part.empty() ? std::nullopt : ranks::launch_of(environment());
+  if (!launch) return run_convert(ask, nullptr);
+  Crew crew(*launch, ask.to, ask.force);
+  return crew.run([&] { return run_convert(ask, &crew); });
 }
 
 void add_options(CLI::App& command, ConvertAsk& ask) {
@@ -297,7 +309,7 @@ void add_convert(CLI::App& app, Action& action) {
     if (!dry) command->add_flag("--dry-run", ask->dry_run, "Say what would be done");
     command->callback([ask, dry, &action] {
       if (dry) ask->dry_run = true;
-      action = [ask] { return run_convert(*ask); };
+      action = [ask] { return run_alone_or_together(*ask); };
     });
   };
   add("reshard", "Another parallel layout, same format and keys", false, false, false);

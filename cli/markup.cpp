@@ -27,19 +27,26 @@ std::size_t character(std::string_view text, std::size_t at) {
 
 }  // namespace
 
-std::string escaped(std::string_view text) {
+std::string printable(std::string_view text) {
   std::string out;
   for (std::size_t at = 0; at < text.size();) {
     const auto length = character(text, at);
-    const char c = text[at];
-    if (length == 0) out += '?';
-    else if (c == '&') out += "&amp;";
+    if (length) out += text.substr(at, length);
+    else out += '?';
+    at += std::max<std::size_t>(length, 1);
+  }
+  return out;
+}
+
+std::string escaped(std::string_view text) {
+  std::string out;
+  for (const char c : printable(text)) {
+    if (c == '&') out += "&amp;";
     else if (c == '<') out += "&lt;";
     else if (c == '>') out += "&gt;";
     else if (c == '"') out += "&quot;";
     else if (c == '\'') out += "&#39;";
-    else out += text.substr(at, length);
-    at += std::max<std::size_t>(length, 1);
+    else out += c;
   }
   return out;
 }

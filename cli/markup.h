@@ -6,7 +6,9 @@
 
 namespace cli {
 
-/// Safe as text and inside quotes; what is no character of XML 1.0 in UTF-8 becomes '?'.
+/// What is no character of XML 1.0 in UTF-8 becomes '?'.
+std::string printable(std::string_view text);
+/// Safe as text and inside quotes, and printable.
 std::string escaped(std::string_view text);
 /// Throws Io.
 void write_text(const std::string& path, std::string_view text);

@@ -86,6 +86,7 @@ std::uint64_t parse_size(const std::string& text) {
 
 const std::atomic<bool>& stop_flag() { return stop; }
 int stopped_by() { return signal_number; }
+void request_stop() { stop = true; }
 
 void watch_signals() {
   struct sigaction torn {};
@@ -93,7 +94,8 @@ void watch_signals() {
   torn.sa_flags = SA_SIGINFO;
   sigaction(SIGBUS, &torn, nullptr);
   for (const int number : {SIGINT, SIGTERM, SIGHUP}) std::signal(number, on_signal);
-  std::signal(SIGPIPE, SIG_IGN);
+  // A reader that went away, a limit on the size of files: the write that fails says so.
+  for (const int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);
 }
 
 }  // namespace cli

@@ -36,6 +36,8 @@ std::uint64_t parse_size(const std::string& text);
 /// Set by SIGINT, SIGTERM, SIGHUP; the signal's number.
 const std::atomic<bool>& stop_flag();
 int stopped_by();
+/// As a signal does, but stopped_by() stays 0.
+void request_stop();
 void watch_signals();
 
 }  // namespace cli

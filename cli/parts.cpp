@@ -33,23 +33,12 @@ void make_folder(const fs::path& path) {
 
 /// Written under another name first: a reader sees all of it or none.
 void write_sums(const fs::path& path, const shard::Report& report) {
-  auto sums = nlohmann::json::array();
-  for (std::size_t s = 0; s < report.crc32.size(); ++s)
-    if (report.crc32[s]) sums.push_back({s, *report.crc32[s]});
-  const auto text = sums.dump(), draft = path.string() + ".draft";
+  const auto text = sums_of(report).dump(), draft = path.string() + ".draft";
   std::error_code error;
   fs::remove(draft, error);
   formats::OutFile(draft).write(0, std::as_bytes(std::span(text.data(), text.size())));
   fs::rename(draft, path, error);
   shard::require(!error, Code::Io, [&] { return fmt::format("{}: {}", path.string(), error.message()); });
-}
-
-void read_sums(const fs::path& path, std::vector<std::optional<std::uint32_t>>& sums) {
-  for (const auto& pair : formats::parse_json(formats::read_text(path), path.string())) {
-    const auto stream = pair.at(0).get<std::size_t>();
-    shard::require(stream < sums.size(), Code::BadFormat, [&] { return fmt::format("{}: names stream {}; another conversion's?", path.string(), stream); });
-    sums[stream] = pair.at(1).get<std::uint32_t>();
-  }
 }
 
 /// Streams that no plan writes, such as an extra state's bytes.
@@ -82,6 +71,27 @@ fs::path joint_folder(const fs::path& target, const Part& part, bool force) {
   return folder;
 }
 
+nlohmann::json sums_of(const shard::Report& report) {
+  auto out = nlohmann::json::array();
+  for (std::size_t s = 0; s < report.crc32.size(); ++s)
+    if (report.crc32[s]) out.push_back({s, *report.crc32[s]});
+  return out;
+}
+
+std::vector<std::optional<std::uint32_t>> join_sums(std::span<const nlohmann::json> parts, const shard::Report& report, const formats::LocalWriter& writer) {
+  auto sums = report.crc32;
+  for (std::size_t part = 0; part < parts.size(); ++part)
+    for (const auto& pair : parts[part]) {
+      const auto stream = pair.at(0).get<std::size_t>();
+      shard::require(stream < sums.size(), Code::BadFormat, [&] { return fmt::format("part {}: has a sum of stream {}; another conversion's?", part + 1, stream); });
+      sums[stream] = pair.at(1).get<std::uint32_t>();
+    }
+  const auto& streams = writer.describe().streams;
+  for (std::uint32_t s = 0; s < sums.size(); ++s)
+    if (streams[s].summed && !sums[s]) sums[s] = sum_of(writer, s, streams[s].size);
+  return sums;
+}
+
 bool finish_part(const fs::path& target, const Part& part, const shard::Report& report, formats::LocalWriter& writer, bool force, bool sync) {
   const auto sums_folder = beside(target, part, "sums");
   make_folder(sums_folder);
@@ -90,12 +100,12 @@ bool finish_part(const fs::path& target, const Part& part, const shard::Report& 
     if (!fs::exists(sums_folder / std::to_string(i))) return false;
   const auto mine = beside(target, part, "done");
   if (::rename(sums_folder.c_str(), mine.c_str()) != 0) return false;  // another part was faster
-  auto sums = report.crc32;
-  for (std::size_t i = 0; i < part.count; ++i) read_sums(mine / std::to_string(i), sums);
-  const auto& streams = writer.describe().streams;
-  for (std::uint32_t s = 0; s < sums.size(); ++s)
-    if (streams[s].summed && !sums[s]) sums[s] = sum_of(writer, s, streams[s].size);
-  writer.commit(sums, false);
+  std::vector<nlohmann::json> parts;
+  for (std::size_t i = 0; i < part.count; ++i) {
+    const auto path = mine / std::to_string(i);
+    parts.push_back(formats::parse_json(formats::read_text(path), path.string()));
+  }
+  writer.commit(join_sums(parts, report, writer), false);
   formats::Publication({beside(target, part, "files")}, target, force).commit(sync);
   std::error_code error;
   fs::remove_all(mine, error);

@@ -47,9 +47,9 @@ std::vector<std::vector<Index>> npy_rows(const formats::File& file, const std::s
   const auto* text = reinterpret_cast<const char*>(bytes.data());
   const std::size_t at = bytes.size() > 7 && text[6] == 1 ? 10 : 12;
   shard::require(bytes.size() > at, Code::BadFormat, [&] { return fmt::format("{}: ends inside its header", path); });
-  const auto length = at == 10 ? static_cast<unsigned char>(text[8]) + 256u * static_cast<unsigned char>(text[9])
-                               : static_cast<unsigned char>(text[8]) + 256u * static_cast<unsigned char>(text[9]) + 65536u * static_cast<unsigned char>(text[10]);
-  shard::require(at + length <= bytes.size(), Code::BadFormat, [&] { return fmt::format("{}: ends inside its header", path); });
+  std::size_t length = 0;  // 2 bytes, or 4 from version 2 on
+  for (auto i = at; i > 8; --i) length = length << 8 | static_cast<unsigned char>(text[i - 1]);
+  shard::require(length <= bytes.size() - at, Code::BadFormat, [&] { return fmt::format("{}: ends inside its header", path); });
   const std::string header(text + at, length);
   const auto value_of = [&](const char* key) {
     const auto found = header.find(key);
@@ -74,7 +74,7 @@ std::vector<std::vector<Index>> npy_rows(const formats::File& file, const std::s
   shard::require(shape.size() == 1 || shape.size() == 2, Code::BadFormat, [&] { return fmt::format("{}: has shape {}; should be [n] or [b,n]", path, shard::to_string(shape)); });
   const auto item = static_cast<std::size_t>(type[2] - '0');
   const auto count = shard::volume(shape);
-  shard::require(at + length + static_cast<std::uint64_t>(count) * item <= bytes.size(), Code::BadFormat, [&] { return fmt::format("{}: ends before its last number", path); });
+  shard::require(static_cast<std::uint64_t>(count) <= (bytes.size() - at - length) / item, Code::BadFormat, [&] { return fmt::format("{}: ends before its last number", path); });
   const auto columns = shape.back();
   std::vector<std::vector<Index>> rows;
   for (Index i = 0; i < count; ++i) {
@@ -92,7 +92,7 @@ std::vector<std::vector<Index>> text_rows(const std::string& text, const std::st
   std::vector<std::vector<Index>> rows(1);
   for (std::size_t i = 0; i < text.size();) {
     const char c = text[i];
-    if (c == '\n' && !rows.back().empty()) rows.emplace_back();
+    if ((c == '\n' || c == ']') && !rows.back().empty()) rows.emplace_back();
     if (std::isspace(static_cast<unsigned char>(c)) || c == ',' || c == '[' || c == ']') {
       ++i;
       continue;
@@ -167,13 +167,25 @@ Reference read_reference(const std::string& path, Index hidden) {
     }
     if (name.starts_with("mtp.") && (name.ends_with(".loss") || name.ends_with(".labels"))) same(name.c_str(), array, 2);
   }
-  for (Index depth = 0; depth < 64; ++depth) {
+  for (Index depth = 0; depth < kMostDepths; ++depth) {
     const auto prefix = fmt::format("mtp_step.{}.", depth);
     const auto *in = out.arrays.find(prefix + "in_hidden"), *next = out.arrays.find(prefix + "next_token_ids"), *at = out.arrays.find(prefix + "position_ids");
-    if (!in || !next) continue;
+    const auto first = out.arrays.arrays.lower_bound(prefix);
+    if (first == out.arrays.arrays.end() || !first->first.starts_with(prefix)) continue;
+    shard::require(in && next, Code::BadFormat, [&] { return fmt::format("{}: {} should come with {}in_hidden and {}next_token_ids", path, first->first, prefix, prefix); });
     const auto rows = static_cast<Index>(next->values.size());
     shard::require(static_cast<Index>(in->values.size()) == rows * hidden, Code::BadFormat,
                    [&] { return fmt::format("{}: {}in_hidden has shape {}; {} tokens of {} numbers are expected", path, prefix, shard::to_string(in->shape), rows, hidden); });
+    const auto fits = [&](const char* name, const Arrays::Array* array, std::size_t numbers) {
+      shard::require(!array || (numbers && array->values.size() == numbers), Code::BadFormat,
+                     [&] { return fmt::format("{}: {}{} has shape {}; {} tokens are given", path, prefix, name, shard::to_string(array->shape), rows); });
+    };
+    fits("position_ids", at, next->values.size());
+    fits("hidden", out.arrays.find(prefix + "hidden"), in->values.size());
+    if (const auto* logits = out.arrays.find(prefix + "logits")) {
+      const auto columns = logits->shape.empty() ? 0 : static_cast<std::size_t>(logits->shape.back());
+      fits("logits", logits, next->values.size() * columns);
+    }
     lm::MtpStep step;
     step.depth = depth;
     step.in_hidden = lm::Tensor(rows, hidden);

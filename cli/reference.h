@@ -22,6 +22,8 @@ struct Arrays {
 /// Only names that `wanted` accepts are read. Throws NotFound, BadFormat.
 Arrays read_arrays(const std::string& path, bool (*wanted)(const std::string& name));
 
+constexpr shard::Index kMostDepths = 64;
+
 struct Reference {
   lm::Batch batch;
   std::vector<lm::MtpStep> steps;

@@ -39,6 +39,7 @@ Opened open_model(const ValidateAsk& ask, const std::string& path, unsigned thre
   shard::require(table != out.checkpoint.logical.tensors.end(), Code::Mismatch, [&] { return fmt::format("{}: holds no embedding.word.weight; a language model has one", path); });
   out.stored_vocab = table->second.natural.empty() ? 0 : table->second.natural[0];
   out.vocab = std::min(out.checkpoint.vocab.value_or(out.config.vocab_size ? out.config.vocab_size : out.stored_vocab), out.stored_vocab);
+  shard::require(out.vocab > 0, Code::Mismatch, [&] { return fmt::format("{}: has a vocabulary of {}; should be positive", path, out.vocab); });
   return out;
 }
 
@@ -117,23 +118,40 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
         if (m.step->logits) judge(v, fmt::format("reference mtp_step.{} logits", m.depth), m.step->max_abs_logits, most);
       }
   }
+  for (Index depth = 0; depth < kMostDepths; ++depth) {
+    const bool wanted = std::any_of(reference.arrays.arrays.begin(), reference.arrays.arrays.end(), [&](const auto& entry) {
+      return entry.first.starts_with(fmt::format("mtp.{}.", depth)) || entry.first.starts_with(fmt::format("mtp_step.{}.", depth));
+    });
+    if (wanted && depth >= static_cast<Index>(v.mtp.size()))
+      v.checks.push_back({fmt::format("reference mtp.{}", depth), fmt::format("the reference holds it; the model has {} MTP layers", v.mtp.size()), false});
+  }
   if (!compared.main.logits && !compared.main.loss) v.notes.push_back("the reference holds neither logits nor a loss that fits; nothing was compared");
 }
 
 void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, const shard::Budget& budget, lm::Device& device) {
   const auto other = open_model(ask, ask.against, budget.threads);
   const formats::LocalReader reader(other.checkpoint.logical, other.checkpoint.files);
+  for (const auto id : batch.input_ids)
+    shard::require(id < other.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: token {} of {} is outside its vocabulary of {}", ask.against, id, v.input, other.stored_vocab); });
   const std::vector<lm::MtpStep> none;
   const auto theirs = run_model(reader, formats::kernels(), other.config, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options, device);
   shard::refuse(theirs.findings);
-  std::size_t different = 0;
+  other.checkpoint.files->refuse_changed();
+  std::size_t different = 0, compared = 0;
   double most = 0;
-  const auto &a = mine.result.main.limited, &b = theirs.result.main.limited;
-  for (std::size_t i = 0; i < a.size(); ++i)
-    if (std::memcmp(&a[i], &b[i], sizeof a[i]) != 0) {
-      ++different;
-      most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
-    }
+  const auto compare = [&](const std::vector<float>& a, const std::vector<float>& b) {
+    compared += a.size();
+    for (std::size_t i = 0; i < a.size(); ++i)
+      if (std::memcmp(&a[i], &b[i], sizeof a[i]) != 0) {
+        ++different;
+        most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
+      }
+  };
+  compare(mine.result.main.limited, theirs.result.main.limited);
+  const auto depths = std::min(mine.result.mtp.size(), theirs.result.mtp.size());
+  for (std::size_t k = 0; k < depths; ++k) compare(mine.result.mtp[k].limited, theirs.result.mtp[k].limited);
+  if (mine.result.mtp.size() != theirs.result.mtp.size())
+    v.notes.push_back(fmt::format("{} MTP layers here, {} in {}; {} were compared", mine.result.mtp.size(), theirs.result.mtp.size(), ask.against, depths));
   std::string where;
   for (std::size_t i = 0; i < mine.result.hidden.size() && i < theirs.result.hidden.size(); ++i)
     if (mine.result.hidden[i].digest != theirs.result.hidden[i].digest) {
@@ -142,7 +160,7 @@ void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch
     }
   if (different && where.empty()) where = "; activations are the same up to the head";
   v.checks.push_back({"against " + ask.against,
-                      different ? fmt::format("{} of {} losses differ, by up to {:.2e}{}", different, a.size(), most, where) : fmt::format("{} losses are the same bits", a.size()),
+                      different ? fmt::format("{} of {} losses differ, by up to {:.2e}{}", different, compared, most, where) : fmt::format("{} losses are the same bits", compared),
                       different == 0});
 }
 
@@ -189,6 +207,11 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   for (const auto id : batch.labels)  // negative ones are left out of means, as a loss mask would
     shard::require(id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: label {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
 
+  if (reference)
+    for (const auto& step : reference->steps)
+      for (const auto id : step.next_token_ids)
+        shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: mtp_step.{}.next_token_ids holds {}; the vocabulary is {}", v.input, step.depth, id, model.stored_vocab); });
+
   const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop};
   const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
   std::optional<Comparer> comparer;
@@ -199,6 +222,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   if (comparer) request.on_logits = [&](const lm::LogitsBlock& block) { comparer->on_logits(block); };
   v.load_seconds = since(start);
   const auto report = run_model(reader, formats::kernels(), model.config, request, options, device);
+  model.checkpoint.files->refuse_changed();
+  for (auto& note : device.notes()) v.notes.push_back(std::move(note));
   v.load_seconds += report.load_seconds;
   v.forward_seconds = report.seconds - report.load_seconds;
   v.bytes_read = report.bytes_read;
@@ -219,7 +244,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   v.tied = model.config.tied;
   bool finite = result.nonfinite_logits == 0 && std::isfinite(v.loss);
   for (std::size_t k = 0; k < result.mtp.size(); ++k) {
-    v.mtp.push_back({static_cast<Index>(k), mean(result.mtp[k].all, result.mtp_labels[k], batch.length, static_cast<Index>(k) + 1), std::nullopt, std::nullopt});
+    const auto loss = mean(result.mtp[k].all, result.mtp_labels[k], batch.length, static_cast<Index>(k) + 1);
+    v.mtp.push_back({static_cast<Index>(k), loss, loss * model.config.mtp_loss_scaling_factor / static_cast<double>(model.config.mtp_num_layers), std::nullopt, std::nullopt});
     finite = finite && std::isfinite(v.mtp.back().loss);
   }
   std::string first_bad;

@@ -55,7 +55,7 @@ Json validation_json(const Validation& v) {
   else out["reference"] = nullptr;
   out["mtp"] = Json::array();
   for (const auto& m : v.mtp) {
-    Json one{{"depth", m.depth}, {"loss", number(m.loss)},
+    Json one{{"depth", m.depth}, {"loss", number(m.loss)}, {"scaled_loss", number(m.scaled_loss)},
              {"max_abs_logits", m.figures && m.figures->logits ? number(m.figures->max_abs_logits) : Json(nullptr)},
              {"max_abs_loss", m.figures && m.figures->loss ? number(m.figures->max_abs_loss) : Json(nullptr)}};
     one["step"] = nullptr;

@@ -18,7 +18,7 @@ struct Check {
 
 struct MtpReport {
   shard::Index depth = 0;
-  double loss = 0;
+  double loss = 0, scaled_loss = 0;          ///< as it is, and as training adds it to the main loss
   std::optional<Comparer::Figures> figures;
   std::optional<Comparer::Step> step;
 };

@@ -21,12 +21,17 @@ using shard::Code;
   shard::fail(errno == ENOENT ? Code::NotFound : Code::Io, "{}: {}: {}", name, doing, std::strerror(errno));
 }
 
-std::uint64_t regular_size(int fd, const std::string& name) {
+struct Facts {
+  std::uint64_t size;
+  std::int64_t written_ns;
+};
+
+Facts regular_file(int fd, const std::string& name) {
   struct stat info {};
   if (fstat(fd, &info) != 0) fail_with_errno(name, "cannot stat");
   shard::require(S_ISREG(info.st_mode), Code::BadFormat,
                  [&] { return fmt::format("{}: is no regular file", name); });
-  return static_cast<std::uint64_t>(info.st_size);
+  return {static_cast<std::uint64_t>(info.st_size), std::int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
 }
 
 }  // namespace
@@ -36,15 +41,25 @@ File::File(const fs::path& path) : name_(path.string()) {
   if (fd_ < 0 && errno == ELOOP) shard::fail(Code::BadFormat, "{}: links go in a circle", name_);
   if (fd_ < 0) fail_with_errno(name_, "cannot open");
   try {
-    size_ = regular_size(fd_, name_);
+    const auto facts = regular_file(fd_, name_);
+    size_ = facts.size;
+    written_ns_ = facts.written_ns;
   } catch (...) {
     ::close(fd_);
     throw;
   }
 }
 
-File::File(int descriptor, std::string name)
-    : name_(std::move(name)), fd_(descriptor), size_(regular_size(descriptor, name_)) {}
+File::File(int descriptor, std::string name) : name_(std::move(name)), fd_(descriptor) {
+  const auto facts = regular_file(fd_, name_);
+  size_ = facts.size;
+  written_ns_ = facts.written_ns;
+}
+
+bool File::changed() const {
+  const auto facts = regular_file(fd_, name_);
+  return facts.size != size_ || facts.written_ns != written_ns_;
+}
 
 File::~File() {
   if (fd_ >= 0) ::close(fd_);
@@ -95,6 +110,10 @@ void OutFile::write(std::uint64_t offset, std::span<const std::byte> from) {
 void OutFile::resize(std::uint64_t size) {
   if (::ftruncate(fd_, static_cast<off_t>(size)) != 0)
     shard::fail(Code::Io, "{}: cannot resize: {}", name_, std::strerror(errno));
+}
+
+void OutFile::sync() {
+  if (::fsync(fd_) != 0) shard::fail(Code::Io, "{}: cannot sync: {}", name_, std::strerror(errno));
 }
 
 fs::path inside(const fs::path& folder, std::string_view name) {

@@ -27,6 +27,8 @@ class File {
   /// Fills `into` from `offset`; BadFormat where the file ends before, Io where the system fails. Thread
   /// safe.
   void read(std::uint64_t offset, std::span<std::byte> into) const;
+  /// Whether it was written to, or became longer or shorter, since it was opened.
+  bool changed() const;
   /// The bytes [offset, offset + length) as text.
   std::string text(std::uint64_t offset, std::uint64_t length) const;
 
@@ -34,6 +36,7 @@ class File {
   std::string name_;
   int fd_ = -1;
   std::uint64_t size_ = 0;
+  std::int64_t written_ns_ = 0;  ///< since 1970
 };
 
 /// One file being written by range. Owns the descriptor. Thread safe for disjoint ranges.
@@ -48,6 +51,8 @@ class OutFile {
   /// Throws Io, naming the file.
   void write(std::uint64_t offset, std::span<const std::byte> from);
   void resize(std::uint64_t size);
+  /// Until the storage has it.
+  void sync();
 
  private:
   std::string name_;

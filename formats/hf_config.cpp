@@ -49,6 +49,12 @@ class Fields {
     shard::require(value && *value > 0, Code::BadFormat, [&] { return fmt::format("{}: lacks {}", where_, *names.begin()); });
     return *value;
   }
+  /// Every so many layers are of another kind.
+  Index step(std::initializer_list<const char*> names, Index otherwise) const {
+    const auto value = integer(names).value_or(otherwise);
+    shard::require(value > 0, Code::BadFormat, [&] { return fmt::format("{}: {} is {}; should be positive", where_, *names.begin(), value); });
+    return value;
+  }
   bool flag(const char* name, bool otherwise = false) const {
     const auto* value = find(name);
     if (!value) return otherwise;
@@ -135,14 +141,15 @@ class Reader {
     if (gemma()) {
       out_.embedding_multiplier = std::sqrt(static_cast<double>(out_.hidden_size));
       out_.embedding_multiplier_rounded = true;
-      if (type_ != "gemma") {
-        // Gemma 2's class has caps; null switches them off.
-        const auto cap = [&](const char* name, double otherwise) {
-          return all_.real({name}).value_or(type_ == "gemma2" && !all_.mentions(name) ? otherwise : 0);
-        };
-        out_.attention_softcap = cap("attn_logit_softcapping", 50);
-        out_.logits_softcap = cap("final_logit_softcapping", 30);
-      }
+      shard::require(!all_.flag("use_bidirectional_attention"), Code::BadFormat,
+                     [&] { return fmt::format("{}: use_bidirectional_attention is set; this forward pass is causal", all_.where()); });
+      // Gemma 2's class has caps; null switches them off.
+      const auto cap = [&](const char* name, double otherwise) {
+        return all_.real({name}).value_or(type_ == "gemma2" && !all_.mentions(name) ? otherwise : 0);
+      };
+      if (type_ == "gemma2") out_.attention_softcap = cap("attn_logit_softcapping", 50);
+      if (type_ != "gemma") out_.logits_softcap = cap("final_logit_softcapping", 30);
+      if (type_ == "gemma3_text" && cap("attn_logit_softcapping", 0) != 0) out_.notes.push_back("attn_logit_softcapping is left out, as transformers does for Gemma 3");
     }
     if (type_ == "deepseek_v3") out_.mtp_num_layers = all_.integer({"num_nextn_predict_layers"}).value_or(0);
     return std::move(out_);
@@ -320,18 +327,18 @@ class Reader {
     if (type_ == "qwen3_moe") return wanted;
     if (type_ == "qwen2_moe") return wanted && i % 2 == 0 && i < all_.integer({"max_window_layers"}).value_or(28);
     if (type_ == "gemma2" || type_ == "gpt_oss") return i % 2 == 0;
-    if (type_ == "gemma3_text") return (i + 1) % all_.integer({"sliding_window_pattern", "_sliding_window_pattern"}).value_or(6) != 0;
+    if (type_ == "gemma3_text") return (i + 1) % all_.step({"sliding_window_pattern", "_sliding_window_pattern"}, 6) != 0;
     return false;
   }
 
   bool has_experts(Index i) const {
     if (out_.num_experts == 0) return false;
     if (type_ == "mixtral" || type_ == "gpt_oss") return true;
-    if (deepseek()) return i >= all_.integer({"first_k_dense_replace"}).value_or(type_ == "deepseek_v3" ? 3 : 0) && i % all_.integer({"moe_layer_freq"}).value_or(1) == 0;
+    if (deepseek()) return i >= all_.integer({"first_k_dense_replace"}).value_or(type_ == "deepseek_v3" ? 3 : 0) && i % all_.step({"moe_layer_freq"}, 1) == 0;
     if (const auto* only = all_.find("mlp_only_layers"); only && only->is_array())
       for (const auto& layer : *only)
         if (layer.is_number_integer() && layer.get<Index>() == i) return false;
-    return (i + 1) % std::max<Index>(1, all_.integer({"decoder_sparse_step"}).value_or(1)) == 0;
+    return (i + 1) % all_.step({"decoder_sparse_step"}, 1) == 0;
   }
 
   double softmax_scale(Index i) const {

@@ -39,6 +39,12 @@ const ComputedBytes* FilePool::computed(std::uint32_t file) const {
   return found == computed_.end() ? nullptr : found->second.get();
 }
 
+void FilePool::refuse_changed() const {
+  const std::lock_guard lock(mutex_);
+  for (const auto& file : open_)
+    shard::require(!file || !file->changed(), shard::Code::Io, [&] { return fmt::format("{}: was written to while it was read", file->name()); });
+}
+
 void LocalReader::read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const {
   const auto& range = described_.streams[stream];
   shard::require(offset <= range.size && into.size() <= range.size - offset, shard::Code::BadFormat, [&] {

@@ -28,6 +28,8 @@ class FilePool {
   /// Bytes that are computed when asked for; a stream names their index as its file.
   std::uint32_t add(std::shared_ptr<const ComputedBytes> bytes);
   const ComputedBytes* computed(std::uint32_t file) const;
+  /// Throws Io where a file was written to since it was opened: what was read of it may be half old, half new.
+  void refuse_changed() const;
 
  private:
   mutable std::mutex mutex_;

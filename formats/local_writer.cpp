@@ -54,6 +54,12 @@ shard::FileRange OutputFolder::range(std::uint32_t file, std::uint64_t offset) {
   return {out->descriptor(), offset, out};
 }
 
+void OutputFolder::flush(bool sync) {
+  for (std::uint32_t file = 0; sync && file < names_.size(); ++file) open(file)->sync();
+  open_.assign(names_.size(), nullptr);
+  order_.clear();
+}
+
 void OutputFolder::commit(bool sync) {
   open_.clear();
   if (publication_) publication_->commit(sync);

@@ -28,6 +28,8 @@ class OutputFolder {
   const std::vector<std::string>& names() const { return names_; }
   /// Where a library may create the file that add() named.
   std::filesystem::path path(std::uint32_t file) const { return root_ / names_[file]; }
+  /// Closes what is open; `sync` has the system store it, so that other machines see it too.
+  void flush(bool sync);
   void commit(bool sync);
 
  private:

@@ -14,7 +14,7 @@ constexpr const char* kWhy = "this build has no CUDA support (there was no nvcc)
 
 Probe probe() { return {{}, kWhy, {}}; }
 
-std::unique_ptr<LanguageDevice> language_device(LanguageDeviceOptions) { shard::fail(shard::Code::Device, "device: {}", kWhy); }
+std::unique_ptr<lm::Device> language_device(LanguageDeviceOptions) { shard::fail(shard::Code::Device, "device: {}", kWhy); }
 
 namespace reshard {
 

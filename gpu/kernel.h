@@ -16,6 +16,7 @@
 //
 // platform.h is gpu/cuda's where nvcc compiles this and gpu/emulated's where the host's compiler does; both define
 //   GPU_CODE      what a function that kernels call is declared with
+//   GPU_UNROLL    before a loop over an array that should lie in registers
 //   Block<Kernel> x() y() z() (which block), shared(), and
 //     each(body)          one phase: body(thread, own) for every thread, then a barrier
 //     each_apart(body)    the same without the barrier: what it writes is read by the same thread only, until the next barrier

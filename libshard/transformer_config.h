@@ -99,6 +99,7 @@ struct TransformerConfig {
 
   Index mtp_num_layers = 0;
   bool mtp_repeated_layer = false;
+  double mtp_loss_scaling_factor = 0.1;              ///< of the mean over depths, beside the main loss
   bool tied = false;                                 ///< the output head is the embedding
   std::vector<std::string> notes;                    ///< choices that the source left open, for people
 

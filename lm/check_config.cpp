@@ -10,7 +10,7 @@ namespace lm {
 
 void check_config(const shard::TransformerConfig& config) {
   using shard::Index;
-  constexpr Index kMost = Index{1} << 32;
+  constexpr Index kMost = Index{1} << 32, kMostLanes = 1 << 16;  // tables of angles are made before weights are seen
   const auto within = [](const char* name, Index value, Index low, Index high) {
     shard::require(value >= low && value <= high, shard::Code::Mismatch, [&] { return fmt::format("model: {} is {}; should be {} to {}", name, value, low, high); });
   };
@@ -24,21 +24,21 @@ void check_config(const shard::TransformerConfig& config) {
   within("num_query_groups", config.num_query_groups, 1, config.num_attention_heads);
   shard::require(config.num_attention_heads % config.num_query_groups == 0, shard::Code::Mismatch,
                  [&] { return fmt::format("model: {} heads in {} groups", config.num_attention_heads, config.num_query_groups); });
-  within("kv_channels", config.kv_channels, 1, kMost);
+  within("kv_channels", config.kv_channels, 1, kMostLanes);
   within("num_experts", config.num_experts, 0, 1 << 20);
   within("mtp_num_layers", config.mtp_num_layers, 0, 1000);
   auto lanes = config.kv_channels;
   if (config.multi_latent_attention) {
     within("q_lora_rank", config.q_lora_rank, 0, kMost);
     within("kv_lora_rank", config.kv_lora_rank, 1, kMost);
-    within("qk_head_dim", config.qk_head_dim, 0, kMost);
-    within("qk_pos_emb_head_dim", config.qk_pos_emb_head_dim, 0, kMost);
-    within("v_head_dim", config.v_head_dim, 1, kMost);
+    within("qk_head_dim", config.qk_head_dim, 0, kMostLanes);
+    within("qk_pos_emb_head_dim", config.qk_pos_emb_head_dim, 0, kMostLanes);
+    within("v_head_dim", config.v_head_dim, 1, kMostLanes);
     lanes = config.qk_pos_emb_head_dim;
   }
   for (const auto* rope : {&config.rope, &config.rope_local}) {
     if (rope->type == shard::RopeConfig::Type::None) continue;
-    within("rotated lanes", rope->dim, 0, lanes);
+    within("rotated lanes", rope->dim + rope->dim % 2, 0, lanes);
     number("rotary base", rope->base, true);
     number("rotary factor", rope->factor, true);
     number("rotary concentration", rope->concentration, false);

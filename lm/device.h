@@ -30,6 +30,8 @@ class Device {
   virtual ~Device() = default;
   /// "cpu", or which card.
   virtual std::string name() const = 0;
+  /// What it chose, for people: products by which library, how ranks talk.
+  virtual std::vector<std::string> notes() const { return {}; }
   /// Readies for these stages, before anything is read. Throws Device where they do not fit, saying what is missing and what would fit.
   virtual void prepare(const Ranks& ranks, const shard::TransformerConfig& config, const std::vector<StagePlan>& stages) = 0;
   /// How the stage's ranks together take from its stream what the plan says of each.
@@ -39,6 +41,8 @@ class Device {
   enum class Axis { Tensor, Pipeline };
   /// The rank's end of its group along `axis`; `group` joins those ranks as threads.
   virtual std::unique_ptr<Comm> comm(Group& group, Axis axis, int stage, int tensor_rank) = 0;
+  /// A rank failed: whoever waits for it on the device must not. From any thread.
+  virtual void fail() {}
   /// The stage's weights for that rank; a device that keeps them brings all of `stream` to its memory first. Valid until the next run's.
   virtual Weights& weights(WeightStream& stream, int stage, int tensor_rank) = 0;
 };

@@ -184,10 +184,32 @@ void LanguageModule::scale_logits(Tensor& logits) const {
   on_.softcap(logits, config_.logits_softcap);
 }
 
-std::vector<float> LanguageModule::compute_language_model_loss(const std::vector<Index>& labels, const Tensor& logits, Index first, Index limit) {
-  const auto loss = on_.cross_entropy(on_.ids(labels), limit);
-  loss->add(logits, first);
-  return loss->finish(tensor_);
+std::vector<float> LanguageModule::compute_language_model_loss(const std::vector<Index>& labels, const Tensor& logits, Index first, Index limit, double label_smoothing) {
+  shard::require(label_smoothing >= 0 && label_smoothing < 1, Code::Usage, [&] { return fmt::format("label smoothing: is {}; should be in [0, 1)", label_smoothing); });
+  const auto sum = on_.cross_entropy(on_.ids(labels), limit);
+  sum->add(logits, first);
+  auto out = sum->finish(tensor_);
+  if (label_smoothing == 0) return out;
+  const auto columns = std::min(logits.columns(), limit - first);
+  shard::require(columns > 1, Code::BadLayout, [&] { return fmt::format("label smoothing: spreads over {} columns of this rank; should be two or more", columns); });
+  const auto x = on_.to_host(logits);
+  // loss + behind is the logarithm of the sum of exponentials: behind a known label's logit, which lies with one rank, or the largest.
+  std::vector<float> target(labels.size(), 0), top(labels.size());
+  for (std::size_t i = 0; i < labels.size(); ++i) {
+    const auto* row = x.row(static_cast<Index>(i));
+    if (const auto at = labels[i] - first; at >= 0 && at < columns) target[i] = row[at];
+    top[i] = *std::max_element(row, row + columns);
+  }
+  tensor_.all_reduce_sum(target);
+  tensor_.all_reduce_max(top);
+  const auto smoothing = label_smoothing * static_cast<double>(columns) / static_cast<double>(columns - 1);
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const auto* row = x.row(static_cast<Index>(i));
+    const auto loss = static_cast<double>(out[i]), behind = static_cast<double>(labels[i] >= 0 && labels[i] < limit ? target[i] : top[i]);
+    const auto mean_log = std::accumulate(row, row + columns, 0.0) / static_cast<double>(columns) - (loss + behind);
+    out[i] = static_cast<float>((1 - smoothing) * loss - smoothing * mean_log);
+  }
+  return out;
 }
 
 Tensor LanguageModule::mtp_layer(Weights& weights, Index depth, const Ids& ids, const Ids& positions, const Rope& rope, Index length, const Tensor& hidden) {

@@ -85,7 +85,8 @@ class LanguageModule {
   std::vector<std::string> gathered_weights() const;
 
   /// labels [n], logits of this rank's columns from `first`: the loss of every row, unmasked, over columns [0, limit) of all ranks.
-  std::vector<float> compute_language_model_loss(const std::vector<Index>& labels, const Tensor& logits, Index first, Index limit);
+  /// Smoothing takes its mean over this rank's columns alone, as Megatron does: each rank's loss is then its own.
+  std::vector<float> compute_language_model_loss(const std::vector<Index>& labels, const Tensor& logits, Index first, Index limit, double label_smoothing = 0);
   /// Logits of MuP models are scaled, Gemma's are capped.
   void scale_logits(Tensor& logits) const;
   /// The tensor whose rows embed tokens here, or that the head multiplies by; nullopt on stages with neither.

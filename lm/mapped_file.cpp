@@ -16,7 +16,7 @@ struct MappedFile::Slot {
 
 namespace {
 
-constexpr std::size_t kSlots = 4096, kPage = 4096;
+constexpr std::size_t kSlots = 4096, kPage = 4096, kSample = 1 << 20;
 
 /// The whole pages that a part touches.
 struct Pages {
@@ -64,8 +64,18 @@ MappedFile::~MappedFile() {
 std::span<const std::byte> MappedFile::bytes() const { return {slot_.base.load(), slot_.size.load()}; }
 bool MappedFile::torn() const { return slot_.torn; }
 
-void MappedFile::ask(std::span<const std::byte> part) {
+void MappedFile::bring(std::span<const std::byte> part) {
   const auto [first, size] = pages_of(part);
+  // One page of many is asked about. Of a file that belongs to others, all are said to be there.
+  bool present = true;
+  for (std::size_t at = 0; present && at < size; at += kSample) {
+    unsigned char page = 0;
+    present = mincore(static_cast<std::byte*>(first) + at, kPage, &page) == 0 && page & 1;
+  }
+  if (present) return;
+#ifdef MADV_POPULATE_READ
+  if (madvise(first, size, MADV_POPULATE_READ) == 0) return forget(part);
+#endif
   madvise(first, size, MADV_WILLNEED);
 }
 void MappedFile::forget(std::span<const std::byte> part) {

@@ -21,8 +21,9 @@ class MappedFile {
   std::span<const std::byte> bytes() const;
   /// Whether the file became shorter under the mapping: zeros were seen in its place.
   bool torn() const;
-  /// Asks for pages that are wanted soon.
-  static void ask(std::span<const std::byte> part);
+  /// Brings pages that are wanted soon into the system's cache, by touching those that are not there: what MADV_WILLNEED reads lies in
+  /// single pages, which take ten times as long to map, now and whenever the file is read again.
+  static void bring(std::span<const std::byte> part);
   /// Pages that are not wanted again leave the process; the system keeps them as it likes.
   static void forget(std::span<const std::byte> part);
 

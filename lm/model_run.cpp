@@ -69,6 +69,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   const auto fail = [&] {
     for (auto& group : tensor_groups) group->fail();
     for (auto& group : pipeline_groups) group->fail();
+    device.fail();
   };
   run_ranks(tp * pp, fail, [&](int rank) {
     const auto p = rank / tp, t = rank % tp;

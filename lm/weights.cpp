@@ -240,7 +240,7 @@ void WeightStream::run() {
         held->changed.notify_all();
       });
       if (view) {
-        MappedFile::ask(view->bytes);
+        MappedFile::bring(view->bytes);
         view->weight = weight;
       } else {
         source_.check(use.name, use.lo, weight);

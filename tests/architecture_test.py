@@ -8,8 +8,9 @@ MAY_INCLUDE = {
     "libshard": {"libshard"},
     "formats": {"libshard", "formats"},
     "lm": {"libshard", "lm"},
-    "gpu": {"libshard", "lm", "gpu"},
-    "cli": {"libshard", "formats", "lm", "gpu", "cli"},
+    "ranks": {"libshard", "ranks"},
+    "gpu": {"libshard", "lm", "ranks", "gpu"},
+    "cli": {"libshard", "formats", "lm", "ranks", "gpu", "cli"},
     "samples": {"libshard", "formats", "lm"},
 }
 LIBSHARD_OUTSIDE = re.compile(r"<(fmt/|[a-z_0-9]+>|unistd\.h>)")

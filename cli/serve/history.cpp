@@ -38,13 +38,13 @@ const char* name(State state) {
 
 /// The connection, and one function to run a statement with values bound in their order.
 struct History::Database {
-  explicit Database(const std::filesystem::path& file) : file(file.string()) {}
+  explicit Database(const std::filesystem::path& file) : file(file.string()), where(file.string()) {}
   ~Database() {
     sqlite3_close(handle);
     if (lock >= 0) ::close(lock);
   }
 
-  [[noreturn]] void fail(Code code) const { shard::fail(code, "{}: {}", file, handle ? sqlite3_errmsg(handle) : "cannot be opened"); }
+  [[noreturn]] void fail(Code code) const { shard::fail(code, "{}: {}", where, handle ? sqlite3_errmsg(handle) : "cannot be opened"); }
 
   void execute(const char* text) const {
     if (sqlite3_exec(handle, text, nullptr, nullptr, nullptr) != SQLITE_OK) fail(Code::Io);
@@ -74,6 +74,19 @@ struct History::Database {
     query(text, [](const Statement&) {}, values...);
   }
 
+  /// All that `changes` does, or nothing of it.
+  template <typename Changes>
+  void together(Changes&& changes) const {
+    execute("BEGIN IMMEDIATE");
+    try {
+      changes();
+      execute("COMMIT");
+    } catch (...) {
+      sqlite3_exec(handle, "ROLLBACK", nullptr, nullptr, nullptr);  // a failed one may have rolled back already
+      throw;
+    }
+  }
+
   template <typename Value>
   void bind(const Statement& s, int at, const Value& value) const {
     int result;
@@ -99,7 +112,7 @@ struct History::Database {
     return r;
   }
 
-  std::string file;
+  std::string file, where;  ///< as messages call it
   sqlite3* handle = nullptr;
   int lock = -1;
 };
@@ -120,25 +133,57 @@ History::History(const std::filesystem::path& file, std::int64_t keep) : databas
   db.query("PRAGMA user_version", [&](const auto& s) { version = sqlite3_column_int64(s.handle, 0); });
   db.query("SELECT count(*) FROM sqlite_master", [&](const auto& s) { tables = sqlite3_column_int64(s.handle, 0); });
   shard::require(version == kSchema || (version == 0 && tables == 0), Code::BadFormat, [&] { return fmt::format("{}: is no history of this shardkit (schema {}); should be schema {}", db.file, version, kSchema); });
-  if (version == 0) db.execute((std::string("BEGIN IMMEDIATE;") + kCreate + "COMMIT;").c_str());
+  if (version == 0) db.together([&] { db.execute(kCreate); });
   interrupt_running();
+  db.where = "history";  // from here on clients read the messages
 }
 
-History::~History() = default;
+History::~History() {
+  try {
+    write_late();
+  } catch (const std::exception&) {  // stays a running row, which the next server calls interrupted
+  }
+}
 
-std::int64_t History::begin(const std::string& checkpoint, const std::string& origin) {
+std::int64_t History::begin(const std::string& checkpoint, const std::string& origin, const std::optional<Watched>& watched) {
   const std::lock_guard lock(mutex_);
+  write_late();
   const auto now = std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-  database_->change("INSERT INTO validations(checkpoint, origin, state, status, started, seconds, loss, error, answer) VALUES(?, ?, 0, 0, ?, 0, NULL, '', '')", checkpoint, origin, now);
-  const auto id = sqlite3_last_insert_rowid(database_->handle);
-  database_->change("DELETE FROM validations WHERE id <= ?", static_cast<std::int64_t>(id) - keep_);
+  std::int64_t id = 0;
+  database_->together([&] {
+    database_->change("INSERT INTO validations(checkpoint, origin, state, status, started, seconds, loss, error, answer) VALUES(?, ?, 0, 0, ?, 0, NULL, '', '')", checkpoint, origin, now);
+    id = sqlite3_last_insert_rowid(database_->handle);
+    database_->change("DELETE FROM validations WHERE id <= ?", id - keep_);
+    if (watched)
+      database_->change("INSERT INTO watched VALUES(?1, ?2, 1, 0) ON CONFLICT(path) DO UPDATE SET attempts = CASE WHEN stamp = ?2 THEN attempts + 1 ELSE 1 END, stamp = ?2, done = 0",
+                        watched->path, watched->stamp);
+  });
   return id;
 }
 
-void History::finish(const Record& r) {
+void History::finish(const Record& record, const std::optional<Watched>& watched) {
   const std::lock_guard lock(mutex_);
-  database_->change("UPDATE validations SET state = ?, status = ?, seconds = ?, loss = ?, error = ?, answer = ? WHERE id = ?", static_cast<int>(r.state), r.status, r.seconds, r.loss, r.error,
-                    r.answer, r.id);
+  late_.push_back({record, watched});
+  write_late();
+}
+
+/// Of a full disk there is never more than one: the next row cannot begin before.
+void History::write_late() {
+  while (!late_.empty()) {
+    write(late_.front());
+    late_.erase(late_.begin());
+  }
+}
+
+void History::write(const Ending& ending) {
+  const auto& r = ending.record;
+  database_->together([&] {
+    database_->change("UPDATE validations SET state = ?, status = ?, seconds = ?, loss = ?, error = ?, answer = ? WHERE id = ?", static_cast<int>(r.state), r.status, r.seconds, r.loss, r.error,
+                      r.answer, r.id);
+    if (!ending.watched) return;
+    const auto* change = r.state == State::Interrupted ? "UPDATE watched SET attempts = attempts - 1 WHERE path = ? AND stamp = ?" : "UPDATE watched SET done = 1 WHERE path = ? AND stamp = ?";
+    database_->change(change, ending.watched->path, ending.watched->stamp);
+  });
 }
 
 void History::interrupt_running() {
@@ -161,27 +206,14 @@ std::optional<Record> History::find(std::int64_t id) const {
   return out;
 }
 
-bool History::is_done(const std::string& path, const std::string& stamp) const {
+bool History::is_done(const Watched& watched) const {
   const std::lock_guard lock(mutex_);
-  bool out = false;
+  bool out = std::any_of(late_.begin(), late_.end(), [&](const Ending& e) {
+    return e.watched && e.record.state != State::Interrupted && e.watched->path == watched.path && e.watched->stamp == watched.stamp;
+  });
   // A checkpoint that takes the whole process down must not do so for ever.
-  database_->query("SELECT 1 FROM watched WHERE path = ? AND stamp = ? AND (done OR attempts >= 3)", [&](const auto&) { out = true; }, path, stamp);
+  database_->query("SELECT 1 FROM watched WHERE path = ? AND stamp = ? AND (done OR attempts >= 3)", [&](const auto&) { out = true; }, watched.path, watched.stamp);
   return out;
-}
-
-void History::attempt(const std::string& path, const std::string& stamp) {
-  const std::lock_guard lock(mutex_);
-  database_->change("INSERT INTO watched VALUES(?1, ?2, 1, 0) ON CONFLICT(path) DO UPDATE SET attempts = CASE WHEN stamp = ?2 THEN attempts + 1 ELSE 1 END, stamp = ?2, done = 0", path, stamp);
-}
-
-void History::done(const std::string& path, const std::string& stamp) {
-  const std::lock_guard lock(mutex_);
-  database_->change("UPDATE watched SET done = 1 WHERE path = ? AND stamp = ?", path, stamp);
-}
-
-void History::again(const std::string& path, const std::string& stamp) {
-  const std::lock_guard lock(mutex_);
-  database_->change("UPDATE watched SET attempts = attempts - 1 WHERE path = ? AND stamp = ?", path, stamp);
 }
 
 }  // namespace cli

@@ -25,6 +25,11 @@ struct Record {
   std::string error, answer;       ///< one line where there is no answer; the JSON object of `validate --json`
 };
 
+/// A watched folder in the state that `stamp` stands for.
+struct Watched {
+  std::string path, stamp;
+};
+
 /// An SQLite file that one server at a time holds. Safe to call from any thread; throws Io where the disk does not take a row.
 class History {
  public:
@@ -33,9 +38,11 @@ class History {
   History(const std::filesystem::path& file, std::int64_t keep);
   ~History();
 
-  std::int64_t begin(const std::string& checkpoint, const std::string& origin);
-  /// Fills the row of `record.id`.
-  void finish(const Record& record);
+  /// A row, and one more attempt at what is watched: both or neither.
+  std::int64_t begin(const std::string& checkpoint, const std::string& origin, const std::optional<Watched>& watched = std::nullopt);
+  /// Fills the row of `record.id`; an interrupted attempt does not count. What the disk does not take now is kept and written
+  /// before the next row.
+  void finish(const Record& record, const std::optional<Watched>& watched = std::nullopt);
   /// For a shutdown that cannot wait for the worker.
   void interrupt_running();
 
@@ -43,17 +50,20 @@ class History {
   std::vector<Record> latest(std::int64_t most, bool answers) const;
   std::optional<Record> find(std::int64_t id) const;
 
-  /// A watched folder in the state that `stamp` stands for: done, or begun three times without an end.
-  bool is_done(const std::string& path, const std::string& stamp) const;
-  void attempt(const std::string& path, const std::string& stamp);
-  void done(const std::string& path, const std::string& stamp);
-  /// The attempt was cut short by a shutdown and does not count.
-  void again(const std::string& path, const std::string& stamp);
+  /// Done, or begun three times without an end.
+  bool is_done(const Watched& watched) const;
 
  private:
   struct Database;
+  struct Ending {
+    Record record;
+    std::optional<Watched> watched;
+  };
+  void write(const Ending& ending);
+  void write_late();
   std::unique_ptr<Database> database_;
   mutable std::mutex mutex_;
+  std::vector<Ending> late_;
   std::int64_t keep_;
 };
 

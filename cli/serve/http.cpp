@@ -51,8 +51,9 @@ bool same_secret(const std::string& a, const std::string& b) {
 /// own that it lets point here, nor by a form.
 bool local_browser(const std::string& host, const std::string& origin) {
   if (!origin.empty() && origin != "http://" + host) return false;
-  auto name = host.substr(0, host.rfind(':') == host.npos || host.back() == ']' ? host.npos : host.rfind(':'));
-  return host.empty() || name == "localhost" || name == "[::1]" || name.starts_with("127.");
+  const auto name = host.substr(0, host.rfind(':') == host.npos || host.back() == ']' ? host.npos : host.rfind(':'));
+  in_addr v4{};  // "127.example.org" is a name like any other
+  return host.empty() || name == "localhost" || name == "[::1]" || (inet_pton(AF_INET, name.c_str(), &v4) == 1 && ntohl(v4.s_addr) >> 24 == 127);
 }
 
 const char* method_name(evhttp_cmd_type type) {

@@ -1,6 +1,7 @@
 // Labels come from requests, so their number is capped: the checkpoint judged longest ago makes room.
 #include "cli/serve/metrics.h"
 
+#include "cli/markup.h"
 #include "cli/print.h"
 
 #include <fmt/format.h>
@@ -14,10 +15,10 @@ constexpr std::size_t kCheckpoints = 100;
 
 std::string label(const std::string& text) {
   std::string out;
-  for (const char c : text) {
+  for (const char c : printable(text)) {
     if (c == '\\' || c == '"') out += '\\';
     if (c == '\n') out += "\\n";
-    else out += static_cast<unsigned char>(c) < 0x20 ? '?' : c;
+    else out += c;
   }
   return out;
 }

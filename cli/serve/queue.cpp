@@ -5,6 +5,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <iterator>
 #include <new>
 
 namespace cli {
@@ -18,6 +20,17 @@ const char* explain(Cut why) {
   }
 }
 
+/// Nothing to remember.
+Record never_begun(const Job& job) {
+  Record record;
+  record.checkpoint = job.shown;
+  record.origin = job.origin;
+  record.state = State::Interrupted;
+  record.status = static_cast<int>(shard::Code::Io);
+  record.error = explain(job.why);
+  return record;
+}
+
 }  // namespace
 
 void Job::cut(Cut reason) {
@@ -26,8 +39,8 @@ void Job::cut(Cut reason) {
   stop = true;
 }
 
-Queue::Queue(std::size_t longest, shard::Budget budget, History& history, Metrics& metrics, std::function<void(const Record&)> after)
-    : longest_(longest), budget_(budget), history_(history), metrics_(metrics), after_(std::move(after)), worker_([this] { work(); }) {}
+Queue::Queue(std::size_t longest, shard::Budget budget, std::unique_ptr<lm::Device> device, History& history, Metrics& metrics, std::function<void(const Record&)> after)
+    : longest_(longest), budget_(budget), device_(std::move(device)), history_(history), metrics_(metrics), after_(std::move(after)), worker_([this] { work(); }) {}
 
 Queue::~Queue() {
   close();
@@ -43,21 +56,30 @@ bool Queue::push(std::shared_ptr<Job> job) {
 }
 
 void Queue::tick() {
-  const std::lock_guard lock(mutex_);
-  const auto now = std::chrono::steady_clock::now();
-  const auto look = [&](Job& job) {
-    if (job.deadline && *job.deadline <= now) job.cut(Cut::Timeout);
-  };
-  if (current_) look(*current_);
-  for (auto& job : line_) look(*job);
+  std::deque<std::shared_ptr<Job>> leaving;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto now = std::chrono::steady_clock::now();
+    const auto look = [&](Job& job) {
+      if (closed_) job.cut(Cut::Shutdown);
+      if (job.deadline && *job.deadline <= now) job.cut(Cut::Timeout);
+    };
+    if (current_) look(*current_);
+    for (auto& job : line_) look(*job);
+    const auto stay = std::stable_partition(line_.begin(), line_.end(), [](const auto& job) { return !job->stop; });
+    leaving.assign(std::make_move_iterator(stay), std::make_move_iterator(line_.end()));
+    line_.erase(stay, line_.end());
+  }
+  for (const auto& job : leaving) job->done(never_begun(*job));
 }
 
 void Queue::close() {
-  const std::lock_guard lock(mutex_);
-  closed_ = true;
-  if (current_) current_->cut(Cut::Shutdown);
-  for (auto& job : line_) job->cut(Cut::Shutdown);
-  wake_.notify_one();
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+    wake_.notify_one();
+  }
+  tick();
 }
 
 bool Queue::wait(std::chrono::milliseconds most) {
@@ -103,13 +125,9 @@ Record Queue::run(Job& job) {
     record.status = static_cast<int>(code);
     record.error = error;
   };
-  if (job.stop) {  // never begun: nothing to remember
-    end(State::Interrupted, shard::Code::Io, explain(job.why));
-    return record;
-  }
+  if (job.stop) return never_begun(job);
   try {
-    if (job.begun) job.begun();
-    record.id = history_.begin(job.shown, job.origin);
+    record.id = history_.begin(job.shown, job.origin, job.watched);
   } catch (const std::exception& error) {
     metrics_.trouble("history");
     end(State::Failed, shard::Code::Io, error.what());
@@ -117,10 +135,9 @@ Record Queue::run(Job& job) {
   }
   const auto start = std::chrono::steady_clock::now();
   try {
-    const auto device = lm::host_device();
     auto budget = budget_;
     budget.stop = &job.stop;
-    const auto validation = validate(job.ask, budget, *device);
+    const auto validation = validate(job.ask, budget, *device_);
     record.state = validation.ok() ? State::Sound : State::Bad;
     record.status = validation.ok() ? 0 : 1;
     record.loss = validation.loss_true_vocab;
@@ -135,8 +152,8 @@ Record Queue::run(Job& job) {
   if (record.state == State::Failed && job.stop) end(State::Interrupted, shard::Code::Io, explain(job.why));
   record.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   try {
-    history_.finish(record);
     metrics_.validation(record);
+    history_.finish(record, job.watched);
   } catch (const std::exception&) {
     metrics_.trouble("history");
   }

@@ -25,8 +25,8 @@ struct Job {
   ValidateAsk ask;
   std::string shown, origin;                 ///< as Record::checkpoint and Record::origin
   std::optional<std::chrono::steady_clock::time_point> deadline;
-  std::function<void()> begun;               ///< optional; on the worker's thread, as `done`
-  std::function<void(const Record&)> done;   ///< called exactly once for a job that was taken
+  std::optional<Watched> watched;
+  std::function<void(const Record&)> done;   ///< called exactly once for a job that was taken, on any thread; `id` is 0 where it never began
   std::atomic<bool> stop = false;            ///< the Budget's flag
   std::atomic<Cut> why = Cut::No;
   void cut(Cut reason);
@@ -35,11 +35,11 @@ struct Job {
 class Queue {
  public:
   /// `after` sees every validation that ran, once its row is written (for --on-bad).
-  Queue(std::size_t longest, shard::Budget budget, History& history, Metrics& metrics, std::function<void(const Record&)> after);
+  Queue(std::size_t longest, shard::Budget budget, std::unique_ptr<lm::Device> device, History& history, Metrics& metrics, std::function<void(const Record&)> after);
   ~Queue();
   /// False where the line is full or closed: the job is not taken.
   bool push(std::shared_ptr<Job> job);
-  /// Cuts jobs whose deadline has passed. To be called now and then.
+  /// Cuts jobs whose deadline has passed; those in the line that were cut leave it. To be called now and then.
   void tick();
   /// Takes no more, cuts all.
   void close();
@@ -53,6 +53,7 @@ class Queue {
   Record run(Job& job);
   const std::size_t longest_;
   const shard::Budget budget_;
+  const std::unique_ptr<lm::Device> device_;  // the worker's
   History& history_;
   Metrics& metrics_;
   const std::function<void(const Record&)> after_;

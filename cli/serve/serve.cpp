@@ -1,5 +1,6 @@
 // shardkit serve: wires listener, queue, watcher and history together, and decides how it starts and ends.
 #include "cli/commands.h"
+#include "cli/model_device.h"
 #include "cli/options.h"
 #include "cli/serve/history.h"
 #include "cli/serve/http.h"
@@ -189,25 +190,20 @@ int run(ServeAsk ask) {
     metrics.trouble("on_bad");
     note(trouble);
   };
-  Queue queue(ask.queue, ask.run.budget(), history, metrics, after);
+  auto where = model_device(ask.run.device, ask.watched.attention);
+  if (ask.run.device != "cpu") note(fmt::format("on {} ({})", where.device->name(), where.why));
+  Queue queue(ask.queue, ask.run.limits(), std::move(where.device), history, metrics, after);
   HttpServer server(http, Routes(root, ask.timeout, queue, history, metrics));
 
   std::unique_ptr<Watch> watch;
   const auto submit = [&](const Candidate& candidate) {
     auto job = std::make_shared<Job>();
     job->ask = watched;
-    job->ask.path = candidate.path.string();
     const auto relative = candidate.path.lexically_relative(root);
-    job->shown = relative.empty() || *relative.begin() == ".." ? candidate.path.string() : relative.string();
+    job->ask.path = job->shown = relative.empty() || *relative.begin() == ".." ? candidate.path.string() : relative.string();
     job->origin = "watch";
-    job->begun = [&, candidate] { history.attempt(candidate.path.string(), candidate.stamp); };
-    job->done = [&, candidate](const Record& record) {
-      try {
-        watch->ended(candidate.path, candidate.stamp, record.state == State::Sound || record.state == State::Bad || record.state == State::Failed);
-      } catch (const std::exception&) {
-        metrics.trouble("history");
-      }
-    };
+    job->watched = Watched{candidate.path.string(), candidate.stamp};
+    job->done = [&watch, path = candidate.path](const Record&) { watch->ended(path); };
     return queue.push(std::move(job));
   };
 
@@ -222,10 +218,11 @@ int run(ServeAsk ask) {
   queue.close();
   const int signal = stopped_by();
   const int status = signal == SIGTERM ? 0 : 128 + signal;
-  if (!queue.wait(std::chrono::seconds(kGraceSeconds))) {
+  const bool ended = queue.wait(std::chrono::seconds(kGraceSeconds));
+  if (!ended || (watch && !watch->stop(std::chrono::seconds(1)))) {
     // Stuck in a read that does not return, as on a dead network file system: threads cannot be ended, the process can.
     history.interrupt_running();
-    note("a validation did not stop in time and is left as interrupted");
+    note(ended ? "looking at --watch did not stop in time" : "a validation did not stop in time and is left as interrupted");
     std::fflush(nullptr);
     ::_exit(status);
   }
@@ -252,6 +249,7 @@ void add_serve(CLI::App& app, Action& action) {
   command->add_option("--text", ask->watched.text, "For --watch: text for the checkpoint's own tokenizer")->type_name("FILE");
   command->add_option("--max-loss", ask->watched.max_loss, "For --watch: bad above this mean loss");
   command->add_option("--compute", ask->watched.compute, "For --watch: f32 or bf16 (default f32)");
+  add_attention_option(*command, ask->watched.attention);
   command->add_option("--tp", ask->watched.tp, "For --watch: tensor parallel ranks, as threads (default 1)");
   command->add_option("--pp", ask->watched.pp, "For --watch: pipeline stages, as threads (default 1)");
   ask->run.add_to(*command);

@@ -2,13 +2,13 @@
 #include "cli/serve/watch.h"
 
 #include "formats/checkpoint.h"
+#include "formats/file.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cctype>
 #include <charconv>
-#include <fstream>
 
 #include <sys/stat.h>
 
@@ -39,7 +39,13 @@ Tracker read_tracker(const fs::path& folder) {
   std::error_code error;
   out.there = fs::exists(folder / kTracker, error);
   std::string text;
-  std::ifstream(folder / kTracker) >> text;
+  try {
+    text = formats::read_text(folder / kTracker, 100);
+  } catch (const std::exception&) {  // none, or no file of that kind
+  }
+  const auto space = [](unsigned char c) { return std::isspace(c) != 0; };
+  text.erase(text.begin(), std::find_if_not(text.begin(), text.end(), space));
+  text.erase(std::find_if(text.begin(), text.end(), space), text.end());
   out.release = text == "release";
   // Megatron writes the tracker in place; a torn number reads as an earlier iteration, which is complete all the same.
   const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), out.latest);
@@ -115,21 +121,22 @@ Watch::Watch(fs::path folder, std::chrono::milliseconds every, History& history,
     : folder_(std::move(folder)), every_(every), history_(history), submit_(std::move(submit)) {}
 
 Watch::~Watch() {
-  {
-    const std::lock_guard lock(mutex_);
-    quit_ = true;
-    wake_.notify_all();
-  }
+  stop(std::chrono::milliseconds(0));
   if (thread_.joinable()) thread_.join();
+}
+
+bool Watch::stop(std::chrono::milliseconds most) {
+  std::unique_lock lock(mutex_);
+  quit_ = true;
+  wake_.notify_all();
+  return over_.wait_for(lock, most, [&] { return work_ended_ || !thread_.joinable(); });
 }
 
 void Watch::start() {
   thread_ = std::thread([this] { work(); });
 }
 
-void Watch::ended(const fs::path& path, const std::string& stamp, bool finished) {
-  if (finished) history_.done(path.string(), stamp);
-  else history_.again(path.string(), stamp);
+void Watch::ended(const fs::path& path) {
   const std::lock_guard lock(mutex_);
   under_way_.erase(path.string());
 }
@@ -145,6 +152,8 @@ void Watch::work() {
     lock.lock();
     wake_.wait_for(lock, every_, [&] { return quit_; });
   }
+  work_ended_ = true;
+  over_.notify_all();
 }
 
 void Watch::poll() {
@@ -157,7 +166,7 @@ void Watch::poll() {
     const auto submit = [&] {
       if (seen.refused || seen.polls < (candidate.tracked ? kTrackedPolls : kUntrackedPolls)) return;
       if (const std::lock_guard lock(mutex_); quit_ || under_way_.contains(path)) return;
-      if (history_.is_done(path, candidate.stamp)) return;
+      if (history_.is_done({path, candidate.stamp})) return;
       if (!candidate.tracked) {
         try {
           formats::OpenOptions options;

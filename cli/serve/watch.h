@@ -37,8 +37,10 @@ class Watch {
   Watch(std::filesystem::path folder, std::chrono::milliseconds every, History& history, std::function<bool(const Candidate&)> submit);
   ~Watch();
   void start();
-  /// The validation of that path has ended. `finished`: it came to a verdict or an error, and was not cut short.
-  void ended(const std::filesystem::path& path, const std::string& stamp, bool finished);
+  /// The validation of that path has ended, or it left the line.
+  void ended(const std::filesystem::path& path);
+  /// Takes no more; whether the thread came to its end in that time. One that is stuck in a read cannot be joined.
+  bool stop(std::chrono::milliseconds most);
 
  private:
   void work();
@@ -55,8 +57,8 @@ class Watch {
   std::map<std::string, Seen> seen_;
   std::mutex mutex_;
   std::set<std::string> under_way_;
-  std::condition_variable wake_;
-  bool quit_ = false;
+  std::condition_variable wake_, over_;
+  bool quit_ = false, work_ended_ = false;
   std::thread thread_;
 };
 

@@ -241,7 +241,7 @@ class Writer {
 }  // namespace
 
 void create(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
-  shard::require(!options.joint, Code::Usage, [] { return "--part: an HDF5 file is written by one process"; });
+  shard::require(!options.joint, Code::Usage, [] { return "hdf5: one process writes it; not several ranks, nor parts (--part)"; });
   Writer writer(path, options, target);
   writer.attribute("shardkit", "1");
   writer.attribute("family", source.family);

@@ -246,6 +246,7 @@ TransformerConfig model_config(const Graph& graph, Ref ref, const shard::Params&
   }
   out.mtp_num_layers = args.integer("mtp_num_layers", 0);
   out.mtp_repeated_layer = args.flag("mtp_use_repeated_layer");
+  out.mtp_loss_scaling_factor = args.real("mtp_loss_scaling_factor", 0.1);
   out.family = out.multi_latent_attention ? "megatron mla" : out.num_experts ? "megatron moe" : positions == "learned_absolute" ? "megatron gpt" : "megatron llama";
   return out;
 }

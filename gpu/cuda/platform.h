@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #define GPU_CODE __device__ __forceinline__
+#define GPU_UNROLL _Pragma("unroll")
 
 namespace gpu {
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #define GPU_CODE inline
+#define GPU_UNROLL
 
 namespace gpu {
 

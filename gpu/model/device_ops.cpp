@@ -212,10 +212,6 @@ void DeviceOps::activate(const shard::TransformerConfig& config, const Tensor* g
   gpu::activate(stream_, activation_config(config), gate ? view_of(*gate) : View{}, view_of(up));
 }
 
-lm::Tensor DeviceOps::attention(const lm::AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, const lm::Weight& sinks) {
-  return to_device(lm::cpu::attention({options_.compute, 1}, shape, to_host(q), to_host(k), to_host(v), sinks));
-}
-
 lm::Routing DeviceOps::route(const shard::RouterConfig& config, const Tensor& logits, const lm::Weight& bias) {
   const auto experts = logits.columns();
   shard::require(config.topk > 0 && config.topk <= experts && config.topk <= kMaxTopk && experts <= kMaxExperts, shard::Code::Mismatch,

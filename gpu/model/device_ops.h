@@ -20,6 +20,9 @@ View view_of(const lm::Tensor& x);
 View view_of(const lm::Weight& weight);
 inline const std::int64_t* on_device(const lm::Ids& ids) { return reinterpret_cast<const std::int64_t*>(ids.device.get()); }
 
+/// What computes attention of that shape: `asked`, or for Auto the first that can of flash, local and unfused. Throws Device where `asked` cannot.
+lm::AttentionBackend choose_attention(lm::AttentionBackend asked, const lm::AttentionShape& shape);
+
 struct OpsOptions {
   int device = 0;
   lm::Compute compute = lm::Compute::F32;
@@ -93,6 +96,7 @@ class DeviceOps : public lm::Ops {
     Graph graph;
   };
   shard::DType type() const { return options_.compute == lm::Compute::Bf16 ? shard::DType::BF16 : shard::DType::F32; }
+  void unfused(lm::AttentionShape shape, const View& q, const View& k, const View& v, const View& sinks, const View& out);
   void product(const View& x, const Linear& by, const View& out);
   /// `view`, or a copy of it as `type` in `keep`.
   View as(shard::DType type, const View& view, Tensor& keep);

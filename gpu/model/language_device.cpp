@@ -3,6 +3,7 @@
 
 #include "gpu/model/device_ops.h"
 #include "gpu/model/memory_plan.h"
+#include "gpu/model/nccl_comm.h"
 #include "gpu/model/resident.h"
 #include "gpu/model/staged_comm.h"
 #include "libshard/error.h"
@@ -10,12 +11,15 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
+#include <tuple>
+#include <utility>
 
 namespace gpu {
 namespace {
 
-class Devices : public LanguageDevice {
+class Devices : public lm::Device {
  public:
   explicit Devices(LanguageDeviceOptions options) : options_(std::move(options)) {
     shard::require(!options_.devices.empty(), shard::Code::Device, [] { return std::string("device: none was given"); });
@@ -27,7 +31,11 @@ class Devices : public LanguageDevice {
     for (std::size_t i = 0; i < options_.devices.size(); ++i) out += fmt::format("{}cuda:{} ({})", i ? ", " : "", options_.devices[i], names_[i]);
     return out;
   }
-  std::vector<std::string> notes() const override { return ranks_.empty() ? std::vector<std::string>{} : ranks_[0]->notes(); }
+  std::vector<std::string> notes() const override {
+    auto out = ranks_.empty() ? std::vector<std::string>{} : ranks_[0]->notes();
+    if (!transport_.empty()) out.push_back(transport_);
+    return out;
+  }
 
   void prepare(const lm::Ranks& layout, const shard::TransformerConfig& config, const std::vector<lm::StagePlan>& stages) override {
     const bool same = layout.tensor == layout_.tensor && layout.pipeline == layout_.pipeline && layout.compute == layout_.compute && !ranks_.empty();
@@ -49,6 +57,7 @@ class Devices : public LanguageDevice {
         if (device_of(rank) != device) continue;
         stages_here.insert(rank / layout.tensor);
         demand.activations += activation_bytes(config, layout, stages[static_cast<std::size_t>(rank / layout.tensor)].rows);
+        demand.least_activations += activation_bytes(config, layout, 1);
         demand.libraries += Matmul::kWorkspace;
         if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + Matmul::kWorkspace;
       }
@@ -66,6 +75,10 @@ class Devices : public LanguageDevice {
       ranks_.push_back(std::make_unique<DeviceOps>(ops));
     }
     loaded_.clear();
+    if (!same || std::exchange(failed_, false)) {
+      communicators_.clear();
+      ids_.clear();
+    }
   }
 
   std::vector<lm::WeightUse> takes(int stage) const override {
@@ -83,7 +96,18 @@ class Devices : public LanguageDevice {
   }
 
   std::unique_ptr<lm::Comm> comm(lm::Group& group, Axis axis, int stage, int tensor_rank) override {
-    return std::make_unique<StagedComm>(group, axis == Axis::Tensor ? tensor_rank : stage, of(stage, tensor_rank));
+    auto& mine = of(stage, tensor_rank);
+    const int member = axis == Axis::Tensor ? tensor_rank : stage;
+    if (group.size() > 1)
+      if (auto* peers = communicator(axis, group.size(), stage, tensor_rank)) return std::make_unique<NcclComm>(group, member, mine, *peers);
+    return std::make_unique<StagedComm>(group, member, mine);
+  }
+
+  void fail() override {
+    const std::lock_guard lock(mutex_);
+    for (auto& [key, peers] : communicators_)
+      if (peers) peers->fail();
+    failed_ = true;
   }
 
   lm::Weights& weights(lm::WeightStream& stream, int stage, int tensor_rank) override {
@@ -109,6 +133,42 @@ class Devices : public LanguageDevice {
     return stage_mutexes_[stage];
   }
 
+  /// This rank's end of NCCL along `axis`, made when first asked for, in all ranks at once; null where they talk through the host.
+  Communicator* communicator(Axis axis, int size, int stage, int tensor_rank) {
+    const std::tuple key{axis, axis == Axis::Tensor ? stage : tensor_rank, axis == Axis::Tensor ? tensor_rank : stage};
+    Nccl::Id id;
+    {
+      const std::lock_guard lock(mutex_);
+      if (const auto known = communicators_.find(key); known != communicators_.end()) return known->second.get();
+      load_nccl();
+      std::vector<RankDevice> members;
+      for (int m = 0; m < size; ++m) {
+        const auto& ops = axis == Axis::Tensor ? of(stage, m) : of(m, tensor_rank);
+        members.push_back({device_info(ops.device()).id, nccl_ ? nccl_->version() : "", no_nccl_});
+      }
+      const auto transport = choose_transport(members);
+      transport_ = fmt::format("ranks talk {}: {}", transport.nccl ? "by NCCL " + nccl_->version() : "through the host", transport.why);
+      if (!transport.nccl) {
+        communicators_[key] = nullptr;
+        return nullptr;
+      }
+      const auto group = std::pair{axis, std::get<1>(key)};
+      if (!ids_.contains(group)) ids_[group] = nccl_->make_id();
+      id = ids_[group];
+    }
+    auto made = std::make_unique<Communicator>(*nccl_, id, std::get<2>(key), size, of(stage, tensor_rank).device());  // waits for the others
+    const std::lock_guard lock(mutex_);
+    return (communicators_[key] = std::move(made)).get();
+  }
+  void load_nccl() {
+    if (nccl_ || !no_nccl_.empty()) return;
+    try {
+      nccl_.emplace(options_.nccl);
+    } catch (const shard::Error& error) {
+      no_nccl_ = error.what();
+    }
+  }
+
   Resident& weights_of(std::pair<int, int> key) {
     const std::lock_guard lock(mutex_);
     return weights_[key];
@@ -126,12 +186,17 @@ class Devices : public LanguageDevice {
   std::map<std::pair<int, int>, Resident> weights_;                   ///< by stage and device
   std::map<int, std::unique_ptr<RankWeights>> of_ranks_;
   std::set<std::pair<int, int>> loaded_;                              ///< for this run
+  std::optional<Nccl> nccl_;
+  std::string no_nccl_, transport_;
+  std::map<std::tuple<Axis, int, int>, std::unique_ptr<Communicator>> communicators_;  ///< by axis, group and member
+  std::map<std::pair<Axis, int>, Nccl::Id> ids_;
+  bool failed_ = false;
   std::map<int, std::mutex> stage_mutexes_;
   std::mutex mutex_;
 };
 
 }  // namespace
 
-std::unique_ptr<LanguageDevice> language_device(LanguageDeviceOptions options) { return std::make_unique<Devices>(std::move(options)); }
+std::unique_ptr<lm::Device> language_device(LanguageDeviceOptions options) { return std::make_unique<Devices>(std::move(options)); }
 
 }  // namespace gpu

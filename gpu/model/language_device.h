@@ -19,13 +19,7 @@ struct LanguageDeviceOptions {
   std::uint64_t memory = 0;
 };
 
-/// What choices were made, for people: one clause each.
-class LanguageDevice : public lm::Device {
- public:
-  virtual std::vector<std::string> notes() const = 0;
-};
-
 /// Throws Device where there is none such.
-std::unique_ptr<LanguageDevice> language_device(LanguageDeviceOptions options);
+std::unique_ptr<lm::Device> language_device(LanguageDeviceOptions options);
 
 }  // namespace gpu

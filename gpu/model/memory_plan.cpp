@@ -9,7 +9,10 @@
 namespace gpu {
 namespace {
 
-std::string gigabytes(std::uint64_t bytes) { return fmt::format("{:.2f} GB", static_cast<double>(bytes) / 1e9); }
+std::string text_of(std::uint64_t bytes) {
+  const auto mega = static_cast<double>(bytes) / 1e6;
+  return mega < 1000 ? fmt::format("{:.1f} MB", mega) : fmt::format("{:.2f} GB", mega / 1000);
+}
 
 }  // namespace
 
@@ -37,11 +40,11 @@ std::uint64_t activation_bytes(const shard::TransformerConfig& config, const lm:
 void require_fits(const Demand& demand, std::uint64_t available, const std::string& device, const lm::Ranks& ranks) {
   if (demand.all() <= available) return;
   std::string fits;
-  if (ranks.compute == lm::Compute::F32 && demand.weights / 2 + demand.activations / 2 + demand.libraries <= available) fits = "--compute bf16 may fit";
-  else if (demand.weights <= available) fits = "fewer tokens at a time fit";
-  else fits = fmt::format("--pp {} over as many devices like this one, or --device cpu, would fit", ranks.pipeline * static_cast<int>((demand.all() + available - 1) / std::max<std::uint64_t>(available, 1)));
-  shard::fail(shard::Code::Device, "{}: the model takes {} of weights, {} of activations and {} for libraries; {} are available, {} too little; {}", device, gigabytes(demand.weights),
-              gigabytes(demand.activations), gigabytes(demand.libraries), gigabytes(available), gigabytes(demand.all() - available), fits);
+  if (demand.weights + demand.libraries + demand.least_activations <= available) fits = "fewer tokens at a time would fit";
+  else if (ranks.compute == lm::Compute::F32 && (demand.weights + demand.activations) / 2 + demand.libraries <= available) fits = "--compute bf16 may fit";
+  else fits = "--pp over several such devices, or --device cpu, would fit";
+  shard::fail(shard::Code::Device, "{}: the model takes {} of weights, {} of activations and {} for libraries; {} are available, {} too little; {}", device, text_of(demand.weights),
+              text_of(demand.activations), text_of(demand.libraries), text_of(available), text_of(demand.all() - available), fits);
 }
 
 }  // namespace gpu

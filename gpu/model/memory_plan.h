@@ -13,6 +13,7 @@ std::uint64_t activation_bytes(const shard::TransformerConfig& config, const lm:
 /// What stages take on one device.
 struct Demand {
   std::uint64_t weights = 0, activations = 0, libraries = 0;
+  std::uint64_t least_activations = 0;               ///< of one row
   std::uint64_t all() const { return weights + activations + libraries; }
 };
 /// Throws Device where it is more than `available` bytes on `device` ("cuda:0"): what is short, and what would fit.

@@ -1,5 +1,4 @@
-// A block's tile of x·wᵀ through shared memory, in f32 whatever the operands are stored as. The meaning of products, and their fallback:
-// tensor cores are not used.
+// A block's tile of x·wᵀ through shared memory, in f32 whatever the operands are stored as.
 #pragma once
 
 #include "gpu/ops/numbers.h"
@@ -30,16 +29,16 @@ struct Operand {
 };
 
 struct TileProduct {
-  static constexpr int kTile = 64, kDepth = 16;
+  static constexpr int kRows = 64, kColumns = 64, kDepth = 16;
   static constexpr unsigned kThreads = 256;
   struct Shared {
-    float x[kDepth][kTile + 4], w[kDepth][kTile + 4];
+    float x[kDepth][kRows + 4], w[kDepth][kColumns + 4];
   };
   struct Own {
     float sum[4][4];
   };
 
-  /// Rows [0, kTile) of x by rows [0, kTile) of w over `depth`; done(row, column, sum) for those there are.
+  /// The first kRows of x by the first kColumns of w over `depth`; done(row, column, sum) for those there are.
   template <typename Block, typename Done>
   GPU_CODE static void run(Block& block, const Operand& x, const Operand& w, std::int64_t depth, Done done) {
     block.each_apart([&](unsigned, Own& own) {
@@ -69,10 +68,12 @@ struct TileProduct {
 
  private:
   /// Neighbouring threads take neighbouring elements, whichever axis that is.
-  GPU_CODE static void load(unsigned thread, const Operand& from, std::int64_t at, std::int64_t depth, float (&to)[kDepth][kTile + 4]) {
+  template <int kPitch>
+  GPU_CODE static void load(unsigned thread, const Operand& from, std::int64_t at, std::int64_t depth, float (&to)[kDepth][kPitch]) {
+    constexpr int kCount = kPitch - 4;
     const bool along_k = from.k_stride == 1;
-    for (unsigned i = thread; i < kTile * kDepth; i += kThreads) {
-      const auto row = along_k ? i / kDepth : i % kTile, k = along_k ? i % kDepth : i / kTile;
+    for (unsigned i = thread; i < kCount * kDepth; i += kThreads) {
+      const auto row = along_k ? i / kDepth : i % kCount, k = along_k ? i % kDepth : i / kCount;
       to[k][row] = row < from.rows && at + k < depth ? from.data[row * from.row_stride + (at + k) * from.k_stride] : 0.0f;
     }
   }

@@ -6,18 +6,23 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace lm::cpu {
 
 SHARD_CLONES float max_of(const float* x, Index n) {
-  float lanes[16];
-  for (auto& lane : lanes) lane = -std::numeric_limits<float>::infinity();
+  typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+  Lanes most;
+  for (int l = 0; l < 16; ++l) most[l] = -std::numeric_limits<float>::infinity();
   Index i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int l = 0; l < 16; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-  for (; i < n; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-  float out = lanes[0];
+  for (; i + 16 <= n; i += 16) {
+    const auto some = *reinterpret_cast<const Lanes*>(x + i);
+    most = some > most ? some : most;
+  }
+  float lanes[16], out = -std::numeric_limits<float>::infinity();
+  std::memcpy(lanes, &most, sizeof lanes);
+  for (; i < n; ++i) out = x[i] > out ? x[i] : out;
   for (const auto lane : lanes) out = lane > out ? lane : out;
   return out;
 }

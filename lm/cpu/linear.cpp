@@ -1,4 +1,4 @@
-// y = x·Wᵀ + b. Weights stay row-major as stored and are broadcast; activations are packed once, since they are the smaller side.
+// y = x·Wᵀ + b. A block of weight rows is turned into panels that stay near while all tokens pass; activations are broadcast as they lie.
 #include "lm/cpu/kernel.h"
 #include "lm/cpu/numbers.h"
 #include "lm/cpu/workers.h"
@@ -13,53 +13,28 @@ namespace {
 
 using cpu::kPanel;
 
-constexpr Index kRowBlock = 48;    // output features that one task takes: a multiple of every kernel's rows
-constexpr Index kDepth = 512;      // of a panel that streams through L1 while the rows of a block pass: shorter ones store and load sums more often
-constexpr Index kTokenBlock = 512;
+constexpr Index kRowBlock = 64;     // output features that one task takes: whole panels
+constexpr Index kDepth = 512;       // words of a panel: shorter ones store and load sums more often, longer ones leave the caches
+constexpr Index kTokenBlock = 512;  // that one task takes
+constexpr Index kGroup = 48;        // tokens that meet all panels of a block before the next ones come: a multiple of every kernel's rows
 
-SHARD_CLONES void widen_row(const std::byte* from, float* to, Index count) {
-  for (Index i = 0; i < count; ++i) {
-    std::uint16_t bits;
-    std::memcpy(&bits, from + 2 * i, 2);
-    to[i] = std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
-  }
+typedef std::uint32_t Eight __attribute__((vector_size(32), aligned(2), may_alias));
+typedef std::uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+
+/// What a product takes of a weight in 32 bits: a pair of bf16, an f32, or an f32 of one bf16.
+enum class Word { Pair, Same, Widened };
+
+template <Word kind>
+SHARD_INLINE Eight eight_words(const std::byte* from) {
+  if constexpr (kind == Word::Widened) return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Eight) << 16;
+  else return *reinterpret_cast<const Eight*>(from);
 }
 
-/// rows × depth of `w` from (row, at) as f32 in `into`, depth apart.
-void load_f32(const Weight& w, Index row, Index rows, Index at, Index depth, float* into) {
-  for (Index r = 0; r < rows; ++r) {
-    const auto* from = w.data + static_cast<std::size_t>((row + r) * w.stride + at) * size_of(w.dtype);
-    if (w.dtype == shard::DType::BF16) widen_row(from, into + r * depth, depth);
-    else std::memcpy(into + r * depth, from, static_cast<std::size_t>(depth) * 4);
-  }
-}
-
-/// The same as bf16 pairs, an odd end filled with zero.
-void load_pairs(const Weight& w, Index row, Index rows, Index at, Index depth, std::uint32_t* into) {
-  const auto pairs = (depth + 1) / 2;
-  for (Index r = 0; r < rows; ++r) {
-    const auto* from = w.data + static_cast<std::size_t>((row + r) * w.stride + at) * 2;
-    if (depth % 2) into[r * pairs + pairs - 1] = 0;
-    std::memcpy(into + r * pairs, from, static_cast<std::size_t>(depth) * 2);
-  }
-}
-
-/// The next block of weights comes from memory while this one is multiplied.
-void ask_ahead(const Weight& w, Index row, Index rows, Index at, Index depth) {
-  if (depth <= 0) return;
-  const auto item = size_of(w.dtype);
-  for (Index r = 0; r < rows; ++r) {
-    const auto* from = w.data + static_cast<std::size_t>((row + r) * w.stride + at) * item;
-    for (std::size_t byte = 0; byte < static_cast<std::size_t>(depth) * item; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-  }
-}
-
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-
-/// Eight rows of eight, turned, plus one number for each of the eight.
-SHARD_INLINE void turn_eight(const float* c, Index width, const float* bias, float* out, Index stride, Index tokens) {
+/// Eight rows of eight words become eight columns of `into`, whose rows are panels wide.
+template <Word kind>
+SHARD_INLINE void turn_eight(const std::byte* from, std::size_t stride, std::uint32_t* into) {
   Eight a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const Eight*>(c + i * width);
+  for (int i = 0; i < 8; ++i) a[i] = eight_words<kind>(from + static_cast<std::size_t>(i) * stride);
   for (int i = 0; i < 4; ++i) {
     b[2 * i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
     b[2 * i + 1] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
@@ -69,63 +44,75 @@ SHARD_INLINE void turn_eight(const float* c, Index width, const float* bias, flo
       a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
       a[i + 2 * j + 1] = __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     }
-  const auto added = *reinterpret_cast<const Eight*>(bias);
-  for (Index i = 0; i < (tokens < 8 ? tokens : 8); ++i) {
-    const auto low = a[i & 3], high = a[4 + (i & 3)];
-    const auto row = i < 4 ? __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) : __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
-    *reinterpret_cast<Eight*>(out + i * stride) = row + added;
+  for (int i = 0; i < 4; ++i) {
+    *reinterpret_cast<Eight*>(into + i * kPanel) = __builtin_shufflevector(a[i], a[4 + i], 0, 1, 2, 3, 8, 9, 10, 11);
+    *reinterpret_cast<Eight*>(into + (4 + i) * kPanel) = __builtin_shufflevector(a[i], a[4 + i], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 
-/// out[t][r] = c[r·width + t] + bias[r], in squares that stay in L1.
-SHARD_CLONES void turn_back(const float* c, Index width, const float* bias, Index rows, Index tokens, float* out, Index stride, bool rounded) {
+/// A panel of at most kPanel rows from `from`, turned: into[k][r], zero beyond the last row. `numbers` of each row; an odd one has zero for a partner.
+template <Word kind>
+SHARD_INLINE void turn_panel(const std::byte* from, std::size_t stride, Index rows, Index numbers, std::uint32_t* into) {
+  constexpr std::size_t kBytes = kind == Word::Widened ? 2 : 4;
+  const auto words = kind == Word::Pair ? numbers / 2 : numbers, whole = words / 8 * 8;
   const auto even = rows / 8 * 8;
-  for (Index t = 0; t < tokens; t += 8) {
-    for (Index r = 0; r < even; r += 8) turn_eight(c + r * width + t, width, bias + r, out + t * stride + r, stride, tokens - t);
-    for (Index i = t; i < (t + 8 < tokens ? t + 8 : tokens); ++i) {
-      auto* to = out + i * stride;
-      for (Index r = even; r < rows; ++r) to[r] = c[r * width + i] + bias[r];
-      if (rounded)
-        for (Index r = 0; r < rows; ++r) to[r] = cpu::round_bf16(to[r]);
+  for (Index r = 0; r < even; r += 8)
+    for (Index k = 0; k < whole; k += 8) turn_eight<kind>(from + static_cast<std::size_t>(r) * stride + static_cast<std::size_t>(k) * kBytes, stride, into + k * kPanel + r);
+  const auto all = kind == Word::Pair ? (numbers + 1) / 2 : numbers;
+  for (Index r = 0; r < kPanel; ++r)
+    for (Index k = r < even ? whole : 0; k < all; ++k) {
+      std::uint32_t bits = 0;
+      if (r < rows) std::memcpy(&bits, from + static_cast<std::size_t>(r) * stride + static_cast<std::size_t>(k) * kBytes, k < words ? kBytes : 2);
+      into[k * kPanel + r] = kind == Word::Widened ? bits << 16 : bits;
     }
+}
+
+/// `rows` rows of `numbers` numbers as panels of `words` rows, one after another.
+SHARD_CLONES void turn(const std::byte* from, std::size_t stride, Word kind, Index rows, Index numbers, Index words, std::uint32_t* into) {
+  for (Index r = 0; r < rows; r += kPanel, from += kPanel * stride, into += words * kPanel) {
+    const auto some = rows - r < kPanel ? rows - r : kPanel;
+    if (kind == Word::Pair) turn_panel<Word::Pair>(from, stride, some, numbers, into);
+    else if (kind == Word::Same) turn_panel<Word::Same>(from, stride, some, numbers, into);
+    else turn_panel<Word::Widened>(from, stride, some, numbers, into);
   }
 }
 
-/// One token's features as a column of bf16 pairs.
-SHARD_CLONES void pack_pairs(const float* from, Index features, std::uint32_t* to) {
-  for (Index i = 0; i < features / 2; ++i)
-    to[i * kPanel] = shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[2 * i])) |
-                     shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[2 * i + 1])) << 16;
-  if (features % 2) to[features / 2 * kPanel] = shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[features - 1]));
+SHARD_CLONES void finish_row(const float* sums, const float* bias, Index n, bool rounded, float* out) {
+  if (rounded)
+    for (Index i = 0; i < n; ++i) out[i] = cpu::round_bf16(sums[i] + bias[i]);
+  else
+    for (Index i = 0; i < n; ++i) out[i] = sums[i] + bias[i];
 }
+
+SHARD_CLONES void narrow_row(const float* from, Index count, std::uint16_t* to) {
+  for (Index i = 0; i < count; ++i) to[i] = static_cast<std::uint16_t>(shard::narrow<shard::kBF16>(std::bit_cast<std::uint32_t>(from[i])));
+}
+
+/// Words from one row of a matrix to the next: an odd number of cache lines, so that rows do not share cache sets.
+Index pitch(Index words) { return ((words + 15) / 16 | 1) * 16; }
 
 struct Scratch {
-  std::vector<float> w, c;
-  std::vector<std::uint32_t> pairs;
+  std::shared_ptr<std::byte> weights = take_buffer(kRowBlock * kDepth * 4), sums = take_buffer(static_cast<std::size_t>(kTokenBlock * pitch(kRowBlock)) * 4);
 };
 
 }  // namespace
 
 Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features_(x.columns()) {
-  const auto panels = (tokens_ + kPanel - 1) / kPanel;
   const bool pairs = on.compute == Compute::Bf16 && cpu::products().bf16;
-  const auto depth = pairs ? (features_ + 1) / 2 : features_;
-  const auto words = static_cast<std::size_t>(panels * depth * kPanel);
-  memory_ = take_buffer(words * 4);
+  const auto words = pairs ? (features_ + 1) / 2 : features_, row = pitch(words);
+  memory_ = take_buffer(static_cast<std::size_t>(tokens_ * row) * 4);
   if (pairs) pairs_ = reinterpret_cast<std::uint32_t*>(memory_.get());
   else f32_ = reinterpret_cast<float*>(memory_.get());
-  if (tokens_ % kPanel) std::memset(memory_.get() + static_cast<std::size_t>((panels - 1) * depth * kPanel) * 4, 0, static_cast<std::size_t>(depth * kPanel) * 4);
-  parallel_ranges(on, panels, 1, [&](Index lo, Index hi) {
-    for (Index p = lo; p < hi; ++p)
-      for (Index t = 0; t < std::min(kPanel, tokens_ - p * kPanel); ++t) {
-        const auto* from = x.row(p * kPanel + t);
-        if (pairs) {
-          pack_pairs(from, features_, pairs_ + p * depth * kPanel + t);
-        } else {
-          auto* to = f32_ + p * depth * kPanel + t;
-          for (Index i = 0; i < features_; ++i) to[i * kPanel] = from[i];
-        }
+  parallel_ranges(on, tokens_, 16, [&](Index lo, Index hi) {
+    for (Index t = lo; t < hi; ++t) {
+      if (!pairs) {
+        std::memcpy(f32_ + t * row, x.row(t), static_cast<std::size_t>(features_) * 4);
+        continue;
       }
+      auto* to = pairs_ + t * row;
+      if (features_ % 2) std::memset(to + words - 1, 0, 4);  // the last number's partner
+      narrow_row(x.row(t), features_, reinterpret_cast<std::uint16_t*>(to));
+    }
   });
 }
 
@@ -135,38 +122,35 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
   const auto& kernel = cpu::products();
   const bool pairs = x.pairs_ && w.dtype == shard::DType::BF16;
   shard::require(pairs || !x.pairs_, shard::Code::Mismatch, [] { return "model: an f32 weight in a bf16 product"; });
-  const auto features = x.features_, step = kDepth, token_blocks = (x.tokens_ + kTokenBlock - 1) / kTokenBlock;
-  const auto row_blocks = (w.rows + kRowBlock - 1) / kRowBlock;
+  const auto kind = pairs ? Word::Pair : w.dtype == shard::DType::BF16 ? Word::Widened : Word::Same;
+  const auto item = size_of(w.dtype), stride = static_cast<std::size_t>(w.stride) * item;
+  const auto features = x.features_, numbers_a_word = Index{pairs ? 2 : 1}, block = kDepth * numbers_a_word;
+  const auto length = pitch((features + numbers_a_word - 1) / numbers_a_word);
+  const auto token_blocks = (x.tokens_ + kTokenBlock - 1) / kTokenBlock, row_blocks = (w.rows + kRowBlock - 1) / kRowBlock;
   cpu::run_on_workers(static_cast<std::size_t>(row_blocks * token_blocks), on.threads, [&](std::size_t task) {
     const auto row = static_cast<Index>(task) % row_blocks * kRowBlock, first = static_cast<Index>(task) / row_blocks * kTokenBlock;
     const auto rows = std::min(kRowBlock, w.rows - row), tokens = std::min(kTokenBlock, x.tokens_ - first);
-    const auto panels = (tokens + kPanel - 1) / kPanel, width = panels * kPanel + 16;  // rows a power of two apart would share cache sets
+    const auto width = pitch(rows);
     thread_local Scratch mine;
-    mine.c.resize(static_cast<std::size_t>(kRowBlock * (kTokenBlock + 16)));
-    mine.w.resize(pairs ? 0 : static_cast<std::size_t>(kRowBlock * step));
-    mine.pairs.resize(pairs ? static_cast<std::size_t>(kRowBlock * step) : 0);
-    const auto block = pairs ? 2 * step : step;
+    auto* const turned = reinterpret_cast<std::uint32_t*>(mine.weights.get());
+    auto* const sums = reinterpret_cast<float*>(mine.sums.get());
     for (Index at = 0; at < features; at += block) {
-      const auto depth = std::min(block, features - at);
-      const auto deep = (depth + 1) / 2;
-      if (pairs) load_pairs(w, row, rows, at, depth, mine.pairs.data());
-      else load_f32(w, row, rows, at, depth, mine.w.data());
-      if (at + block < features) ask_ahead(w, row, rows, at + block, std::min(block, features - at - block));
-      else if (const auto next = row + kRowBlock * static_cast<Index>(on.threads); next < w.rows)
-        ask_ahead(w, next, std::min(kRowBlock, w.rows - next), 0, std::min(block, features));  // likely this thread's next task
-      for (Index p = 0; p < panels; ++p) {
-        const auto panel = first / kPanel + p;
-        if (pairs)
-          kernel.bf16(mine.pairs.data(), deep, x.pairs_ + (panel * ((features + 1) / 2) + at / 2) * kPanel, kPanel,
-                      mine.c.data() + p * kPanel, width, rows, kPanel, deep, at > 0);
-        else
-          kernel.f32(mine.w.data(), depth, x.f32_ + (panel * features + at) * kPanel, kPanel, mine.c.data() + p * kPanel, width, rows,
-                     kPanel, depth, at > 0);
+      const auto numbers = std::min(block, features - at), words = (numbers + numbers_a_word - 1) / numbers_a_word, done = at / numbers_a_word;
+      turn(w.data + static_cast<std::size_t>(row) * stride + static_cast<std::size_t>(at) * item, stride, kind, rows, numbers, words, turned);
+      for (Index t = 0; t < tokens; t += kGroup) {
+        const auto some = std::min(kGroup, tokens - t);
+        for (Index r = 0; r < rows; r += kPanel) {
+          const auto columns = std::min(kPanel, (rows - r + 15) / 16 * 16);
+          auto* to = sums + t * width + r;
+          const auto* panel = turned + r * words;
+          if (pairs) kernel.bf16(x.pairs_ + (first + t) * length + done, length, panel, kPanel, to, width, some, columns, words, at > 0);
+          else kernel.f32(x.f32_ + (first + t) * length + done, length, reinterpret_cast<const float*>(panel), kPanel, to, width, some, columns, words, at > 0);
+        }
       }
     }
     float added[kRowBlock];
     for (Index r = 0; r < rows; ++r) added[r] = bias ? bias.at(0, row + r) : 0.0f;
-    turn_back(mine.c.data(), width, added, rows, tokens, out.row(first) + column + row, out.columns(), on.compute == Compute::Bf16);
+    for (Index t = 0; t < tokens; ++t) finish_row(sums + t * width, added, rows, on.compute == Compute::Bf16, out.row(first + t) + column + row);
   });
 }
 

@@ -32,8 +32,8 @@ class Packed {
   friend void linear(const Context&, const Packed&, const Weight&, const Weight&, Tensor&, Index);
   Index tokens_, features_;
   std::shared_ptr<std::byte> memory_;
-  float* f32_ = nullptr;              ///< panels of [features][kPanel]
-  std::uint32_t* pairs_ = nullptr;    ///< or of [⌈features/2⌉][kPanel]
+  float* f32_ = nullptr;              ///< [tokens][features], rows apart
+  std::uint32_t* pairs_ = nullptr;    ///< or [tokens][⌈features/2⌉] pairs of bf16
 };
 
 /// out[t, column + n] = Σ_k x[t, k]·w[n, k] + bias[n]; `w` [n, features], `bias` [n] or none. Rounded once.

@@ -14,7 +14,7 @@ using shard::RopeConfig;
 
 std::vector<float> powers(double base, Index dim) {
   std::vector<float> out;
-  for (Index i = 0; i < dim / 2; ++i) {
+  for (Index i = 0; i < (dim + 1) / 2; ++i) {  // an odd number of lanes turns one more, as torch.arange(0, dim, 2) makes it
     const auto exponent = static_cast<float>(2 * i) / static_cast<float>(dim);
     out.push_back(1.0f / static_cast<float>(std::pow(base, static_cast<double>(exponent))));
   }

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -174,6 +175,39 @@ class Answers(Serve):
         self.assertIn("&lt;script&gt;", page)
         self.assertIn("<polyline", page)
 
+    def test_a_disk_that_takes_no_rows(self):
+        self.put(RUN, "run")
+        (self.root / "run/iter_0000020").symlink_to(self.root / "run/iter_0000010")  # a link: not watched
+        server = self.serve("--watch", self.root, "--every", 0.1)
+        until(lambda: [row["state"] for row in server.json("GET", "/history")[1]] == ["sound"])
+        limit = lambda size: resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))  # noqa: E731
+        limit(1)
+        status, answer = server.validate(checkpoint="run")
+        self.assertEqual((status, answer["status"]), (500, 7))
+        self.assertNotIn(str(self.history.parent), answer["error"])
+        shutil.copytree(DATA / RUN / "iter_0000010", self.root / "run/iter_0000030")
+        (self.root / "run/latest_checkpointed_iteration.txt").write_text("30")
+        until(lambda: 'trouble_total{what="history"}' in server.ask("GET", "/metrics")[1])
+        time.sleep(0.6)
+        limit(resource.RLIM_INFINITY)
+        until(lambda: [(row["checkpoint"], row["state"]) for row in server.json("GET", "/history")[1]] == [("run/iter_0000030", "sound"), ("run/iter_0000010", "sound")])
+        self.assertEqual(server.end()[0], 0)
+
+    def test_an_ending_that_the_disk_takes_later(self):
+        self.put(LLAMA, "good")
+        slow_tokens(self.root / "slow.txt", 300)
+        server = self.serve("--threads", 1)
+        replies = []
+        thread = threading.Thread(target=lambda: replies.append(server.validate(checkpoint="good", tokens="slow.txt")))
+        thread.start()
+        until(lambda: [row["state"] for row in server.json("GET", "/history")[1]] == ["running"])
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        thread.join()
+        self.assertEqual(replies[0][0], 200)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        self.assertEqual(server.validate(checkpoint="good")[0], 200)
+        self.assertEqual([row["state"] for row in server.json("GET", "/history")[1]], ["sound", "sound"])
+
     def test_foreign_files_are_no_history(self):
         self.history.parent.mkdir()
         self.history.write_text("not a database, " * 100)
@@ -211,7 +245,11 @@ class Doors(Serve):
 
     def test_pages_of_other_sites(self):
         server = self.serve(root=DATA)
-        self.assertEqual(server.json("GET", "/history", headers={"Host": f"evil.example:{server.port}"})[0], 403)
+        for name in ("evil.example", "127.evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "[::1].evil.example"):
+            for host in (name, f"{name}:{server.port}"):
+                self.assertEqual(server.json("GET", "/history", headers={"Host": host})[0], 403, host)
+        for host in ("127.0.0.1", f"127.0.0.1:{server.port}", "127.1.2.3", "localhost", "localhost:1", "[::1]", "[::1]:1"):
+            self.assertEqual(server.json("GET", "/history", headers={"Host": host})[0], 200, host)
         self.assertEqual(server.json("POST", "/validate", {"checkpoint": LLAMA}, headers={"Origin": "http://evil.example"})[0], 403)
 
 
@@ -317,6 +355,45 @@ class Abuse(Serve):
         self.assertEqual([(row["state"], row["error"]) for row in self.stored()],
                          [("interrupted", "the time for this request is over"), ("interrupted", "the client went away")])
 
+    def test_who_leaves_the_line_makes_room(self):
+        self.put(LLAMA, "good")
+        slow_tokens(self.root / "slow.txt", 1500)
+        server = self.serve("--queue", 1, "--threads", 1, "--timeout", 30)
+        body = json.dumps({"checkpoint": "good", "tokens": "slow.txt"}).encode()
+        request = b"POST /validate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        with socket.create_connection(("127.0.0.1", server.port)) as running:
+            running.sendall(request)
+            until(lambda: server.json("GET", "/health")[1]["running"])
+            for _ in range(5):
+                with socket.create_connection(("127.0.0.1", server.port)) as waiting:
+                    waiting.sendall(request)
+                    until(lambda: server.json("GET", "/health")[1]["queued"] == 1)
+                until(lambda: server.json("GET", "/health")[1]["queued"] == 0)
+            self.assertTrue(server.json("GET", "/health")[1]["running"])
+
+    def test_time_is_over_in_the_line(self):
+        self.put(RUN, "run")
+        self.put(LLAMA, "good")
+        slow_tokens(self.root / "slow.txt", 2500)
+        server = self.serve("--watch", self.root / "run", "--every", 0.1, "--tokens", self.root / "slow.txt", "--timeout", 0.5, "--threads", 1)
+        until(lambda: server.json("GET", "/health")[1]["running"])
+        self.assertEqual(server.validate(checkpoint="good")[0], 504)
+        self.assertTrue(server.json("GET", "/health")[1]["running"])
+
+    def test_checkpoint_is_written_to(self):
+        self.put(LLAMA, "good")
+        slow_tokens(self.root / "slow.txt", 300)
+        server = self.serve("--threads", 1)
+        replies = []
+        thread = threading.Thread(target=lambda: replies.append(server.validate(checkpoint="good", tokens="slow.txt")))
+        thread.start()
+        until(lambda: server.json("GET", "/health")[1]["running"])
+        weights = self.root / "good/model-00002-of-00004.safetensors"
+        weights.write_bytes(weights.read_bytes())
+        thread.join()
+        self.assertEqual(replies[0][0], 500, replies)
+        self.assertIn("model-00002-of-00004.safetensors", replies[0][1]["error"])
+
     def test_checkpoint_vanishes(self):
         self.put(LLAMA, "good")
         server = self.serve()
@@ -408,6 +485,27 @@ class Watching(Serve):
         until(lambda: any(row["state"] == "sound" for row in server.json("GET", "/history")[1]))
         time.sleep(0.6)
         self.assertEqual(self.states(), [("llama", "sound")])
+
+    def test_names_of_any_bytes(self):
+        for name in (b"caf\xe9", b"new\nline", b'quo"te\\'):
+            shutil.copytree(os.fsencode(DATA / LLAMA), os.path.join(os.fsencode(self.root), name))
+        server = self.serve("--watch", self.root, "--every", 0.1)
+        until(lambda: len(server.json("GET", "/history")[1]) == 3)
+        until(lambda: not server.json("GET", "/health")[1]["running"])
+        text = server.ask("GET", "/metrics")[1]  # UTF-8, or Prometheus refuses all of it
+        for label in ("caf?", "new\\nline", 'quo\\"te\\\\'):
+            self.assertIn(f'shardkit_last_loss{{checkpoint="{label}"}} ', text)
+        self.assertIn("caf?", server.ask("GET", "/")[1])
+
+    def test_no_file_for_a_tracker(self):
+        self.put(RUN, "run")
+        (self.root / "odd").mkdir()
+        os.mkfifo(self.root / "odd/latest_checkpointed_iteration.txt")
+        (self.root / "run/iter_0000010").rename(self.root / "odd/iter_0000010")
+        server = self.serve("--watch", self.root, "--every", 0.1)
+        time.sleep(0.6)
+        self.assertEqual(server.json("GET", "/history")[1], [])
+        self.assertEqual(server.end(), (0, ""))
 
     def test_command_on_a_bad_verdict(self):
         name = "$(touch pwned);`touch pwned`"

@@ -27,6 +27,21 @@ def tensors_of(path):
     return {name: (8 + size + record["data_offsets"][0], record) for name, record in header.items()}
 
 
+def renamed(source, target, names):
+    """A safetensors file with the same data under other names; those that become None are left out."""
+    raw = pathlib.Path(source).read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    data, body, header = raw[8 + size:], b"", {}
+    for name, record in json.loads(raw[8:8 + size]).items():
+        if name != "__metadata__" and (name := names.get(name, name)):
+            begin, end = record["data_offsets"]
+            header[name] = record | {"data_offsets": [len(body), len(body) + end - begin]}
+            body += data[begin:end]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    pathlib.Path(target).write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
 def patch(path, offset, data):
     raw = bytearray(pathlib.Path(path).read_bytes())
     raw[offset:offset + len(data)] = data
@@ -62,7 +77,25 @@ class Reference(Case):
         out = self.near(DEEPSEEK, DEEPSEEK_REFERENCE)
         depth = out["mtp"][0]
         self.assertEqual(depth["depth"], 0)
+        self.assertAlmostEqual(depth["scaled_loss"], 0.1 * depth["loss"], places=6)
         self.assertLess(max(depth["max_abs_logits"], depth["max_abs_loss"], depth["step"]["max_abs_hidden"], depth["step"]["max_abs_logits"]), 1e-4)
+
+    def test_a_reference_with_more_than_the_model(self):
+        status, out = run_json("validate", DATA / "hf/deepseek_v3_mtp_bf16", "--reference", DEEPSEEK_REFERENCE, "--drop", "mtp.*")
+        self.assertEqual((status, out["mtp"]), (1, []))
+        self.assertEqual([check["name"] for check in out["checks"] if not check["ok"]], ["reference mtp.0"])
+
+    def test_steps_that_cannot_be_compared(self):
+        one, step = self.tmp / "one.safetensors", "mtp_step.0."
+        renamed(DEEPSEEK_REFERENCE, one, {})
+        self.near(DEEPSEEK, one)
+        for names in ({step + "in_hidden": None}, {step + "next_token_ids": None}, {step + "logits": step + "hidden", step + "hidden": step + "logits"}, {step + "hidden": step + "position_ids", step + "position_ids": None}):
+            renamed(DEEPSEEK_REFERENCE, one, names)
+            self.refused(4, "validate", DEEPSEEK, "--reference", one)
+        renamed(DEEPSEEK_REFERENCE, one, {})
+        offset, _ = tensors_of(one)[step + "next_token_ids"]
+        patch(one, offset, struct.pack("<q", 1 << 40))
+        self.refused(6, "validate", DEEPSEEK, "--reference", one)
 
     def test_ranks(self):
         for checkpoint, reference in ((LLAMA, LLAMA_REFERENCE), (DEEPSEEK, DEEPSEEK_REFERENCE), (FAMILIES[-1], FAMILIES[-1] / "reference.safetensors")):
@@ -117,6 +150,20 @@ class Against(Case):
         self.assertIn("first part ways at layer 2", out)
 
 
+    def test_where_mtp_layers_part(self):
+        copy = self.copy("hf/deepseek_v3_mtp_bf16")
+        file = next(f for f in sorted(copy.glob("*.safetensors")) if "model.layers.4.eh_proj.weight" in tensors_of(f))
+        offset, _ = tensors_of(file)["model.layers.4.eh_proj.weight"]
+        patch(file, offset, b"\x80\x3f")
+        status, out, _ = run("validate", copy, "--against", DATA / "hf/deepseek_v3_mtp_bf16")
+        self.assertEqual(status, 1)
+        self.assertIn("first part ways at mtp 0", out)
+
+    def test_no_vocabulary(self):
+        for size in (0, -1):
+            self.assertIn("vocabulary", self.refused(6, "validate", DATA / "hf/llama_untied_bf16", "--vocab-size", size))
+
+
 class Tokens(Case):
     def test_formats_agree(self):
         ids = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -138,6 +185,14 @@ class Tokens(Case):
         self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
         (self.tmp / "ids.txt").write_text("1")
         self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
+        for shape in ("(9223372036854775807,)", "(4611686018427387904, 4)", "(-8,)", "(0,)", "()", "(9,)"):
+            header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+            (self.tmp / "ids.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + struct.pack("<8q", *range(8)))
+            self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.npy")
+
+    def test_rows_of_a_nested_list(self):
+        (self.tmp / "ids.txt").write_text("[[1, 2, 3], [4, 5, 6]]")
+        self.assertEqual(run_json("validate", LLAMA, "--tokens", self.tmp / "ids.txt")[1]["tokens"], 4)
 
     def test_built_in_tokens_and_max_loss(self):
         status, out = run_json("validate", LLAMA)
@@ -190,6 +245,15 @@ class Findings(Case):
         self.assertNotEqual(run("validate", copy)[0], 0)
         (copy / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "spiral"}}))
         self.refused(4, "validate", copy)
+
+    def test_config_that_ended_the_process_or_was_not_understood(self):
+        for name, change, word in (("deepseek_v3_mtp_bf16", {"moe_layer_freq": 0}, "moe_layer_freq"), ("gemma2_tied_bf16", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+                                   ("qwen3_moe_bf16", {"decoder_sparse_step": 0}, "decoder_sparse_step"), ("llama_untied_bf16", {"head_dim": 2**31}, "")):
+            copy = self.tmp / name
+            shutil.copytree(DATA / "hf" / name, copy)
+            config = json.loads((copy / "config.json").read_text())
+            (copy / "config.json").write_text(json.dumps(config | change))
+            self.assertIn(word, self.refused(6 if name.startswith("llama") else 4, "validate", copy))
 
     def test_reports(self):
         html, junit = self.tmp / "report.html", self.tmp / "report.xml"

@@ -5,7 +5,7 @@
 #include "gpu/view.h"
 #include "libshard/float_bits.h"
 #include "lm/cpu/numbers.h"
-#include "lm/ops.h"
+#include "lm/cpu/ops.h"
 
 #include <doctest/doctest.h>
 
@@ -24,7 +24,7 @@ struct Mode {
   lm::Compute compute;
   shard::DType type;
   bool bf16() const { return compute == lm::Compute::Bf16; }
-  lm::Context on() const { return {compute, 1}; }
+  lm::cpu::Context on() const { return {compute, 1}; }
 };
 inline const Mode kModes[] = {{lm::Compute::F32, shard::DType::F32}, {lm::Compute::Bf16, shard::DType::BF16}};
 
@@ -39,7 +39,7 @@ inline Index random_below(Index n) { return std::uniform_int_distribution<Index>
 inline Tensor random_tensor(const Mode& mode, Index rows, Index columns, float spread = 1) {
   Tensor out(rows, columns);
   for (auto& value : out.values()) value = random_value(spread);
-  lm::round_values(mode.on(), out.values());
+  lm::cpu::round_values(mode.on(), out.values());
   return out;
 }
 
@@ -80,7 +80,8 @@ class OnDevice {
         const auto bits = std::bit_cast<std::uint32_t>(values.row(r)[c]);
         if (view_.type == shard::DType::F32) shard::store(to, bits);
         else if (view_.type == shard::DType::BF16) shard::store(to, static_cast<std::uint16_t>(shard::narrow<shard::kBF16>(bits)));
-        else shard::store(to, static_cast<std::uint16_t>(shard::narrow<shard::kF16>(bits)));
+        else if (view_.type == shard::DType::F16) shard::store(to, static_cast<std::uint16_t>(shard::narrow<shard::kF16>(bits)));
+        else shard::store(to, static_cast<std::uint8_t>(view_.type == shard::DType::F8E4M3 ? shard::narrow<shard::kE4M3>(bits) : shard::narrow<shard::kE5M2>(bits)));
       }
     gpu::to_device(memory_.data(), all.data(), all.size(), stream());
     stream().wait();
@@ -97,7 +98,8 @@ class OnDevice {
         std::uint32_t bits;
         if (view_.type == shard::DType::F32) bits = shard::load<std::uint32_t>(from);
         else if (view_.type == shard::DType::BF16) bits = static_cast<std::uint32_t>(shard::load<std::uint16_t>(from)) << 16;
-        else bits = shard::widen<shard::kF16>(shard::load<std::uint16_t>(from));
+        else if (view_.type == shard::DType::F16) bits = shard::widen<shard::kF16>(shard::load<std::uint16_t>(from));
+        else bits = view_.type == shard::DType::F8E4M3 ? shard::widen<shard::kE4M3>(shard::load<std::uint8_t>(from)) : shard::widen<shard::kE5M2>(shard::load<std::uint8_t>(from));
         out.row(r)[c] = std::bit_cast<float>(bits);
       }
     return out;

@@ -1,7 +1,7 @@
-// The loss against lm::CrossEntropy, over blocks and over two ranks.
+// The loss against lm::cpu::CrossEntropy, over blocks and over two ranks.
 #include "gpu/ops/cross_entropy.h"
 
-#include "lm/cross_entropy.h"
+#include "lm/cpu/cross_entropy.h"
 #include "tests/gpu/cpu_meaning.h"
 
 using namespace meaning;
@@ -22,10 +22,10 @@ Tensor columns_of(const Tensor& x, Index lo, Index count) {
 }
 
 std::vector<float> expected(const Mode& mode, const Tensor& logits, const std::vector<Index>& labels, Index limit) {
-  lm::CrossEntropy loss(labels, limit);
-  loss.add(mode.on(), logits, 0);
+  lm::cpu::CrossEntropy loss(mode.on(), labels, limit);
+  loss.add(logits, 0);
   lm::Group alone(1);
-  lm::Comm comm(alone, 0);
+  lm::LocalComm comm(alone, 0);
   return loss.finish(comm);
 }
 

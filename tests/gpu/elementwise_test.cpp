@@ -28,23 +28,23 @@ TEST_CASE("add, scale, scale_rows, bias and fill are equal to the CPU's") {
         const Values<float> weights(w);
 
         gpu::add(stream(), x.view(), y.view());
-        lm::add(mode.on(), a, b);
+        lm::cpu::add(mode.on(), a, b);
         CHECK(worst(x.get(), a) == 0);
 
         gpu::scale(stream(), x.view(), 0.3);
-        lm::scale(mode.on(), a, 0.3);
+        lm::cpu::scale(mode.on(), a, 0.3);
         CHECK(worst(x.get(), a) == 0);
 
         gpu::scale_rows(stream(), x.view(), weights.data());
         for (Index r = 0; r < rows; ++r)
           for (Index c = 0; c < columns; ++c) a.row(r)[c] *= w[static_cast<std::size_t>(r)];
-        lm::round_values(mode.on(), a.values());
+        lm::cpu::round_values(mode.on(), a.values());
         CHECK(worst(x.get(), a) == 0);
 
         gpu::add_weighted_bias(stream(), x.view(), beta.view(), weights.data());
         for (Index r = 0; r < rows; ++r)
           for (Index c = 0; c < columns; ++c) a.row(r)[c] += bias.row(0)[c] * w[static_cast<std::size_t>(r)];
-        lm::round_values(mode.on(), a.values());
+        lm::cpu::round_values(mode.on(), a.values());
         CHECK(worst(x.get(), a) <= bound(mode, 1e-7));  // a product and its sum are rounded once here
 
         gpu::fill(stream(), x.view(), 0.5f);
@@ -60,13 +60,13 @@ TEST_CASE("softcap and the gate of rows are the CPU's within 1e-6 of f32 or one 
       const auto open = random_tensor(mode, rows, 1, 3);
       const OnDevice x(a, mode.type), gate(open, mode.type);
       gpu::softcap(stream(), x.view(), 15);
-      lm::softcap(mode.on(), a, 15);
+      lm::cpu::softcap(mode.on(), a, 15);
       CHECK(worst(x.get(), a) <= bound(mode, 1e-6));
       OnDevice z(a, mode.type);
       gpu::gate_rows(stream(), z.view(), gate.view());
       for (Index r = 0; r < rows; ++r)
         for (Index c = 0; c < columns; ++c) a.row(r)[c] *= 1.0f / (1.0f + std::exp(-open.row(r)[0]));
-      lm::round_values(mode.on(), a.values());
+      lm::cpu::round_values(mode.on(), a.values());
       CHECK(worst(z.get(), a) <= bound(mode, 1e-6));
     }
 }
@@ -93,7 +93,7 @@ TEST_CASE("activations, gated or not, clamped or not, are the CPU's") {
           for (Index r = 0; r < 7; ++r) std::copy(up.row(r), up.row(r) + 40, std::copy(gate.row(r), gate.row(r) + 40, both.row(r)));
           const OnDevice x(both, mode.type);
           gpu::activate(stream(), gpu::activation_config(config), gated ? x.view().column_range(0, 40) : gpu::View{}, x.view().column_range(40, 40));
-          lm::activate(mode.on(), config, gated ? &gate : nullptr, up);
+          lm::cpu::activate(mode.on(), config, gated ? &gate : nullptr, up);
           const auto out = x.get();
           Tensor mine(7, 40);
           for (Index r = 0; r < 7; ++r) std::copy(out.row(r) + 40, out.row(r) + 80, mine.row(r));

@@ -1,4 +1,4 @@
-// What is seen of weights is what lm::look sees; of activations, what the definition says.
+// What is seen of weights is what lm::look sees; of activations, what lm::cpu::stats does.
 #include "gpu/ops/look.h"
 
 #include "lm/look.h"
@@ -14,12 +14,6 @@ gpu::WeightLook seen(const Tensor& values, shard::DType type) {
   const Values<gpu::WeightLook> out(1);
   gpu::look_at_weight(stream(), weight.view(), scratch.data(), out.data());
   return out.get()[0];
-}
-
-std::uint64_t mix64(std::uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-  return x ^ (x >> 31);
 }
 
 }  // namespace
@@ -57,24 +51,18 @@ TEST_CASE("activations: finite ones are measured, others counted; the digest kno
         return out.get()[0];
       };
       const auto given = x.get();  // NaNs as stored
-      double squares = 0, most = 0;
-      std::uint64_t digest = 0, nonfinite = 0;
-      for (std::size_t i = 0; i < given.values().size(); ++i) {
-        const auto value = given.values()[i];
-        digest += mix64(std::bit_cast<std::uint32_t>(value) + i * 0x9E3779B97F4A7C15ull);
-        if (!std::isfinite(value)) ++nonfinite;
-        else squares += static_cast<double>(value) * static_cast<double>(value), most = std::max(most, std::abs(static_cast<double>(value)));
-      }
+      const auto expected = lm::cpu::stats(mode.on(), given);
+      const auto squares = expected.rms * expected.rms * static_cast<double>(rows * columns);
       const auto first = look();
-      CHECK(first.digest == digest);
-      CHECK(first.nonfinite == nonfinite);
-      CHECK(static_cast<double>(first.max_abs) == most);
+      CHECK(first.digest == expected.digest);
+      CHECK(first.nonfinite == expected.nonfinite);
+      CHECK(static_cast<double>(first.max_abs) == expected.max_abs);
       CHECK(std::abs(first.squares - squares) <= 1e-6 * squares);
       CHECK(look().squares == first.squares);
       if (columns > 1) {
         std::swap(values.row(0)[0], values.row(rows - 1)[2]);
         x.put(values);
-        CHECK(look().digest != digest);
+        CHECK(look().digest != expected.digest);
       }
     }
 }

@@ -61,7 +61,7 @@ TEST_CASE("tokens go to the CPU's experts, ties included, with weights within 1e
       const Values<std::int32_t> expert(count);
       const Values<float> weight(count);
       gpu::route(stream(), one.config, x.view(), one.bias ? b.view() : gpu::View{}, mode.bf16() && !one.config.fp32, expert.data(), weight.data());
-      const auto expected = lm::route(mode.on(), one.config, logits, one.bias ? weight_of(added, shard::DType::F32) : lm::Weight{});
+      const auto expected = lm::cpu::route(mode.on(), one.config, logits, one.bias ? weight_of(added, shard::DType::F32) : lm::Weight{});
       const auto chosen = expert.get();
       const auto weights = weight.get();
       for (std::size_t i = 0; i < count; ++i) {
@@ -122,56 +122,39 @@ TEST_CASE("a mixture of experts, weighed behind or before, is what the CPU's loo
           bias_data.push_back(memory[memory.size() - 1].view().data);
         }
         const Values<const std::byte*> ups(up_data), downs(down_data), biases(bias_data);
-        const Values<std::int32_t> chosen(expert), offsets(6), tiles(6), token(static_cast<std::size_t>(rows)), row(static_cast<std::size_t>(rows));
+        const Values<std::int32_t> offsets(6), tiles(6), token(static_cast<std::size_t>(rows)), row(static_cast<std::size_t>(rows));
         const Values<float> weights(weight), row_weight(static_cast<std::size_t>(rows));
         const gpu::Permutation order{offsets.data(), tiles.data(), token.data(), row_weight.data(), row.data()};
-        gpu::permute(stream(), tokens, topk, experts, chosen.data(), weights.data(), order);
+        // Recorded while other experts were chosen: nothing of the choice is read on the host.
+        const Values<std::int32_t> chosen(std::vector<std::int32_t>(expert.rbegin(), expert.rend()));
         const OnDevice in(x, mode.type), gathered(rows, hidden, mode.type), middle(rows, wide, mode.type), part(rows, hidden, mode.type), out(tokens, hidden, mode.type);
+        shard::TransformerConfig config;
+        gpu::Graph::begin(stream());
+        gpu::permute(stream(), tokens, topk, experts, chosen.data(), weights.data(), order);
         gpu::gather_rows(stream(), gathered.view(), in.view(), token.data(), on_input ? row_weight.data() : nullptr);
         gpu::grouped_linear(stream(), gathered.view(), {ups.data(), nullptr, mode.type, wide, hidden, hidden}, experts, offsets.data(), tiles.data(), nullptr, middle.view());
         if (on_input) gpu::fill(stream(), {reinterpret_cast<std::byte*>(row_weight.data()), shard::DType::F32, 1, rows, rows}, 1);
-        shard::TransformerConfig config;
         gpu::activate(stream(), gpu::activation_config(config), {}, middle.view());
         gpu::scale_rows(stream(), middle.view(), row_weight.data());
         gpu::grouped_linear(stream(), middle.view(), {downs.data(), biases.data(), mode.type, hidden, wide, wide}, experts, offsets.data(), tiles.data(), row_weight.data(), part.view());
         gpu::combine(stream(), out.view(), part.view(), topk, row.data());
+        const auto graph = gpu::Graph::end(stream());
+        graph.launch(stream());
+        gpu::to_device(reinterpret_cast<std::byte*>(chosen.data()), expert.data(), expert.size() * sizeof(expert[0]), stream());
+        graph.launch(stream());
+        stream().wait();
 
         std::vector<std::int32_t> order_of_tokens, starts{0};
-        Tensor expected(tokens, hidden);
-        for (auto& value : expected.values()) value = 0;
-        for (Index e = 0; e < experts; ++e) {
-          std::vector<float> mine;
-          std::vector<Index> tokens_here;
+        for (std::int32_t e = 0; e < experts; ++e) {
           for (std::size_t i = 0; i < expert.size(); ++i)
-            if (expert[i] == e) {
-              tokens_here.push_back(static_cast<Index>(i) / topk);
-              mine.push_back(weight[i]);
-              order_of_tokens.push_back(static_cast<std::int32_t>(i) / topk);
-            }
+            if (expert[i] == e) order_of_tokens.push_back(static_cast<std::int32_t>(i) / topk);
           starts.push_back(static_cast<std::int32_t>(order_of_tokens.size()));
-          if (mine.empty()) continue;
-          const auto count = static_cast<Index>(mine.size());
-          Tensor rows_here(count, hidden), wide_rows(count, wide), made(count, hidden);
-          for (std::size_t i = 0; i < mine.size(); ++i)
-            for (Index c = 0; c < hidden; ++c) rows_here.row(static_cast<Index>(i))[c] = x.row(tokens_here[i])[c] * (on_input ? mine[i] : 1.0f);
-          lm::round_values(mode.on(), rows_here.values());
-          if (on_input) std::fill(mine.begin(), mine.end(), 1.0f);
-          const auto at = static_cast<std::size_t>(e);
-          lm::linear(mode.on(), lm::Packed(mode.on(), rows_here), weight_of(up[at], mode.type), {}, wide_rows);
-          lm::activate(mode.on(), config, nullptr, wide_rows);
-          for (std::size_t i = 0; i < mine.size(); ++i)
-            for (Index c = 0; c < wide; ++c) wide_rows.row(static_cast<Index>(i))[c] *= mine[i];
-          lm::round_values(mode.on(), wide_rows.values());
-          lm::linear(mode.on(), lm::Packed(mode.on(), wide_rows), weight_of(down[at], mode.type), {}, made);
-          for (std::size_t i = 0; i < mine.size(); ++i)
-            for (Index c = 0; c < hidden; ++c) made.row(static_cast<Index>(i))[c] += bias[at].row(0)[c] * mine[i];
-          lm::round_values(mode.on(), made.values());
-          for (std::size_t i = 0; i < mine.size(); ++i) {
-            auto* to = expected.row(tokens_here[i]);
-            for (Index c = 0; c < hidden; ++c) to[c] += made.row(static_cast<Index>(i))[c];
-            lm::round_values(mode.on(), {to, static_cast<std::size_t>(hidden)});
-          }
         }
+        config.num_experts = experts, config.hidden_size = hidden, config.moe_probs_on_input = on_input;
+        const auto expected = lm::cpu::experts(mode.on(), config, x, {topk, {expert.begin(), expert.end()}, weight}, [&](Index e) {
+          const auto at = static_cast<std::size_t>(e);
+          return lm::FeedForward{{}, {weight_of(up[at], mode.type), {}}, {weight_of(down[at], mode.type), weight_of(bias[at], mode.type)}};
+        });
         CHECK(offsets.get() == starts);
         CHECK(token.get() == order_of_tokens);
         CHECK(worst(out.get(), expected) <= (mode.bf16() ? 0.02 : 3e-6));  // bf16: roundings of four steps may each fall to the other side

@@ -28,7 +28,7 @@ TEST_CASE("norms are the CPU's within 1e-6 of f32 or one rounding of bf16") {
             const auto x = random_tensor(mode, 7, columns, 3), w = random_tensor(mode, 1, columns), b = random_tensor(mode, 1, columns);
             const OnDevice in(x, mode.type, columns + 8), weight(w, mode.type), bias(b, mode.type), out(7, columns, mode.type);
             gpu::normalize(stream(), {kind, 1e-5, centered}, in.view(), parameters > 0 ? weight.view() : none, parameters > 1 ? bias.view() : none, out.view());
-            const auto expected = lm::normalize(mode.on(), x, kind, 1e-5, centered, parameters > 0 ? weight_of(w, mode.type) : lm::Weight{},
+            const auto expected = lm::cpu::normalize(mode.on(), x, kind, 1e-5, centered, parameters > 0 ? weight_of(w, mode.type) : lm::Weight{},
                                                 parameters > 1 ? weight_of(b, mode.type) : lm::Weight{});
             CHECK(worst(out.get(), expected) <= bound(mode, 1e-6));
           }
@@ -41,9 +41,9 @@ TEST_CASE("a sum and its norm in one op are what two ops make") {
       const auto branch = random_tensor(mode, 33, columns), w = random_tensor(mode, 1, columns);
       const OnDevice x(hidden, mode.type), more(branch, mode.type), weight(w, shard::DType::F32), out(33, columns, mode.type);
       gpu::add_normalize(stream(), {}, x.view(), more.view(), weight.view(), none, out.view());
-      lm::add(mode.on(), hidden, branch);
+      lm::cpu::add(mode.on(), hidden, branch);
       CHECK(worst(x.get(), hidden) == 0);
-      const auto expected = lm::normalize(mode.on(), hidden, shard::Normalization::RMSNorm, 1e-5, false, weight_of(w, shard::DType::F32), {});
+      const auto expected = lm::cpu::normalize(mode.on(), hidden, shard::Normalization::RMSNorm, 1e-5, false, weight_of(w, shard::DType::F32), {});
       CHECK(worst(out.get(), expected) <= bound(mode, 1e-6));
     }
 }
@@ -55,7 +55,7 @@ TEST_CASE("norms of heads' pieces leave the other lanes alone") {
       const auto w = random_tensor(mode, 1, width);
       const OnDevice on_device(x, mode.type), weight(w, mode.type);
       gpu::normalize_pieces(stream(), {shard::Normalization::RMSNorm, 1e-6, true}, on_device.view(), 3, width, weight.view(), none);
-      lm::normalize_pieces(mode.on(), x.row(0), x.rows(), x.columns(), 3, width, shard::Normalization::RMSNorm, 1e-6, true, weight_of(w, mode.type), {});
+      lm::cpu::normalize_pieces(mode.on(), x.row(0), x.rows(), x.columns(), 3, width, shard::Normalization::RMSNorm, 1e-6, true, weight_of(w, mode.type), {});
       CHECK(worst(on_device.get(), x) <= bound(mode, 1e-6));
     }
 }
@@ -73,12 +73,12 @@ TEST_CASE("rotation is the CPU's; in bf16 to the bit") {
           config.type = shard::RopeConfig::Type::Default;
           config.dim = dim;
           config.interleaved = interleaved;
-          const auto table = lm::rope_table(config, 11);
+          const auto table = lm::cpu::rope_table(config, 11);
           const Values<float> cos(table.cos), sin(table.sin);
           auto x = random_tensor(mode, 33, 3 * size);
           const OnDevice on_device(x, mode.type, 3 * size + 8);
           gpu::apply_rope(stream(), {cos.data(), sin.data(), table.half, interleaved}, on_device.view(), 3, size, 11);
-          lm::apply_rope(mode.on(), table, x.row(0), x.rows(), x.columns(), 3, size, 11);
+          lm::cpu::apply_rope(mode.on(), table, x.row(0), x.rows(), x.columns(), 3, size, 11);
           CHECK(worst(on_device.get(), x) <= (mode.bf16() ? 0 : 2e-7));
         }
 }
@@ -97,7 +97,7 @@ TEST_CASE("embedding rows: those of other ranks are zeros, the multiplier rounds
           const auto id = ids[static_cast<std::size_t>(t)];
           expected.row(t)[c] = id >= 5 && id < 15 ? table.row(id)[c] : 0.0f;
         }
-      lm::scale(mode.on(), expected, 5.65);
+      lm::cpu::scale(mode.on(), expected, 5.65);
       CHECK(worst(out.get(), expected) == 0);
     }
 }
@@ -115,7 +115,7 @@ TEST_CASE("rows by number, with weights") {
       Tensor expected(4, 40);
       for (std::size_t i = 0; i < 4; ++i)
         for (Index c = 0; c < 40; ++c) expected.row(static_cast<Index>(i))[c] = x.row(rows[i])[c] * (weighed ? w[i] : 1.0f);
-      lm::round_values(mode.on(), expected.values());
+      lm::cpu::round_values(mode.on(), expected.values());
       CHECK(worst(out.get(), expected) == 0);
     }
   }

@@ -2,12 +2,15 @@
 #include "lm/language_module.h"
 
 #include "formats/kernels.h"
+#include "libshard/error.h"
 #include "libshard/families/megatron.h"
 #include "libshard/translate.h"
 #include "lm/device.h"
 #include "tests/libshard/memory_checkpoint.h"
 
 #include <doctest/doctest.h>
+
+#include <cmath>
 
 using namespace lm;
 
@@ -85,4 +88,44 @@ TEST_CASE("sharded_state_dict of every stage and tensor rank, stages uneven") {
           CHECK(copies == (p == 0 || tied || depths > 0));
         }
     }
+}
+
+TEST_CASE("label smoothing: each tensor rank's mean runs over its own columns") {
+  const auto [config, model] = small(true, 0);
+  const testing::Memory checkpoint(logical(model));
+  WeightSource source(checkpoint, formats::kernels(), Compute::F32);
+  constexpr Index kVocab = 32, kRows = 4;
+  const std::vector<Index> labels{0, 17, 31, -100};
+  const auto logit = [](Index r, Index c) { return 3 * std::sin(static_cast<double>(r * 37 + c * 5)); };
+  for (const int ranks : {1, 2}) {
+    const auto device = host_device();
+    device->prepare({ranks, 1, Compute::F32, 1}, config, {});
+    Group tensor(ranks), pipeline(1);
+    std::vector<std::vector<float>> plain(static_cast<std::size_t>(ranks)), smooth = plain;
+    const auto columns = kVocab / ranks;
+    run_ranks(ranks, [&] { tensor.fail(); }, [&](int t) {
+      LocalComm of_tensor(tensor, t), of_pipeline(pipeline, 0);
+      LanguageModule module(config, source, placement_of(config, 0, 1), of_tensor, of_pipeline, device->ops(0, t));
+      Tensor logits(kRows, columns);
+      for (Index r = 0; r < kRows; ++r)
+        for (Index c = 0; c < columns; ++c) logits.row(r)[c] = static_cast<float>(logit(r, t * columns + c));
+      plain[static_cast<std::size_t>(t)] = module.compute_language_model_loss(labels, logits, t * columns, kVocab);
+      smooth[static_cast<std::size_t>(t)] = module.compute_language_model_loss(labels, logits, t * columns, kVocab, 0.1);
+      if (ranks == 1) CHECK_THROWS_AS(module.compute_language_model_loss(labels, logits, 0, kVocab, 1), shard::Error);
+    });
+    for (int t = 0; t < ranks; ++t)
+      for (Index r = 0; r < kRows; ++r) {
+        double sum = 0, top = -INFINITY, mean = 0;
+        for (Index c = 0; c < kVocab; ++c) {
+          sum += std::exp(logit(r, c));
+          top = std::max(top, logit(r, c));
+        }
+        for (Index c = 0; c < columns; ++c) mean += (logit(r, t * columns + c) - std::log(sum)) / static_cast<double>(columns);
+        const auto at = static_cast<std::size_t>(r);
+        const auto loss = labels[at] < 0 ? std::log(sum) - top : std::log(sum) - logit(r, labels[at]);
+        const auto smoothing = 0.1 * static_cast<double>(columns) / static_cast<double>(columns - 1);
+        CHECK(static_cast<double>(plain[static_cast<std::size_t>(t)][at]) == doctest::Approx(loss).epsilon(1e-5));
+        CHECK(static_cast<double>(smooth[static_cast<std::size_t>(t)][at]) == doctest::Approx((1 - smoothing) * loss - smoothing * mean).epsilon(1e-5));
+      }
+  }
 }

@@ -5,6 +5,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
@@ -12,6 +13,8 @@
 #include <random>
 #include <vector>
 
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 namespace {
@@ -43,6 +46,23 @@ TEST_CASE("a mapped file that becomes shorter reads as zeros and says that it is
   CHECK(!lm::mend_mapping(&ones));
   std::fclose(file);
   sigaction(SIGBUS, &before, nullptr);
+}
+
+TEST_CASE("a part that is brought lies in the system's cache") {
+  auto* file = std::tmpfile();
+  std::vector<char> ones(3 << 20, 1);
+  REQUIRE(std::fwrite(ones.data(), 1, ones.size(), file) == ones.size());
+  std::fflush(file);
+  fsync(fileno(file));
+  posix_fadvise(fileno(file), 0, 0, POSIX_FADV_DONTNEED);
+  const auto mapped = lm::MappedFile::map({fileno(file), 0, nullptr});
+  REQUIRE(mapped);
+  lm::MappedFile::bring(mapped->bytes().subspan(5000));
+  std::vector<unsigned char> present(ones.size() / 4096);
+  REQUIRE(mincore(const_cast<std::byte*>(mapped->bytes().data()), ones.size(), present.data()) == 0);
+  CHECK(std::count_if(present.begin() + 1, present.end(), [](unsigned char page) { return page & 1; }) == std::ptrdiff_t(present.size()) - 1);
+  CHECK(mapped->bytes()[5000] == std::byte{1});
+  std::fclose(file);
 }
 
 TEST_CASE("what cannot be mapped is left to reading") {

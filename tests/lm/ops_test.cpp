@@ -2,6 +2,7 @@
 #include "lm/cpu/ops.h"
 
 #include "lm/cpu/cross_entropy.h"
+#include "lm/cpu/kernel.h"
 
 #include <doctest/doctest.h>
 
@@ -41,7 +42,7 @@ bool same_bits(const Tensor& a, const Tensor& b) {
 
 TEST_CASE("linear is the sum of products, for odd sizes, both weight types and any number of threads") {
   std::mt19937 random(1);
-  for (const auto [tokens, in, out] : {std::array<Index, 3>{1, 1, 1}, {5, 7, 3}, {32, 64, 48}, {33, 257, 49}, {515, 96, 13}}) {
+  for (const auto [tokens, in, out] : {std::array<Index, 3>{1, 1, 1}, {5, 7, 3}, {32, 64, 48}, {33, 257, 49}, {515, 96, 13}, {50, 1100, 75}}) {
     const auto x = random_tensor(tokens, in, random), w = random_tensor(out, in, random), bias = random_tensor(1, out, random);
     std::vector<std::uint16_t> storage;
     for (const auto& weight : {view(w), as_bf16(w, storage)}) {
@@ -73,20 +74,41 @@ TEST_CASE("a linear's rows and columns do not depend on what else is computed wi
 TEST_CASE("linear in bf16 rounds its result once") {
   std::mt19937 random(3);
   const Context on{Compute::Bf16, 2};
-  auto x = random_tensor(9, 65, random);
-  round_values(on, x.values());
-  const auto w = random_tensor(30, 65, random);
-  std::vector<std::uint16_t> storage;
-  const auto weight = as_bf16(w, storage);
-  Tensor out(9, 30);
-  linear(on, cpu::Packed(on, x), weight, {}, out);
-  for (Index t = 0; t < 9; ++t)
-    for (Index n = 0; n < 30; ++n) {
-      double sum = 0;
-      for (Index k = 0; k < 65; ++k) sum += static_cast<double>(x.row(t)[k]) * static_cast<double>(weight.at(n, k));
-      CHECK((std::bit_cast<std::uint32_t>(out.row(t)[n]) & 0xffff) == 0);
-      CHECK(std::abs(static_cast<double>(out.row(t)[n]) - sum) <= std::abs(sum) * 0.004 + 1e-4);
+  for (const auto [tokens, in, rows] : {std::array<Index, 3>{9, 65, 30}, {50, 2051, 75}}) {
+    auto x = random_tensor(tokens, in, random);
+    round_values(on, x.values());
+    const auto w = random_tensor(rows, in, random);
+    std::vector<std::uint16_t> storage;
+    const auto weight = as_bf16(w, storage);
+    Tensor out(tokens, rows);
+    linear(on, cpu::Packed(on, x), weight, {}, out);
+    for (Index t = 0; t < tokens; ++t)
+      for (Index n = 0; n < rows; ++n) {
+        double sum = 0;
+        for (Index k = 0; k < in; ++k) sum += static_cast<double>(x.row(t)[k]) * static_cast<double>(weight.at(n, k));
+        CHECK((std::bit_cast<std::uint32_t>(out.row(t)[n]) & 0xffff) == 0);
+        CHECK(std::abs(static_cast<double>(out.row(t)[n]) - sum) <= std::abs(sum) * 0.004 + 1e-4);
+      }
+  }
+}
+
+TEST_CASE("every instruction set's product is the same sum") {
+  std::mt19937 random(8);
+  for (const auto& kernel : {cpu::portable_products(), cpu::avx2_products(), cpu::avx512_products()}) {
+    if (!kernel.f32) continue;  // not this machine's
+    for (const auto [rows, k, columns] : {std::array<Index, 3>{1, 1, 16}, {13, 37, 32}, {50, 64, 48}}) {
+      const auto a = random_tensor(rows, k, random), b = random_tensor(k, columns, random);
+      auto c = random_tensor(rows, columns, random);
+      const auto before = c.clone();
+      kernel.f32(a.row(0), k, b.row(0), columns, c.row(0), columns, rows, columns, k, true);
+      for (Index r = 0; r < rows; ++r)
+        for (Index j = 0; j < columns; ++j) {
+          double sum = before.row(r)[j];
+          for (Index i = 0; i < k; ++i) sum += static_cast<double>(a.row(r)[i]) * static_cast<double>(b.row(i)[j]);
+          REQUIRE(c.row(r)[j] == doctest::Approx(sum).epsilon(1e-4));
+        }
     }
+  }
 }
 
 TEST_CASE("norms") {

@@ -1,0 +1,125 @@
+// What the ranks tell each other: the folder, a fingerprint of the plan, and at the end sums and counts.
+#include "cli/crew.h"
+
+#include "cli/options.h"
+#include "formats/hash.h"
+#include "formats/json.h"
+#include "libshard/error.h"
+
+#include <unistd.h>
+
+#include <charconv>
+#include <cstring>
+
+namespace cli {
+namespace {
+
+using shard::Code;
+
+std::chrono::milliseconds patience() {
+  const auto all = environment();
+  const auto found = all.find("SHARDKIT_TIMEOUT");
+  if (found == all.end() || found->second.empty()) return std::chrono::seconds(60);
+  const auto& text = found->second;
+  unsigned seconds = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), seconds);
+  shard::require(error == std::errc() && end == text.data() + text.size() && seconds > 0 && seconds <= 86'400, Code::Usage,
+                 [&] { return fmt::format("SHARDKIT_TIMEOUT={}: should be seconds, from 1 to 86400", text); });
+  return std::chrono::seconds(seconds);
+}
+
+/// Numbers and names, folded into one digest.
+class Fingerprint {
+ public:
+  void add(std::uint64_t number) {
+    text_.append(reinterpret_cast<const char*>(&number), sizeof number);
+    if (text_.size() > kFold) text_ = folded();
+  }
+  void add(const std::string& name) {
+    add(name.size());
+    text_ += name;
+  }
+  std::string folded() const { return formats::hex(formats::hash_bytes(std::as_bytes(std::span(text_)))); }
+
+ private:
+  static constexpr std::size_t kFold = 1 << 20;
+  std::string text_;
+};
+
+std::string fingerprint(const shard::Plan& plan, const shard::ShardedStateDict& target, const std::vector<std::string>& files) {
+  Fingerprint out;
+  for (const auto& name : files) out.add(name);
+  for (const auto& stream : target.streams) out.add(stream.file), out.add(stream.offset), out.add(stream.size);
+  for (const auto& copy : plan.copies) {
+    out.add(copy.from_stream), out.add(copy.to_stream), out.add(copy.from), out.add(copy.to), out.add(copy.run);
+    out.add(static_cast<std::uint64_t>(copy.from_type) << 8 | static_cast<std::uint64_t>(copy.to_type));
+    for (const auto& step : copy.steps) out.add(static_cast<std::uint64_t>(step.count)), out.add(static_cast<std::uint64_t>(step.from)), out.add(static_cast<std::uint64_t>(step.to));
+  }
+  for (const auto& row : plan.memory) out.add(formats::hex(formats::hash_bytes(row)));
+  return out.folded();
+}
+
+}  // namespace
+
+ranks::Environment environment() {
+  ranks::Environment out;
+  for (char** at = environ; *at; ++at) {
+    const std::string_view text = *at;
+    const auto equals = text.find('=');
+    if (equals != text.npos) out.emplace(text.substr(0, equals), text.substr(equals + 1));
+  }
+  return out;
+}
+
+Crew::Crew(const ranks::Launch& launch, const std::filesystem::path& target, bool force)
+    : launch_(launch), target_(target), force_(force), ranks_(launch, ranks::place_of(environment(), launch, target), patience(), &stop_flag()) {
+  ranks_.on_failure(request_stop);
+}
+
+int Crew::run(const std::function<int()>& body) {
+  try {
+    return body();
+  } catch (const shard::Error& error) {
+    if (!stopped_by()) ranks_.check();
+    ranks_.fail(error);
+    throw;
+  } catch (const std::exception& error) {
+    ranks_.fail({Code::Io, error.what()});
+    throw;
+  }
+}
+
+const std::filesystem::path& Crew::folder() {
+  if (!folder_.empty()) return folder_;
+  if (launch_.rank == 0) folder_ = staging_.emplace(target_, force_).staging();
+  return folder_ = ranks_.broadcast(folder_.string());
+}
+
+void Crew::agree(const shard::Plan& whole, formats::LocalWriter& writer) {
+  const auto all = ranks_.all_gather(fingerprint(whole, writer.describe(), writer.folder().names()));
+  for (std::size_t r = 1; r < all.size(); ++r)
+    shard::require(all[r] == all[0], Code::Mismatch, [&] { return fmt::format("rank {}: would do something else than rank 0; arguments or sources differ", r); });
+}
+
+bool Crew::finish(shard::Report& report, formats::LocalWriter& writer, bool sync) {
+  writer.folder().flush(sync);
+  nlohmann::json mine{{"sums", sums_of(report)}, {"read", report.bytes_read}, {"written", report.bytes_written}, {"in_kernel", report.bytes_copied_in_kernel}};
+  const auto all = ranks_.all_gather(mine.dump());
+  if (launch_.rank == 0) {
+    std::vector<nlohmann::json> sums;
+    report.bytes_read = report.bytes_written = report.bytes_copied_in_kernel = 0;
+    for (std::size_t r = 0; r < all.size(); ++r) {
+      auto one = formats::parse_json(all[r], fmt::format("rank {}", r));
+      report.bytes_read += one.at("read").get<std::uint64_t>();
+      report.bytes_written += one.at("written").get<std::uint64_t>();
+      report.bytes_copied_in_kernel += one.at("in_kernel").get<std::uint64_t>();
+      sums.push_back(std::move(one.at("sums")));
+    }
+    writer.commit(join_sums(sums, report, writer), false);
+    staging_->commit(sync);
+  }
+  ranks_.finish();
+  return launch_.rank == 0;
+}
+
+}  // namespace cli

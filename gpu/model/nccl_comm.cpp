@@ -1,0 +1,37 @@
+// Sums are taken in rank order on every rank, so that they are the bits of ranks that are threads; NCCL's own order is a ring's.
+#include "gpu/model/nccl_comm.h"
+
+#include "gpu/ops/elementwise.h"
+
+namespace gpu {
+namespace {
+
+std::size_t bytes_of(const lm::Tensor& x) { return static_cast<std::size_t>(x.rows() * x.columns()) * size_of(x.dtype()); }
+
+}  // namespace
+
+void NcclComm::all_reduce_sum(lm::Tensor& x) {
+  if (size() == 1) return;
+  const auto bytes = bytes_of(x);
+  const auto all = ops_.scratch(bytes * static_cast<std::size_t>(size()));
+  peers_.all_gather(x.data(), all.get(), bytes, ops_.stream());
+  auto sum = ops_.make(shard::DType::F32, x.rows(), x.columns()), part = ops_.make(shard::DType::F32, x.rows(), x.columns());
+  for (int r = 0; r < size(); ++r) {
+    const View from{all.get() + bytes * static_cast<std::size_t>(r), x.dtype(), x.rows(), x.columns(), x.columns()};
+    convert(ops_.stream(), view_of(r ? part : sum), from);
+    if (r) add(ops_.stream(), view_of(sum), view_of(part));
+  }
+  convert(ops_.stream(), view_of(x), view_of(sum));
+}
+
+void NcclComm::send(int to, lm::Tensor x) {
+  const Communicator::Transfer out{Communicator::Transfer::Way::Send, to, x.data(), bytes_of(x)};
+  peers_.exchange({&out, 1}, ops_.stream());
+}
+
+void NcclComm::receive(int from, lm::Tensor& into) {
+  const Communicator::Transfer in{Communicator::Transfer::Way::Receive, from, into.data(), bytes_of(into)};
+  peers_.exchange({&in, 1}, ops_.stream());
+}
+
+}  // namespace gpu

@@ -1,0 +1,14 @@
+// How the ranks' connections come about; ranks/rendezvous.cpp talks over them.
+#pragma once
+
+#include "ranks/rendezvous.h"
+#include "ranks/socket.h"
+
+#include <vector>
+
+namespace ranks {
+
+/// In rank 0 one connection a rank (its own place is empty); in the others the one to rank 0. All ranks are here.
+std::vector<Socket> join(const Launch& launch, const Place& place, std::chrono::milliseconds patience, const std::atomic<bool>* stop);
+
+}  // namespace ranks
