@@ -29,6 +29,8 @@ class Splitter {
     const Shape rest(stored.global_shape.begin() + static_cast<std::ptrdiff_t>(stacked), stored.global_shape.end());
     auto params = params_;
     if (match.row->vocabulary && !rest.empty()) params["vocab"] = rest[0];
+    // Nothing of it would be placed, and a copy elsewhere would stand for it unseen.
+    if (match.row->vocabulary && !rest.empty() && rest[0] == 0) return wrong_shape(stored, "a row for every token");
     const auto sizes = factors(*match.row, params);
     if (const auto should = sizes.stored(); should != rest) {
       const bool transposed = should.size() == rest.size() && std::equal(should.begin(), should.end(), rest.rbegin());

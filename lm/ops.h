@@ -93,6 +93,9 @@ class Ops {
   virtual Tensor to_host(const Tensor& x) = 0;
   virtual Ids ids(std::vector<Index> values) = 0;
 
+  /// Until all that was asked for is done; throws what failed in it.
+  virtual void finish() {}
+
   // Products.
   /// `x` [tokens, features] laid out for the linears that take it; it must outlive what is returned.
   virtual Packed pack(const Tensor& x) = 0;

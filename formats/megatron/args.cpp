@@ -112,6 +112,9 @@ shard::Params params_of(const Args& args, const std::map<std::string, Index>& gi
     out.erase("groups");
   }
   for (const auto& [name, value] : given) out[name] = value;
+  constexpr Index kMostExperts = 1 << 16;  // each that is missing would be looked for in every layer
+  if (const auto experts = out.find("experts"); experts != out.end() && experts->second > kMostExperts)
+    shard::fail(shard::Code::BadFormat, "args.num_experts: is {}; at most {} are taken for real", experts->second, kMostExperts);
   shard::complete(out);
   return out;
 }

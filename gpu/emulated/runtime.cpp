@@ -157,10 +157,15 @@ void enqueue(StreamView on, Work work) {
 }
 
 DeviceInfo device_info(int index) {
-  shard::require(index == 0, shard::Code::Device, [&] { return fmt::format("device {}: there is one emulated device, 0", index); });
-  return {0, "emulated on the host", 9, 0, 4, machine().arena.limit, machine().arena.free(), fmt::format("EMULATED-{}", ::getpid())};
+  const auto count = emulated().devices;
+  shard::require(index >= 0 && index < count, shard::Code::Device, [&] { return fmt::format("device {}: there are {} emulated devices", index, count); });
+  return {index, "emulated on the host", 9, 0, 4, machine().arena.limit, machine().arena.free(), fmt::format("EMULATED-{}-{}", ::getpid(), index)};
 }
-Probe probe() { return {{device_info(0)}, "", {}}; }
+Probe probe() {
+  Probe out;
+  for (int i = 0; i < emulated().devices; ++i) out.devices.push_back(device_info(i));
+  return out;
+}
 bool is_emulated() { return true; }
 void use_device(int index) { device_info(index); }
 

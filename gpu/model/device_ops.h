@@ -29,7 +29,7 @@ struct OpsOptions {
   lm::AttentionBackend attention = lm::AttentionBackend::Auto;
   bool tf32 = false;                                 ///< f32 products may lose mantissa
   bool graphs = true;                                ///< recorded() records
-  std::string cublaslt, cudnn;                       ///< paths in place of the usual names
+  std::string cublaslt = {}, cudnn = {};             ///< paths in place of the usual names
 };
 
 /// Activations are stored as F32 in f32 compute and as BF16 in bf16. One stream; calls return before the device is done.
@@ -58,6 +58,7 @@ class DeviceOps : public lm::Ops {
   Tensor to_device(const Tensor& host) override;
   Tensor to_host(const Tensor& x) override;
   lm::Ids ids(std::vector<Index> values) override;
+  void finish() override { gpu::wait(stream_); }
   lm::Packed pack(const Tensor& x) override;
   void linear(const lm::Packed& x, const Linear& by, Tensor& out) override;
   Tensor linear_f32(const Tensor& x, const Linear& by) override;

@@ -14,7 +14,7 @@ struct LanguageDeviceOptions {
   std::vector<int> devices;                          ///< rank r computes on devices[r mod their number]
   lm::AttentionBackend attention = lm::AttentionBackend::Auto;
   bool graphs = true;
-  std::string cublaslt, cudnn, nccl;                 ///< paths in place of the usual names
+  std::string cublaslt = {}, cudnn = {}, nccl = {};  ///< paths in place of the usual names
   /// How many bytes of each device may be taken; 0: nine tenths of what is free.
   std::uint64_t memory = 0;
 };

@@ -9,6 +9,7 @@ import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, Case, run, run_json  # noqa: E402
+from torch_edit import edit_archive  # noqa: E402
 
 LLAMA = DATA / "mcore/llama_untied_bf16/tp2pp2"
 REFERENCES = DATA / "references"
@@ -27,14 +28,16 @@ def tensors_of(path):
     return {name: (8 + size + record["data_offsets"][0], record) for name, record in header.items()}
 
 
-def renamed(source, target, names):
-    """A safetensors file with the same data under other names; those that become None are left out."""
+def rewritten(source, target, names={}, emptied=()):
+    """A safetensors file with the same data under other names; those that become None are left out, those emptied lose their rows."""
     raw = pathlib.Path(source).read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
     data, body, header = raw[8 + size:], b"", {}
     for name, record in json.loads(raw[8:8 + size]).items():
         if name != "__metadata__" and (name := names.get(name, name)):
             begin, end = record["data_offsets"]
+            if name in emptied:
+                end, record = begin, record | {"shape": [0, *record["shape"][1:]]}
             header[name] = record | {"data_offsets": [len(body), len(body) + end - begin]}
             body += data[begin:end]
     text = json.dumps(header).encode()
@@ -87,12 +90,12 @@ class Reference(Case):
 
     def test_steps_that_cannot_be_compared(self):
         one, step = self.tmp / "one.safetensors", "mtp_step.0."
-        renamed(DEEPSEEK_REFERENCE, one, {})
+        rewritten(DEEPSEEK_REFERENCE, one, {})
         self.near(DEEPSEEK, one)
         for names in ({step + "in_hidden": None}, {step + "next_token_ids": None}, {step + "logits": step + "hidden", step + "hidden": step + "logits"}, {step + "hidden": step + "position_ids", step + "position_ids": None}):
-            renamed(DEEPSEEK_REFERENCE, one, names)
+            rewritten(DEEPSEEK_REFERENCE, one, names)
             self.refused(4, "validate", DEEPSEEK, "--reference", one)
-        renamed(DEEPSEEK_REFERENCE, one, {})
+        rewritten(DEEPSEEK_REFERENCE, one, {})
         offset, _ = tensors_of(one)[step + "next_token_ids"]
         patch(one, offset, struct.pack("<q", 1 << 40))
         self.refused(6, "validate", DEEPSEEK, "--reference", one)
@@ -211,6 +214,15 @@ class Findings(Case):
         self.assertEqual((status, out["ok"]), (1, False))
         self.assertEqual([(f["rule"], f["key"]) for f in out["findings"]], [("nonfinite", "layers.1.mlp.up.weight")])
 
+    def test_a_copy_of_the_head_without_rows(self):
+        for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.4.embed_tokens.weight"):
+            copy = self.tmp / name
+            shutil.copytree(DATA / "hf/deepseek_v3_mtp_bf16", copy)
+            file = next(f for f in sorted(copy.glob("model*.safetensors")) if name in tensors_of(f))
+            rewritten(file, file, emptied=(name,))
+            self.assertEqual(self.finding("shape", copy)["key"], name)
+            self.refused(6, "validate", copy)
+
     def test_constant_matrix(self):
         copy = self.copy("hf/gemma2_tied_bf16")
         file = copy / "model.safetensors"
@@ -254,6 +266,12 @@ class Findings(Case):
             config = json.loads((copy / "config.json").read_text())
             (copy / "config.json").write_text(json.dumps(config | change))
             self.assertIn(word, self.refused(6 if name.startswith("llama") else 4, "validate", copy))
+
+    def test_more_experts_than_can_be(self):
+        copy = self.copy("legacy/moe_bf16")
+        file = sorted(copy.rglob("model_optim_rng.pt"))[0]
+        edit_archive(file, lambda root: setattr(root["args"], "num_experts", 1_000_000))
+        self.assertIn("num_experts", self.refused(4, "validate", file.parent.parent.parent))
 
     def test_reports(self):
         html, junit = self.tmp / "report.html", self.tmp / "report.xml"

@@ -13,6 +13,7 @@ std::uint64_t number(const char* name, std::uint64_t otherwise) {
 
 const bool set = [] {
   gpu::Emulated device;
+  device.devices = static_cast<int>(number("SHARDKIT_EMULATED_DEVICES", 1));
   device.memory = number("SHARDKIT_EMULATED_MEMORY", device.memory);
   device.lost_after = number("SHARDKIT_EMULATED_LOST_AFTER", device.lost_after);
   device.pause = std::chrono::microseconds(number("SHARDKIT_EMULATED_PAUSE_US", 0));

@@ -50,6 +50,12 @@ MODELS = {
     "deepseek_v2_group": ("DeepseekV2", b(num_key_value_heads=8,q_lora_rank=24,kv_lora_rank=16,qk_nope_head_dim=8,qk_rope_head_dim=4,v_head_dim=6,n_routed_experts=8,num_experts_per_tok=3,moe_intermediate_size=40,n_shared_experts=2,first_k_dense_replace=1,topk_method="group_limited_greedy",n_group=4,topk_group=2,routed_scaling_factor=2.0,rms_norm_eps=1e-3)),
     "deepseek_v3_yarn": ("DeepseekV3", b(num_key_value_heads=8,q_lora_rank=24,kv_lora_rank=16,qk_nope_head_dim=8,qk_rope_head_dim=8,v_head_dim=6,n_routed_experts=8,num_experts_per_tok=4,moe_intermediate_size=40,n_shared_experts=2,first_k_dense_replace=1,n_group=4,topk_group=2,rope_scaling={"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":16,"mscale":0.7,"mscale_all_dim":1.0,"beta_fast":32,"beta_slow":1})),
     "deepseek_v3_nointer": ("DeepseekV3", b(num_key_value_heads=8,q_lora_rank=24,kv_lora_rank=16,qk_nope_head_dim=8,qk_rope_head_dim=8,v_head_dim=6,n_routed_experts=8,num_experts_per_tok=4,moe_intermediate_size=40,n_shared_experts=2,first_k_dense_replace=1,n_group=1,topk_group=1,rope_interleave=False,norm_topk_prob=False)),
+    "llama_odd": ("Llama", b(vocab_size=251,hidden_size=56,intermediate_size=72,num_hidden_layers=5,num_attention_heads=7,num_key_value_heads=1,tie_word_embeddings=True)),
+    "nemotron_odd_lanes": ("Nemotron", b(head_dim=10)),
+    "neox_odd_lanes": ("GPTNeoX", b(rotary_pct=0.7,num_hidden_layers=5,tie_word_embeddings=True)),
+    "gpt2_inverse": ("GPT2", dict(vocab_size=250,n_embd=56,n_layer=5,n_head=7,n_positions=64,initializer_range=0.2,scale_attn_by_inverse_layer_idx=True,activation_function="relu")),
+    "gemma3_caps": ("Gemma3Text", b(head_dim=10,query_pre_attn_scalar=20,sliding_window=6,attn_logit_softcapping=4.0,final_logit_softcapping=6.0)),
+    "qwen2_types": ("Qwen2", b(use_sliding_window=True,sliding_window=7,layer_types=["sliding_attention","full_attention","sliding_attention","full_attention"])),
     "gpt_oss": ("GptOss", b(head_dim=12,num_local_experts=4,num_experts_per_tok=2,sliding_window=8,initializer_range=0.25)),
     "mixtral_sw": ("Mixtral", b(num_local_experts=4,num_experts_per_tok=2,sliding_window=8)),
     "gpt2": ("GPT2", dict(vocab_size=250,n_embd=64,n_layer=4,n_head=4,n_positions=64,n_inner=100,initializer_range=0.2,scale_attn_by_inverse_layer_idx=True)),
@@ -65,7 +71,7 @@ def reference(name, folder, path):
     kind, sizes = MODELS[name]
     config = getattr(transformers, kind + "Config")(**sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    ids = torch.randint(0, 250, (2, 41))
+    ids = torch.randint(0, config.vocab_size, (2, 41))
     with torch.no_grad():
         for key, value in model.named_parameters():
             if "norm" in key or key.endswith("bias") or "ln_" in key:
