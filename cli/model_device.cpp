@@ -30,10 +30,10 @@ void check_environment(AttentionBackend backend) {
 
 }  // namespace
 
-ModelDevice model_device(const std::string& device, const std::string& attention) {
+ModelDevice model_device(const RunOptions& run, const std::string& attention) {
   const auto backend = backend_of(attention);
   if (backend != AttentionBackend::Auto) check_environment(backend);
-  const auto where = choose_device(device);
+  const auto where = choose_device(run.device);
   if (!where.cuda) {
     shard::require(backend == AttentionBackend::Auto || backend == AttentionBackend::Local, shard::Code::Device,
                    [&] { return fmt::format("--attention-backend {}: is there on CUDA devices; the CPU computes attention as 'local' says", attention); });
@@ -41,7 +41,8 @@ ModelDevice model_device(const std::string& device, const std::string& attention
   }
   gpu::LanguageDeviceOptions options;
   options.attention = backend;
-  if (device == "cuda")
+  options.memory = run.device_limit();
+  if (run.device == "cuda")
     for (const auto& info : gpu::probe().devices) options.devices.push_back(info.index);
   else options.devices = {*where.cuda};
   return {gpu::language_device(std::move(options)), where.why};

@@ -1,6 +1,7 @@
 // Where a model runs: --device and --attention-backend of the commands that compute.
 #pragma once
 
+#include "cli/options.h"
 #include "lm/device.h"
 
 #include <CLI/CLI.hpp>
@@ -16,9 +17,9 @@ struct ModelDevice {
   std::string why;                             ///< the choice of the device: "asked for", "auto: …"
 };
 
-/// `device` as choose_device takes it; "cuda" gives ranks all devices that are there. `attention`: "auto", "local", "flash", "fused" or
+/// run.device as choose_device takes it; "cuda" gives ranks all devices that are there. `attention`: "auto", "local", "flash", "fused" or
 /// "unfused", checked against Transformer Engine's switches in the environment as Megatron does. Throws Usage, Device, Mismatch.
-ModelDevice model_device(const std::string& device, const std::string& attention);
+ModelDevice model_device(const RunOptions& run, const std::string& attention);
 
 void add_attention_option(CLI::App& command, std::string& attention);
 

@@ -269,7 +269,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
 namespace {
 
 int run_validate(const ValidateAsk& ask) {
-  const auto where = model_device(ask.run.device, ask.attention);
+  const auto where = model_device(ask.run, ask.attention);
   auto v = validate(ask, ask.run.limits(), *where.device);
   if (ask.run.device == "auto") v.notes.push_back(fmt::format("device {}: {}", v.device, where.why));
   if (!ask.html.empty()) write_validation_html(ask.html, v);

@@ -35,6 +35,7 @@ struct RopeConfig {
   double concentration = 1;                          ///< multiplies cos and sin
   std::vector<double> short_factor, long_factor;     ///< longrope, one per pair of lanes
   bool interleaved = false;                          ///< lanes 2i and 2i+1 turn together, not i and i + dim/2
+  bool operator==(const RopeConfig&) const = default;
 };
 
 struct RouterConfig {
@@ -48,6 +49,7 @@ struct RouterConfig {
   GroupRule group_rule = GroupRule::Sum;
   double scaling = 1;
   bool fp32 = false;                ///< logits computed in f32 whatever the model computes in
+  bool operator==(const RouterConfig&) const = default;
 };
 
 /// What one decoder layer does differently from its neighbours.
@@ -57,6 +59,7 @@ struct LayerConfig {
   bool local_rope = false;          ///< turns by `rope_local`
   bool moe = false;
   double softmax_scale = 1;
+  bool operator==(const LayerConfig&) const = default;
 };
 
 struct TransformerConfig {
@@ -109,6 +112,7 @@ struct TransformerConfig {
     out.moe = layers.back().moe;
     return out;
   }
+  bool operator==(const TransformerConfig&) const = default;
 };
 
 }  // namespace shard

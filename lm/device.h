@@ -21,7 +21,7 @@ struct Ranks {
 struct StagePlan {
   std::vector<WeightUse> uses;
   std::vector<std::string> gathered;           ///< tables whose rows are picked by id, which need not be among `uses`
-  std::uint64_t weight_bytes = 0;              ///< as products take them
+  std::uint64_t weight_bytes = 0;              ///< as products take them, gathered tables too
   Index rows = 0;                              ///< batch·length of the largest pass
 };
 

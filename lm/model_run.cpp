@@ -23,6 +23,8 @@ Index steps_of_a_layer(const shard::TransformerConfig& config, const ForwardRequ
 StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const ForwardRequest& request, Index steps) {
   StagePlan out{module.weight_uses(steps, request.mtp), module.gathered_weights(), 0, request.batch.batch * request.batch.length};
   for (const auto& use : out.uses) out.weight_bytes += source.bytes_of(use.name, use.lo, use.count);
+  for (const auto& table : out.gathered)
+    if (std::none_of(out.uses.begin(), out.uses.end(), [&](const auto& use) { return use.name == table; })) out.weight_bytes += source.bytes_of(table);
   for (const auto& step : request.steps) out.rows = std::max(out.rows, step.in_hidden.rows());
   return out;
 }

@@ -190,7 +190,7 @@ int run(ServeAsk ask) {
     metrics.trouble("on_bad");
     note(trouble);
   };
-  auto where = model_device(ask.run.device, ask.watched.attention);
+  auto where = model_device(ask.run, ask.watched.attention);
   if (ask.run.device != "cpu") note(fmt::format("on {} ({})", where.device->name(), where.why));
   Queue queue(ask.queue, ask.run.limits(), std::move(where.device), history, metrics, after);
   HttpServer server(http, Routes(root, ask.timeout, queue, history, metrics));

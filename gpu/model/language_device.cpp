@@ -44,6 +44,9 @@ class Devices : public lm::Device {
       weights_.clear();
       ranks_.clear();
     }
+    if (!(config == config_))  // recorded work has its numbers in it
+      for (auto& rank : ranks_) rank->forget_recorded();
+    config_ = config;
     layout_ = layout;
     plans_ = stages;
     for (auto& plan : plans_)
@@ -181,6 +184,7 @@ class Devices : public lm::Device {
   LanguageDeviceOptions options_;
   std::vector<std::string> names_;
   lm::Ranks layout_;
+  shard::TransformerConfig config_;
   std::vector<lm::StagePlan> plans_;
   std::vector<std::unique_ptr<DeviceOps>> ranks_;
   std::map<std::pair<int, int>, Resident> weights_;                   ///< by stage and device

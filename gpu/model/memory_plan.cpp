@@ -34,7 +34,9 @@ std::uint64_t activation_bytes(const shard::TransformerConfig& config, const lm:
   constexpr std::uint64_t kHeadBlock = 32 << 20;
   const auto logits = std::max<std::uint64_t>(48, kHeadBlock / (2 * std::max<std::uint64_t>(hidden, 1)));
   const auto row = item * (states + std::max({attention, dense, experts, 2 * logits})) + 4 * hidden * wide + 64;
-  return count(rows) * row * 3 / 2 + (std::uint64_t{64} << 20);
+  // In f32 a weight that is stored as bf16 is widened for its product.
+  const auto widened = ranks.compute == lm::Compute::F32 ? wide * hidden * std::max(dense, attention) : 0;
+  return (count(rows) * row + widened) * 3 / 2 + (std::uint64_t{64} << 20);
 }
 
 void require_fits(const Demand& demand, std::uint64_t available, const std::string& device, const lm::Ranks& ranks) {
