@@ -29,6 +29,7 @@ struct VerifyAsk {
 struct Result {
   std::vector<Finding> findings;
   std::map<std::string, std::uint64_t> checked;
+  std::string storage;  ///< how bytes came to a device; "" on the CPU
   bool ok() const {
     return std::none_of(findings.begin(), findings.end(), [](const Finding& f) { return f.severity == Finding::Severity::Error; });
   }
@@ -50,17 +51,19 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared
 }
 
 Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
-  Result out{checkpoint.findings, {}};
+  Result out{checkpoint.findings, {}, ""};
   const auto stored = readable(checkpoint.stored, checkpoint.findings);
   auto logical = readable(checkpoint.logical, checkpoint.findings);
   const auto replicas = compare_replicas(logical);
   auto described = checkpoint.logical;
   const formats::LocalReader reader(described, checkpoint.files);
   ProgressBar bar("verifying", ask.run.quiet || ask.run.json);
-  const auto found = device.cuda ? gpu::reshard::scan_bytes(reader, stored, replicas, formats::kernels(), budget, {*device.cuda, ask.run.device_limit()}, bar.callback()).findings
-                                 : scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());
+  gpu::reshard::ScanOutcome found;
+  if (device.cuda) found = gpu::reshard::scan_bytes(reader, stored, replicas, formats::kernels(), budget, {*device.cuda, ask.run.device_limit()}, bar.callback());
+  else found.findings = scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());
   bar.clear();
-  out.findings.insert(out.findings.end(), found.begin(), found.end());
+  out.storage = found.storage;
+  out.findings.insert(out.findings.end(), found.findings.begin(), found.findings.end());
   const auto ties = static_cast<std::uint64_t>(std::count_if(replicas.comparisons.begin(), replicas.comparisons.end(), [](const auto& c) { return c.tie; }));
   std::uint64_t sums = 0, floating = 0;
   for (const auto& stream : checkpoint.stored.streams) sums += stream.crc32.has_value();
@@ -106,7 +109,9 @@ int run_verify(const VerifyAsk& ask) {
   }
   if (!ask.junit.empty()) write_junit(ask.junit, "shardkit.verify", fmt::format("shardkit verify {}", ask.path), kRules, result.findings);
   if (ask.run.json) {
-    print_json({{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}, {"device", device.name}, {"device_why", device.why}});
+    Json out{{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}, {"device", device.name}, {"device_why", device.why}};
+    if (device.cuda) out["device_use"] = {{"model", device.model}, {"storage", result.storage}};
+    print_json(out);
   } else if (!ask.run.quiet || !result.ok()) {
     print_findings(result.findings);
     if (!ask.run.quiet) {
@@ -116,6 +121,7 @@ int run_verify(const VerifyAsk& ask) {
       fmt::print("{}: {} (checked: {})\n", ask.path, result.ok() ? "sound" : "NOT sound", counts);
     }
   }
+  if (ask.run.verbose && !ask.run.json) fmt::print(stderr, "device: {} ({}){}{}\n", device.name, device.why, device.cuda ? "; storage: " : "", result.storage);
   return result.ok() ? 0 : 1;
 }
 

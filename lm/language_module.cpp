@@ -298,8 +298,11 @@ void LanguageModule::forward(Weights& weights, const ForwardRequest& request, Fo
   } else {
     pipeline_.send(placement_.pipeline_rank + 1, std::move(hidden));
   }
+  std::vector<HiddenStats> seen;  // waits for the device, and so for other ranks: not under the lock
+  for (const auto& note : notes) seen.push_back({note.stats(), note.name});
+  on_.finish();
   const std::lock_guard lock(mutex);
-  for (const auto& note : notes) result.hidden.push_back({note.stats(), note.name});
+  result.hidden.insert(result.hidden.end(), seen.begin(), seen.end());
 }
 
 void LanguageModule::head(Weights& weights, const ForwardRequest& request, const std::vector<Tensor>& states, ForwardResult& result, std::mutex& mutex) {

@@ -79,7 +79,6 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
                pipeline = device.comm(*pipeline_groups[static_cast<std::size_t>(t)], Device::Axis::Pipeline, p, t);
     LanguageModule module(config, source, placement_of(config, p, pp), *tensor, *pipeline, ops);
     module.forward(device.weights(stream, p, t), request, report.result, mutex);
-    ops.finish();
     if (t == 0) stream.drain();
   });
   report.findings = source.findings(options.threads);

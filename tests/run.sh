@@ -8,7 +8,7 @@ samples/install.sh python3 python3-venv
 samples/install.sh chromium || echo "no chromium: the tests of pages will be skipped"  # Ubuntu has it as a snap only
 
 # Sanitizers first: they find what the release build would hide.
-cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-O1 -DSHARDKIT_SANITIZE=address,undefined >/dev/null
+cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS=-O1 -DSHARDKIT_SANITIZE=address,undefined -DSHARDKIT_CUDA=OFF >/dev/null
 cmake --build build/asan -j "$jobs" | tail -n 1
 cmake -S . -B build/release -G Ninja -DCMAKE_BUILD_TYPE=Release -DSHARDKIT_TESTS=ON >/dev/null
 cmake --build build/release -j "$jobs" | tail -n 1

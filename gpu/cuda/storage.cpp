@@ -41,12 +41,12 @@ struct Properties {
   } nvfs;
   unsigned features, device_cache, buffer_cache, pinned_memory, batch, batch_timeout;
 };
-constexpr unsigned kPeerToPeer = 1u << 4;  ///< of the features: drives reach devices without nvidia-fs
+constexpr const char* kDriver = "/proc/driver/nvidia-fs/devcount";
 
 #ifdef SHARDKIT_CUFILE_HEADER
 static_assert(sizeof(Status) == sizeof(CUfileError_t) && sizeof(Descriptor) == sizeof(CUfileDescr_t) && offsetof(Descriptor, operations) == offsetof(CUfileDescr_t, fs_ops));
 static_assert(offsetof(Properties, features) == offsetof(CUfileDrvProps_t, fflags) && offsetof(Properties, nvfs.status) == offsetof(CUfileDrvProps_t, nvfs.dstatusflags));
-static_assert(sizeof(Properties) >= sizeof(CUfileDrvProps_t) && CU_FILE_HANDLE_TYPE_OPAQUE_FD == 1 && kPeerToPeer == 1u << CU_FILE_P2P_SUPPORTED);
+static_assert(sizeof(Properties) >= sizeof(CUfileDrvProps_t) && CU_FILE_HANDLE_TYPE_OPAQUE_FD == 1);
 #endif
 
 struct CuFile {
@@ -149,6 +149,10 @@ struct Loaded {
 
 Loaded load() {
   Loaded out;
+  if (::access(kDriver, R_OK) != 0) {  // cuFile would copy through the host as well, once it got over looking for it, and leave a log where we are
+    out.why = "there is no nvidia-fs driver";
+    return out;
+  }
   try {
     const Library file("cuFile", "", {"libcufile.so.0", "libcufile.so"});
     file.resolve(out.library.open, "cuFileDriverOpen");
@@ -173,8 +177,8 @@ Loaded load() {
     out.why += fmt::format(" does not tell what it can (error {})", status.error);
     return out;
   }
-  out.works = properties.nvfs.status != 0 || (properties.features & kPeerToPeer) != 0;
-  if (!out.works) out.why += " finds neither nvidia-fs nor drives that reach devices; it would copy through the host as well";
+  out.works = properties.nvfs.status != 0;
+  if (!out.works) out.why += " finds no file system that reaches devices; it would copy through the host as well";
   return out;
 }
 

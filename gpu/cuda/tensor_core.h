@@ -18,9 +18,15 @@ GPU_CODE void load_matrices(Block& block, Of of) {
   const MatrixShares m = of(threadIdx.x, block.own());
   const auto row = static_cast<std::uint32_t>(__cvta_generic_to_shared(m.row));
   if constexpr (kTurned)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(m.to[0]), "=r"(m.to[1]), "=r"(m.to[2]), "=r"(m.to[3]) : "r"(row) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m.to[0]), "=r"(m.to[1]), "=r"(m.to[2]), "=r"(m.to[3])
+                 : "r"(row)
+                 : "memory");
   else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(m.to[0]), "=r"(m.to[1]), "=r"(m.to[2]), "=r"(m.to[3]) : "r"(row) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m.to[0]), "=r"(m.to[1]), "=r"(m.to[2]), "=r"(m.to[3])
+                 : "r"(row)
+                 : "memory");
 }
 
 template <typename Block, typename Of>
@@ -38,7 +44,9 @@ GPU_CODE void quad_sum(Block& block, Of of) {
 }
 
 GPU_CODE void copy_async(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
 }
 GPU_CODE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

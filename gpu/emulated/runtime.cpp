@@ -14,25 +14,42 @@
 #include <mutex>
 #include <thread>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace gpu {
 namespace {
 
 constexpr std::size_t kArena = 8ull << 30, kPage = 4096;
+
+/// What a kernel may touch, to the byte; AddressSanitizer reports the rest.
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::size_t kGuard = kPage;
+void forbid(std::byte* first, std::size_t bytes) { ASAN_POISON_MEMORY_REGION(first, bytes); }
+void allow(std::byte* first, std::size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(first, bytes); }
+#else
+constexpr std::size_t kGuard = 0;
+void forbid(std::byte*, std::size_t) {}
+void allow(std::byte*, std::size_t) {}
+#endif
 
 /// Address space for device memory; open only while work is done.
 class Arena {
  public:
   Arena() : base_(static_cast<std::byte*>(mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) { free_[0] = kArena; }
   std::byte* take(std::size_t bytes) {
-    const auto size = (bytes + kPage - 1) / kPage * kPage;
-    if (bytes > kArena || used_ + size > limit) out_of_memory(bytes);
+    const auto size = (bytes + kPage - 1) / kPage * kPage + kGuard;
+    if (bytes > kArena || used_ + size - kGuard > limit) out_of_memory(bytes);
     for (auto at = free_.begin(); at != free_.end(); ++at) {
       if (at->second < size) continue;
       const auto [first, room] = *at;
       free_.erase(at);
       if (room > size) free_[first + size] = room - size;
       taken_[first] = size;
-      used_ += size;
+      used_ += size - kGuard;
+      forbid(base_ + first, size);
+      allow(base_ + first, bytes);
       return base_ + first;
     }
     out_of_memory(bytes);
@@ -41,7 +58,8 @@ class Arena {
     const auto first = static_cast<std::size_t>(memory - base_);
     auto size = taken_.at(first);
     taken_.erase(first);
-    used_ -= size;
+    used_ -= size - kGuard;
+    allow(memory, size);  // work that still waits may write there, which a device would finish first
     madvise(memory, size, MADV_DONTNEED);
     auto at = free_.emplace(first, size).first;
     if (const auto next = std::next(at); next != free_.end() && at->first + at->second == next->first) {

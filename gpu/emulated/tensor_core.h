@@ -59,7 +59,8 @@ void load_matrices(Block& block, Of of) {
       const MatrixShares m = of(warp + t, block.own(warp + t));
       for (unsigned i = 0; i < 4; ++i) {
         const unsigned row = t / 4, pair = 2 * (t % 4);
-        const std::uint32_t low = kTurned ? matrix[i][pair][row] : matrix[i][row][pair], high = kTurned ? matrix[i][pair + 1][row] : matrix[i][row][pair + 1];
+        const std::uint32_t low = kTurned ? matrix[i][pair][row] : matrix[i][row][pair],
+                            high = kTurned ? matrix[i][pair + 1][row] : matrix[i][row][pair + 1];
         m.to[i] = low | high << 16;
       }
     }

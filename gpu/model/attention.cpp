@@ -27,10 +27,26 @@ lm::Tensor DeviceOps::attention(const lm::AttentionShape& shape, const Tensor& q
   auto out = make(q.rows(), shape.heads * shape.value_size);
   switch (choose_attention(options_.attention, shape)) {
     case AttentionBackend::Flash: flash_attention(stream_, shape, view_of(q), view_of(k), view_of(v), view_of(sinks), view_of(out)); break;
+    case AttentionBackend::Fused: fused(shape, view_of(q), view_of(k), view_of(v), static_cast<bool>(sinks), view_of(out)); break;
     case AttentionBackend::Unfused: unfused(shape, view_of(q), view_of(k), view_of(v), view_of(sinks), view_of(out)); break;
     default: local_attention(stream_, shape, view_of(q), view_of(k), view_of(v), view_of(sinks), view_of(out));
   }
   return out;
+}
+
+void DeviceOps::fused(const lm::AttentionShape& shape, const View& q, const View& k, const View& v, bool sinks, const View& out) {
+  shard::require(shape.first_head == 0 && shape.heads % shape.ratio == 0, shard::Code::Device,
+                 [&] { return fmt::format("--attention-backend fused: {} heads of a rank share key heads with other ranks'; cuDNN takes whole groups of {}", shape.heads, shape.ratio); });
+  if (!fused_) fused_.emplace(options_.device, options_.cudnn);
+  AttentionShape whole;
+  whole.batch = shape.batch, whole.heads = shape.heads, whole.groups = shape.heads / shape.ratio;
+  whole.queries = whole.keys = shape.length;
+  whole.head_size = shape.key_size, whole.value_size = shape.value_size;
+  whole.type = q.type;
+  whole.window = shape.window, whole.softcap = shape.softcap, whole.sinks = sinks || shape.off_by_one;
+  const auto strides = [&](const View& x, Index head) { return AttentionStrides{shape.length * x.stride, head, x.stride}; };
+  whole.q = strides(q, shape.key_size), whole.k = strides(k, shape.key_size), whole.v = strides(v, shape.value_size), whole.out = strides(out, shape.value_size);
+  (*fused_)(whole, {q.data, k.data, v.data, out.data, static_cast<float>(shape.scale)}, stream_);
 }
 
 void DeviceOps::unfused(lm::AttentionShape shape, const View& q, const View& k, const View& v, const View& sinks, const View& out) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gpu/libs/cublaslt.h"
+#include "gpu/libs/cudnn.h"
 #include "gpu/model/arena.h"
 #include "gpu/runtime.h"
 #include "gpu/view.h"
@@ -97,6 +98,7 @@ class DeviceOps : public lm::Ops {
     Graph graph;
   };
   shard::DType type() const { return options_.compute == lm::Compute::Bf16 ? shard::DType::BF16 : shard::DType::F32; }
+  void fused(const lm::AttentionShape& shape, const View& q, const View& k, const View& v, bool sinks, const View& out);
   void unfused(lm::AttentionShape shape, const View& q, const View& k, const View& v, const View& sinks, const View& out);
   void product(const View& x, const Linear& by, const View& out);
   /// `view`, or a copy of it as `type` in `keep`.
@@ -109,6 +111,7 @@ class DeviceOps : public lm::Ops {
   Stream stream_;
   Arena arena_;
   std::optional<Matmul> matmul_;
+  std::optional<FusedAttention> fused_;              ///< loaded when first asked for
   std::string products_;                             ///< by what, and why
   std::map<std::string, std::shared_ptr<const void>> ropes_;
   std::map<std::vector<const std::byte*>, DeviceBuffer> pointers_;

@@ -21,10 +21,7 @@ class DeviceLoss : public lm::LossSum {
     cross_entropy_start(ops_.stream(), state_);
   }
   void add(const lm::Tensor& block, lm::Index first) override {
-    const auto columns = std::min(block.columns(), limit_ - first);
-    if (columns <= 0) return;
-    cross_entropy_add(ops_.stream(), state_, view_of(block), first, limit_, on_device(labels_));
-    logits_peak(ops_.stream(), view_of(block), columns, peak_);
+    cross_entropy_add(ops_.stream(), state_, view_of(block), first, limit_, on_device(labels_), peak_);
   }
   std::vector<float> finish(lm::Comm& tensor) override {
     std::vector<float> top(rows_), target(rows_);

@@ -18,7 +18,8 @@ void flash_attention(StreamView on, const lm::AttentionShape& shape, const View&
 constexpr std::int64_t kMaxFlashHead = 256;
 
 /// Product, softmax, product. `scores` [batch·heads·length, length], of q's type, is scratch.
-void unfused_attention(StreamView on, const lm::AttentionShape& shape, const View& q, const View& k, const View& v, const View& sinks, const View& scores, const View& out);
+void unfused_attention(StreamView on, const lm::AttentionShape& shape, const View& q, const View& k, const View& v, const View& sinks,
+                       const View& scores, const View& out);
 std::size_t scores_bytes(const lm::AttentionShape& shape, shard::DType type);
 /// Its middle step in place, where a library does the products: q·k, unscaled, becomes weights of values, 0 where nothing is seen.
 void masked_softmax(StreamView on, const lm::AttentionShape& shape, const View& scores, const View& sinks);

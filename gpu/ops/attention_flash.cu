@@ -28,7 +28,8 @@ struct Flash {
   GPU_CODE void operator()(Block& block) const {
     auto& s = block.shared();
     const Index pairs = a.batch * a.heads, tiles = (a.length + kQueries - 1) / kQueries;
-    const Index b = block.x() % pairs / a.heads, head = block.x() % pairs % a.heads, start = (tiles - 1 - block.x() / pairs) * kQueries;  // the longest first
+    const Index b = block.x() % pairs / a.heads, head = block.x() % pairs % a.heads,
+                start = (tiles - 1 - block.x() / pairs) * kQueries;  // the longest first
     const Index stop = start + kQueries < a.length ? start + kQueries : a.length, key_head = a.key_head(head);
     block.each_apart([&](unsigned thread, Own& own) {
       load(thread, q, b, start, q_stride, head * a.key_size, a.key_size, s.q);
@@ -92,7 +93,8 @@ struct Flash {
  private:
   /// Rows from `first` of a sequence; zeros behind its end and behind the head.
   template <int kRows>
-  GPU_CODE void load(unsigned thread, const Numbers& from, Index b, Index first, Index stride, Index lane, Index width, float (&to)[kRows][kHead + 1]) const {
+  GPU_CODE void load(unsigned thread, const Numbers& from, Index b, Index first, Index stride, Index lane, Index width,
+                     float (&to)[kRows][kHead + 1]) const {
     for (unsigned i = thread; i < kRows * kHead; i += kThreads) {
       const Index row = i / kHead, d = i % kHead;
       to[row][d] = first + row < a.length && d < width ? from[(b * a.length + first + row) * stride + lane + d] : 0.0f;
@@ -102,10 +104,12 @@ struct Flash {
 
 }  // namespace
 
-void flash_attention(StreamView on, const lm::AttentionShape& shape, const View& q, const View& k, const View& v, const View& sinks, const View& out) {
+void flash_attention(StreamView on, const lm::AttentionShape& shape, const View& q, const View& k, const View& v, const View& sinks,
+                     const View& out) {
   check_attention(shape, q, k, v, out);
   const auto widest = std::max(shape.key_size, shape.value_size);
-  shard::require(widest <= kMaxFlashHead, shard::Code::Device, [&] { return fmt::format("device: heads of {}; flash attention takes at most {}", widest, kMaxFlashHead); });
+  shard::require(widest <= kMaxFlashHead, shard::Code::Device,
+                 [&] { return fmt::format("device: heads of {}; flash attention takes at most {}", widest, kMaxFlashHead); });
   const auto scalars = attention_scalars(shape, sinks);
   if (flash_on_tensor_cores(on, scalars, q, k, v, out)) return;
   const auto run = [&]<int kHead>() {

@@ -37,7 +37,8 @@ struct FlashTensor {
   GPU_CODE void operator()(Block& block) const {
     auto& s = block.shared();
     const Index pairs = a.batch * a.heads, tiles = (a.length + kQueries - 1) / kQueries;
-    const Index b = block.x() % pairs / a.heads, head = block.x() % pairs % a.heads, start = (tiles - 1 - block.x() / pairs) * kQueries;  // the longest first
+    const Index b = block.x() % pairs / a.heads, head = block.x() % pairs % a.heads,
+                start = (tiles - 1 - block.x() / pairs) * kQueries;  // the longest first
     const Index stop = start + kQueries < a.length ? start + kQueries : a.length, key_head = a.key_head(head), row = b * a.length;
     const auto* const keys = k + row * k_stride + key_head * a.key_size;
     const auto* const values = v + row * v_stride + key_head * a.value_size;
@@ -45,7 +46,8 @@ struct FlashTensor {
     block.each_apart([&](unsigned thread, Own& own) {
       load<kKey>(thread, q + row * q_stride + head * a.key_size, q_stride, start, a.key_size, s.q);
       load<kKey>(thread, keys, k_stride, first, a.key_size, s.k);
-      GPU_UNROLL for (int n = 0; n < kValue / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) own.o[n][i] = 0;
+      GPU_UNROLL for (int n = 0; n < kValue / 8; ++n)
+        GPU_UNROLL for (int i = 0; i < 4; ++i) own.o[n][i] = 0;
       GPU_UNROLL for (int i = 0; i < 2; ++i) own.top[i] = lowest(), own.sum[i] = 0;
     });
     for (Index at = first; at < stop; at += kKeys) {
@@ -89,9 +91,14 @@ struct FlashTensor {
   template <typename Block>
   GPU_CODE void make_scores(Block& block) const {
     auto& s = block.shared();
-    block.each_apart([&](unsigned, Own& own) { GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) own.s[n][i] = 0; });
+    block.each_apart([&](unsigned, Own& own) {
+      GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n)
+        GPU_UNROLL for (int i = 0; i < 4; ++i) own.s[n][i] = 0;
+    });
     GPU_UNROLL for (int d = 0; d < kKey; d += 16) {
-      load_matrices<false>(block, [&](unsigned thread, Own& own) -> MatrixShares { return {own.a, &s.q[thread / 32 * 16 + thread % 16][d + static_cast<int>(thread % 32 / 16) * 8]}; });
+      load_matrices<false>(block, [&](unsigned thread, Own& own) -> MatrixShares {
+        return {own.a, &s.q[thread / 32 * 16 + thread % 16][d + static_cast<int>(thread % 32 / 16) * 8]};
+      });
       GPU_UNROLL for (int n = 0; n < kKeys / 8; n += 2) {
         load_matrices<false>(block, [&](unsigned thread, Own& own) -> MatrixShares {
           const auto lane = thread % 32;
@@ -112,13 +119,18 @@ struct FlashTensor {
     const bool whole = at + kKeys <= start + 1 && at >= a.first_key(start + kQueries - 1);  // every query sees every key
     const float scale = unit() * kLog2E;
     block.each_apart([&](unsigned thread, Own& own) {
-      if (a.softcap != 0) GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) own.s[n][i] = a.capped(own.s[n][i] * a.scale);
-      if (!whole) GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) {
-        const Index query = start + row_of(thread) + i / 2 * 8, key = at + n * 8 + column_of(thread) + i % 2;
-        if (key > query || key < a.first_key(query)) own.s[n][i] = lowest();
-      }
+      if (a.softcap != 0)
+        GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n)
+          GPU_UNROLL for (int i = 0; i < 4; ++i) own.s[n][i] = a.capped(own.s[n][i] * a.scale);
+      if (!whole)
+        GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n)
+          GPU_UNROLL for (int i = 0; i < 4; ++i) {
+            const Index query = start + row_of(thread) + i / 2 * 8, key = at + n * 8 + column_of(thread) + i % 2;
+            if (key > query || key < a.first_key(query)) own.s[n][i] = lowest();
+          }
       GPU_UNROLL for (int i = 0; i < 2; ++i) own.next[i] = own.top[i];
-      GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) own.next[i / 2] = larger(own.next[i / 2], own.s[n][i]);
+      GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n)
+        GPU_UNROLL for (int i = 0; i < 4; ++i) own.next[i / 2] = larger(own.next[i / 2], own.s[n][i]);
     });
     GPU_UNROLL for (int i = 0; i < 2; ++i) quad_max(block, [i](Own& own) -> float& { return own.next[i]; });
     block.each_apart([&](unsigned, Own& own) {
@@ -127,9 +139,12 @@ struct FlashTensor {
         const float factor = own.top[i] == own.next[i] ? 1.0f : power_of_two(own.top[i] * scale - shift);
         own.top[i] = own.next[i];
         float sum = 0;
-        GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n) GPU_UNROLL for (int j = 2 * i; j < 2 * i + 2; ++j) sum += own.s[n][j] = power_of_two(own.s[n][j] * scale - shift);
+        GPU_UNROLL for (int n = 0; n < kKeys / 8; ++n)
+          GPU_UNROLL for (int j = 2 * i; j < 2 * i + 2; ++j) sum += own.s[n][j] = power_of_two(own.s[n][j] * scale - shift);
         own.sum[i] = own.sum[i] * factor + sum;
-        if (factor != 1) GPU_UNROLL for (int n = 0; n < kValue / 8; ++n) GPU_UNROLL for (int j = 2 * i; j < 2 * i + 2; ++j) own.o[n][j] *= factor;  // rare in later tiles
+        if (factor != 1)
+          GPU_UNROLL for (int n = 0; n < kValue / 8; ++n)
+            GPU_UNROLL for (int j = 2 * i; j < 2 * i + 2; ++j) own.o[n][j] *= factor;  // rare in later tiles
       }
     });
   }
@@ -158,14 +173,17 @@ bool run(StreamView on, const AttentionScalars& a, const View& q, const View& k,
   using Kernel = FlashTensor<kKey, kValue>;
   const auto tiles = blocks_for(static_cast<std::uint64_t>(a.length), Kernel::kQueries);
   launch(on, {tiles * static_cast<std::uint64_t>(a.batch * a.heads)},
-         Kernel{a, elements<const Bf16>(q), elements<const Bf16>(k), elements<const Bf16>(v), elements<Bf16>(out), q.stride, k.stride, v.stride, out.stride});
+         Kernel{a, elements<const Bf16>(q), elements<const Bf16>(k), elements<const Bf16>(v), elements<Bf16>(out), q.stride, k.stride, v.stride,
+                out.stride});
   return true;
 }
 
 }  // namespace
 
 bool flash_on_tensor_cores(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
-  const auto in_chunks = [](const View& view) { return view.type == shard::DType::BF16 && view.stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0; };
+  const auto in_chunks = [](const View& view) {
+    return view.type == shard::DType::BF16 && view.stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
+  };
   if (!in_chunks(q) || !in_chunks(k) || !in_chunks(v) || !in_chunks(out) || a.key_size % 8 || a.value_size % 8) return false;
   if (!(a.scale > 0)) return false;  // the largest product would not be the largest score
   const auto fits = [&](std::int64_t key, std::int64_t value) { return a.key_size <= key && a.value_size <= value; };

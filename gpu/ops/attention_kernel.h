@@ -29,18 +29,35 @@ struct AttentionScalars {
 GPU_CODE float weight_towards(float from, float to) { return from == to ? 1.0f : expf(from - to); }
 
 inline AttentionScalars attention_scalars(const lm::AttentionShape& s, const View& sinks) {
-  shard::require(s.batch > 0 && s.length > 0 && s.heads > 0 && s.ratio > 0 && s.key_size > 0 && s.value_size > 0 && s.first_head >= 0 && s.window >= 0, shard::Code::Device,
-                 [] { return "device: attention over nothing"; });
-  shard::require(!sinks || sinks.rows * sinks.columns == s.heads, shard::Code::Device, [&] { return fmt::format("device: {} sinks for {} heads", sinks.rows * sinks.columns, s.heads); });
-  return {s.batch, s.length, s.heads, s.ratio, s.first_head, s.key_size, s.value_size, s.window, static_cast<float>(s.scale), static_cast<float>(s.softcap), s.off_by_one, numbers(sinks)};
+  shard::require(
+      s.batch > 0 && s.length > 0 && s.heads > 0 && s.ratio > 0 && s.key_size > 0 && s.value_size > 0 && s.first_head >= 0 && s.window >= 0,
+      shard::Code::Device, [] { return "device: attention over nothing"; });
+  shard::require(!sinks || sinks.rows * sinks.columns == s.heads, shard::Code::Device,
+                 [&] { return fmt::format("device: {} sinks for {} heads", sinks.rows * sinks.columns, s.heads); });
+  return {s.batch,
+          s.length,
+          s.heads,
+          s.ratio,
+          s.first_head,
+          s.key_size,
+          s.value_size,
+          s.window,
+          static_cast<float>(s.scale),
+          static_cast<float>(s.softcap),
+          s.off_by_one,
+          numbers(sinks)};
 }
 
 /// Refuses views that are not what the shape says.
 inline void check_attention(const lm::AttentionShape& s, const View& q, const View& k, const View& v, const View& out) {
   const auto rows = s.batch * s.length, key_heads = (s.first_head + s.heads - 1) / s.ratio + 1;
   const auto fits = [&](const View& view, std::int64_t columns) { return view.rows == rows && view.columns >= columns && view.type == q.type; };
-  shard::require(fits(q, s.heads * s.key_size) && fits(k, key_heads * s.key_size) && fits(v, key_heads * s.value_size) && fits(out, s.heads * s.value_size), shard::Code::Device,
-                 [&] { return fmt::format("device: attention of {} heads over {} rows: q [{}, {}], k [{}, {}], v [{}, {}] do not fit", s.heads, rows, q.rows, q.columns, k.rows, k.columns, v.rows, v.columns); });
+  shard::require(
+      fits(q, s.heads * s.key_size) && fits(k, key_heads * s.key_size) && fits(v, key_heads * s.value_size) && fits(out, s.heads * s.value_size),
+      shard::Code::Device, [&] {
+        return fmt::format("device: attention of {} heads over {} rows: q [{}, {}], k [{}, {}], v [{}, {}] do not fit", s.heads, rows, q.rows,
+                           q.columns, k.rows, k.columns, v.rows, v.columns);
+      });
 }
 
 }  // namespace gpu

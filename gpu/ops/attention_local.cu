@@ -117,18 +117,29 @@ struct MaskedSoftmax {
 
 }  // namespace
 
-void local_attention(StreamView on, const lm::AttentionShape& shape, const View& q, const View& k, const View& v, const View& sinks, const View& out) {
+void local_attention(StreamView on, const lm::AttentionShape& shape, const View& q, const View& k, const View& v, const View& sinks,
+                     const View& out) {
   check_attention(shape, q, k, v, out);
-  shard::require(shape.value_size <= kMaxValueSize, shard::Code::Device, [&] { return fmt::format("device: value heads of {}; at most {} are provided for", shape.value_size, kMaxValueSize); });
+  shard::require(shape.value_size <= kMaxValueSize, shard::Code::Device,
+                 [&] { return fmt::format("device: value heads of {}; at most {} are provided for", shape.value_size, kMaxValueSize); });
   with_activation_type(q.type, [&]<typename T>(T) {
-    const Local<T> kernel{attention_scalars(shape, sinks), elements<const T>(q), elements<const T>(k), elements<const T>(v), elements<T>(out), q.stride, k.stride, v.stride, out.stride};
+    const Local<T> kernel{attention_scalars(shape, sinks),
+                          elements<const T>(q),
+                          elements<const T>(k),
+                          elements<const T>(v),
+                          elements<T>(out),
+                          q.stride,
+                          k.stride,
+                          v.stride,
+                          out.stride};
     launch(on, {static_cast<std::uint64_t>(shape.batch * shape.heads * shape.length)}, kernel);
   });
 }
 
 void masked_softmax(StreamView on, const lm::AttentionShape& shape, const View& scores, const View& sinks) {
-  shard::require(scores.rows == shape.batch * shape.heads * shape.length && scores.columns == shape.length, shard::Code::Device,
-                 [&] { return fmt::format("device: scores [{}, {}] for {} heads over {} × {} rows", scores.rows, scores.columns, shape.heads, shape.batch, shape.length); });
+  shard::require(scores.rows == shape.batch * shape.heads * shape.length && scores.columns == shape.length, shard::Code::Device, [&] {
+    return fmt::format("device: scores [{}, {}] for {} heads over {} × {} rows", scores.rows, scores.columns, shape.heads, shape.batch, shape.length);
+  });
   with_activation_type(scores.type, [&]<typename T>(T) {
     launch(on, {static_cast<std::uint64_t>(scores.rows)}, MaskedSoftmax<T>{attention_scalars(shape, sinks), elements<T>(scores), scores.stride});
   });
@@ -138,7 +149,8 @@ std::size_t scores_bytes(const lm::AttentionShape& shape, shard::DType type) {
   return static_cast<std::size_t>(shape.batch * shape.heads * shape.length * shape.length) * shard::size_of(type);
 }
 
-void unfused_attention(StreamView on, const lm::AttentionShape& shape, const View& q, const View& k, const View& v, const View& sinks, const View& scores, const View& out) {
+void unfused_attention(StreamView on, const lm::AttentionShape& shape, const View& q, const View& k, const View& v, const View& sinks,
+                       const View& scores, const View& out) {
   check_attention(shape, q, k, v, out);
   const auto length = shape.length, square = length * scores.stride;
   const auto of = [&](const View& view, Index rows, Index columns) { return View{view.data, view.type, rows, columns, view.stride}; };

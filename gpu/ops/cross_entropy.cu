@@ -11,7 +11,9 @@ namespace {
 using Index = std::int64_t;
 
 /// Towards a maximum that may be −∞: nothing was there then.
-GPU_CODE double shifted(double sum, float from, float to) { return sum == 0 || from == to ? sum : sum * exp(static_cast<double>(from) - static_cast<double>(to)); }
+GPU_CODE double shifted(double sum, float from, float to) {
+  return sum == 0 || from == to ? sum : sum * exp(static_cast<double>(from) - static_cast<double>(to));
+}
 
 struct Start {
   static constexpr unsigned kThreads = 128;
@@ -37,10 +39,12 @@ struct Add {
   struct Own {
     float top, all;
     double sum;
+    unsigned peak, nonfinite;
   };
   CrossEntropyState state;
   const T* logits;
   const std::int64_t* labels;
+  LogitsPeak* peak;
   Index stride, columns, first;
 
   template <typename Block>
@@ -48,8 +52,7 @@ struct Add {
     const auto r = static_cast<Index>(block.x());
     const T* const row = logits + r * stride;
     block.each_apart([&](unsigned thread, Own& own) {
-      own.top = lowest();
-      own.sum = 0;
+      own = {lowest(), lowest(), 0, 0, 0};
       for (Index c = static_cast<Index>(thread) * N; c + N <= columns; c += kThreads * N) take(load_pack<N>(row + c), own);
       for (Index c = columns / N * N + thread; c < columns; c += kThreads) take(load_pack<1>(row + c), own);
       own.all = own.top;
@@ -64,11 +67,19 @@ struct Add {
       state.top[r] = top;
       if (const auto label = labels[r]; label >= first && label < first + columns) state.target[r] = widen(row[label - first]);
     });
+    if (!peak) return;
+    block.max(&Own::peak);
+    block.sum(&Own::nonfinite);
+    block.each_apart([&](unsigned thread, Own& own) {  // whole numbers: the order of blocks does not matter
+      if (thread) return;
+      if (own.peak > peak->peak_bits) atomic_max(&peak->peak_bits, own.peak);
+      if (own.nonfinite) atomic_add(&peak->nonfinite, static_cast<unsigned long long>(own.nonfinite));
+    });
   }
 
  private:
   template <int M>
-  GPU_CODE static void take(const Pack<T, M>& pack, Own& own) {
+  GPU_CODE void take(const Pack<T, M>& pack, Own& own) const {
     float top = own.top;
     for (int j = 0; j < M; ++j) top = larger(top, widen(pack.item[j]));
     own.sum = shifted(own.sum, own.top, top);
@@ -77,6 +88,12 @@ struct Add {
     float sum = 0;
     for (int j = 0; j < M; ++j) sum += expf(widen(pack.item[j]) - shift);
     own.sum += static_cast<double>(sum);
+    if (peak)
+      for (int j = 0; j < M; ++j) {
+        const auto bits = as_bits(widen(pack.item[j])) & 0x7fffffffu;
+        if (bits >= 0x7f800000u) ++own.nonfinite;
+        else own.peak = bits > own.peak ? bits : own.peak;
+      }
   }
 };
 
@@ -117,68 +134,33 @@ struct Finish {
   }
 };
 
-template <typename T>
-struct Peak {
-  static constexpr unsigned kThreads = 256, kRun = 4096;  // columns of a row that a block takes
-  struct Shared {};
-  struct Own {
-    unsigned peak, nonfinite;
-  };
-  const T* logits;
-  LogitsPeak* out;
-  Index stride, columns, runs;
-  template <typename Block>
-  GPU_CODE void operator()(Block& block) const {
-    const T* const row = logits + block.x() / runs * stride;
-    const Index lo = block.x() % runs * kRun, hi = lo + kRun < columns ? lo + kRun : columns;
-    block.each_apart([&](unsigned thread, Own& own) {
-      own = {0, 0};
-      for (auto c = lo + thread; c < hi; c += kThreads) {
-        const auto bits = as_bits(widen(row[c])) & 0x7fffffffu;
-        if (bits >= 0x7f800000u) ++own.nonfinite;
-        else own.peak = bits > own.peak ? bits : own.peak;
-      }
-    });
-    block.max(&Own::peak);
-    block.sum(&Own::nonfinite);
-    block.each_apart([&](unsigned thread, Own& own) {  // whole numbers: the order of blocks does not matter
-      if (thread) return;
-      if (own.peak > out->peak_bits) atomic_max(&out->peak_bits, own.peak);
-      if (own.nonfinite) atomic_add(&out->nonfinite, static_cast<unsigned long long>(own.nonfinite));
-    });
-  }
-};
-
 std::uint64_t blocks(Index rows, unsigned threads) { return blocks_for(static_cast<std::uint64_t>(rows), threads); }
 
 }  // namespace
 
 void cross_entropy_start(StreamView on, const CrossEntropyState& state) { launch(on, {blocks(state.rows, Start::kThreads)}, Start{state}); }
 
-void cross_entropy_add(StreamView on, const CrossEntropyState& state, const View& block, std::int64_t first, std::int64_t limit, const std::int64_t* labels) {
+void cross_entropy_add(StreamView on, const CrossEntropyState& state, const View& block, std::int64_t first, std::int64_t limit,
+                       const std::int64_t* labels, LogitsPeak* peak) {
   const auto columns = std::min(block.columns, limit - first);
   if (columns <= 0) return;
-  shard::require(block.rows == state.rows, shard::Code::Device, [&] { return fmt::format("device: logits of {} rows for {} labels", block.rows, state.rows); });
+  shard::require(block.rows == state.rows, shard::Code::Device,
+                 [&] { return fmt::format("device: logits of {} rows for {} labels", block.rows, state.rows); });
   with_activation_type(block.type, [&]<typename T>(T) {
-    const auto run = [&]<int N>() { launch(on, {static_cast<std::uint64_t>(block.rows)}, Add<T, N>{state, elements<const T>(block), labels, block.stride, columns, first}); };
+    const auto run = [&]<int N>() {
+      launch(on, {static_cast<std::uint64_t>(block.rows)}, Add<T, N>{state, elements<const T>(block), labels, peak, block.stride, columns, first});
+    };
     constexpr int n = kPack<T>;
     in_packs(block.column_range(0, n), n) ? run.template operator()<n>() : run.template operator()<1>();
   });
 }
 
-void cross_entropy_shift(StreamView on, const CrossEntropyState& state, const float* top) { launch(on, {blocks(state.rows, Shift::kThreads)}, Shift{state, top}); }
+void cross_entropy_shift(StreamView on, const CrossEntropyState& state, const float* top) {
+  launch(on, {blocks(state.rows, Shift::kThreads)}, Shift{state, top});
+}
 
 void cross_entropy_finish(StreamView on, const CrossEntropyState& state, std::int64_t limit, const std::int64_t* labels, float* losses) {
   launch(on, {blocks(state.rows, Finish::kThreads)}, Finish{state, labels, losses, limit});
-}
-
-void logits_peak(StreamView on, const View& block, std::int64_t columns, LogitsPeak* out) {
-  columns = std::min(columns, block.columns);
-  if (columns <= 0) return;
-  with_activation_type(block.type, [&]<typename T>(T) {
-    const auto runs = static_cast<Index>(blocks(columns, Peak<T>::kRun));
-    launch(on, {static_cast<std::uint64_t>(block.rows * runs)}, Peak<T>{elements<const T>(block), out, block.stride, columns, runs});
-  });
 }
 
 }  // namespace gpu

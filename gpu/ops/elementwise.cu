@@ -109,7 +109,8 @@ void softcap(StreamView on, const View& a, double cap) {
 }
 
 ActivationConfig activation_config(const shard::TransformerConfig& config) {
-  return {config.activation, config.activation_alpha, config.glu_linear_offset, config.activation_clamp.has_value(), config.activation_clamp.value_or(0)};
+  return {config.activation, config.activation_alpha, config.glu_linear_offset, config.activation_clamp.has_value(),
+          config.activation_clamp.value_or(0)};
 }
 void activate(StreamView on, const ActivationConfig& config, const View& gate, const View& up) {
   shard::require(!gate || gate.type == up.type, shard::Code::Device, [] { return "device: a gate of another type"; });

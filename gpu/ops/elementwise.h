@@ -17,10 +17,10 @@ void softcap(StreamView on, const View& a, double cap);
 /// What a feed-forward's activation needs of the model's configuration.
 struct ActivationConfig {
   shard::Activation kind = shard::Activation::Silu;
-  double alpha = 1.702;        ///< of QuickGelu
-  double offset = 0;           ///< added to `up` before the product
+  double alpha = 1.702;  ///< of QuickGelu
+  double offset = 0;     ///< added to `up` before the product
   bool clamped = false;
-  double clamp = 0;            ///< gate ≤ clamp, |up| ≤ clamp
+  double clamp = 0;  ///< gate ≤ clamp, |up| ≤ clamp
 };
 ActivationConfig activation_config(const shard::TransformerConfig& config);
 /// In place on `up`: act(gate)·(up + offset); `gate` none: act(up). gate and up may be columns of one matrix.

@@ -20,13 +20,13 @@ struct ExpertWeights {
 };
 /// The linear of every expert on its rows of x: rows offsets[e] … offsets[e+1]−1 as gpu/ops/route.h makes them, with `tiles`. With
 /// `row_weights` the product is rounded first and bias·row_weights[r] added then, as Megatron's second linear of an expert does.
-void grouped_linear(StreamView on, const View& x, const ExpertWeights& w, std::int64_t experts, const std::int32_t* offsets, const std::int32_t* tiles, const float* row_weights,
-                    const View& out);
+void grouped_linear(StreamView on, const View& x, const ExpertWeights& w, std::int64_t experts, const std::int32_t* offsets,
+                    const std::int32_t* tiles, const float* row_weights, const View& out);
 
 /// out[b, h] = x[b, h]·w[b, (first + h)/ratio]ᵀ for every b of `outer` and h of `inner`. Strides in elements; `k_stride` of w 1, or its
 /// row stride where w is stored transposed.
 struct BatchedProduct {
-  View x, w, out;                         ///< of the first b and h; rows and columns are those of one product, w's as [n, k]
+  View x, w, out;  ///< of the first b and h; rows and columns are those of one product, w's as [n, k]
   std::int64_t outer = 1, inner = 1, first = 0, ratio = 1;
   std::int64_t x_outer = 0, x_inner = 0, w_outer = 0, w_inner = 0, out_outer = 0, out_inner = 0;
   std::int64_t w_k_stride = 1;

@@ -21,7 +21,7 @@ GPU_CODE std::uint64_t mix64(std::uint64_t x) {
 struct Seen {
   double squares;
   unsigned long long nonfinite, digest;
-  unsigned most, differs;      ///< bits of the largest magnitude; bits in which an element differs from the first
+  unsigned most, differs;  ///< bits of the largest magnitude; bits in which an element differs from the first
 
   GPU_CODE void join(const Seen& other) {
     squares += other.squares;
@@ -120,7 +120,8 @@ void start(StreamView on, const View& x, std::byte* scratch, WeightLook* weight,
     with_activation_type(x.type, [&]<typename T>(T) {
       const auto run = [&]<int N>() {
         using Kernel = Look<T, kWeight, N>;
-        blocks = static_cast<unsigned>(std::min<std::uint64_t>(kBlocks, blocks_for(static_cast<std::uint64_t>(x.rows * x.columns), Kernel::kThreads * N)));
+        blocks =
+            static_cast<unsigned>(std::min<std::uint64_t>(kBlocks, blocks_for(static_cast<std::uint64_t>(x.rows * x.columns), Kernel::kThreads * N)));
         launch(on, {blocks}, Kernel{elements<const T>(x), parts, x.rows, x.columns, x.stride, static_cast<Index>(blocks)});
       };
       constexpr int n = kPack<T>;

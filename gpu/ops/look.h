@@ -8,8 +8,8 @@ namespace gpu {
 
 /// As lm::Sight, on the device.
 struct WeightLook {
-  double squares = 0;          ///< their sum
-  float max_abs = 0;           ///< not a number or infinite where one element is
+  double squares = 0;  ///< their sum
+  float max_abs = 0;   ///< not a number or infinite where one element is
   std::uint32_t nonfinite = 0, constant = 1;
   std::uint32_t pad = 0;
 };
@@ -20,7 +20,7 @@ void look_at_weight(StreamView on, const View& weight, std::byte* scratch, Weigh
 struct ActivationLook {
   double squares = 0;
   std::uint64_t nonfinite = 0;
-  std::uint64_t digest = 0;    ///< Σ mix64(bits of element i as f32 + i·0x9E3779B97F4A7C15) mod 2^64, i over rows × columns
+  std::uint64_t digest = 0;  ///< Σ mix64(bits of element i as f32 + i·0x9E3779B97F4A7C15) mod 2^64, i over rows × columns
   float max_abs = 0;
   std::uint32_t pad = 0;
 };

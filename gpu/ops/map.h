@@ -51,8 +51,9 @@ template <typename Out, typename In, int kInputs, typename F>
 void map(StreamView on, View out, std::array<View, kInputs> in, const F& f) {
   bool whole = out.stride == out.columns;
   for (const auto& view : in) {
-    shard::require(view.rows == out.rows && view.columns == out.columns, shard::Code::Device,
-                   [&] { return fmt::format("device: [{}, {}] and [{}, {}] in one elementwise op", view.rows, view.columns, out.rows, out.columns); });
+    shard::require(view.rows == out.rows && view.columns == out.columns, shard::Code::Device, [&] {
+      return fmt::format("device: [{}, {}] and [{}, {}] in one elementwise op", view.rows, view.columns, out.rows, out.columns);
+    });
     whole = whole && view.stride == view.columns;
   }
   if (F::kPlaceless && whole) {  // one long row

@@ -94,23 +94,37 @@ struct Normalize {
   }
 };
 
-void start(StreamView on, const NormConfig& config, const View& x, const View& branch, const View& weight, const View& bias, const View& out, Index pieces, Index width) {
+void start(StreamView on, const NormConfig& config, const View& x, const View& branch, const View& weight, const View& bias, const View& out,
+           Index pieces, Index width) {
   shard::require(out.type == x.type && (!branch || branch.type == x.type), shard::Code::Device, [] { return "device: a norm of two types"; });
-  shard::require(pieces * width <= x.columns && out.rows == x.rows && pieces * width <= out.columns && (!branch || (branch.rows == x.rows && branch.columns == x.columns)),
+  shard::require(pieces * width <= x.columns && out.rows == x.rows && pieces * width <= out.columns &&
+                     (!branch || (branch.rows == x.rows && branch.columns == x.columns)),
                  shard::Code::Device, [&] { return fmt::format("device: a norm over {} × {} lanes of [{}, {}]", pieces, width, x.rows, x.columns); });
   for (const auto* given : {&weight, &bias})
     shard::require(!*given || given->rows * given->columns == width, shard::Code::Device,
                    [&] { return fmt::format("device: a norm over {} features has {} weights", width, given->rows * given->columns); });
   with_activation_type(x.type, [&]<typename T>(T) {
     const auto run = [&]<int N, unsigned kGroup>() {
-      const Normalize<T, N, kGroup> kernel{elements<const T>(x), elements<const T>(branch), elements<T>(x),  elements<T>(out), numbers(weight), numbers(bias),
-                                           x.stride,             branch.stride,             out.stride,      pieces,           width,           x.rows * pieces,
-                                           static_cast<float>(config.epsilon), config.kind == shard::Normalization::LayerNorm, config.zero_centered};
+      const Normalize<T, N, kGroup> kernel{elements<const T>(x),
+                                           elements<const T>(branch),
+                                           elements<T>(x),
+                                           elements<T>(out),
+                                           numbers(weight),
+                                           numbers(bias),
+                                           x.stride,
+                                           branch.stride,
+                                           out.stride,
+                                           pieces,
+                                           width,
+                                           x.rows * pieces,
+                                           static_cast<float>(config.epsilon),
+                                           config.kind == shard::Normalization::LayerNorm,
+                                           config.zero_centered};
       launch(on, {blocks_for(static_cast<std::uint64_t>(kernel.count), kernel.kThreads / kGroup)}, kernel);
     };
     constexpr int n = kPack<T>;
-    const bool packs = width % n == 0 && in_packs(x.column_range(0, pieces * width), n) && in_packs(branch, n) && in_packs(out.column_range(0, pieces * width), n) &&
-                       in_packs(weight, n) && in_packs(bias, n);
+    const bool packs = width % n == 0 && in_packs(x.column_range(0, pieces * width), n) && in_packs(branch, n) &&
+                       in_packs(out.column_range(0, pieces * width), n) && in_packs(weight, n) && in_packs(bias, n);
     if (width <= 512) packs ? run.template operator()<n, 32>() : run.template operator()<1, 32>();
     else packs ? run.template operator()<n, 256>() : run.template operator()<1, 256>();
   });
@@ -121,10 +135,12 @@ void start(StreamView on, const NormConfig& config, const View& x, const View& b
 void normalize(StreamView on, const NormConfig& config, const View& x, const View& weight, const View& bias, const View& out) {
   start(on, config, x, {}, weight, bias, out, 1, x.columns);
 }
-void add_normalize(StreamView on, const NormConfig& config, const View& hidden, const View& branch, const View& weight, const View& bias, const View& out) {
+void add_normalize(StreamView on, const NormConfig& config, const View& hidden, const View& branch, const View& weight, const View& bias,
+                   const View& out) {
   start(on, config, hidden, branch, weight, bias, out, 1, hidden.columns);
 }
-void normalize_pieces(StreamView on, const NormConfig& config, const View& x, std::int64_t pieces, std::int64_t width, const View& weight, const View& bias) {
+void normalize_pieces(StreamView on, const NormConfig& config, const View& x, std::int64_t pieces, std::int64_t width, const View& weight,
+                      const View& bias) {
   start(on, config, x, {}, weight, bias, x, pieces, width);
 }
 

@@ -16,7 +16,8 @@ struct NormConfig {
 /// out = norm(x); `weight` and `bias` [columns] may be none.
 void normalize(StreamView on, const NormConfig& config, const View& x, const View& weight, const View& bias, const View& out);
 /// hidden += branch, rounded; out = norm(hidden).
-void add_normalize(StreamView on, const NormConfig& config, const View& hidden, const View& branch, const View& weight, const View& bias, const View& out);
+void add_normalize(StreamView on, const NormConfig& config, const View& hidden, const View& branch, const View& weight, const View& bias,
+                   const View& out);
 /// In place over `pieces` runs of `width` lanes from each row's first.
 void normalize_pieces(StreamView on, const NormConfig& config, const View& x, std::int64_t pieces, std::int64_t width, const View& weight,
                       const View& bias);

@@ -132,11 +132,13 @@ inline bool is_number_type(shard::DType type) {
   return type == F32 || type == BF16 || type == F16 || type == F8E4M3 || type == F8E5M2;
 }
 inline Numbers numbers(const View& view) {
-  shard::require(!view || is_number_type(view.type), shard::Code::Device, [&] { return fmt::format("device: weights of type {}", shard::name(view.type)); });
+  shard::require(!view || is_number_type(view.type), shard::Code::Device,
+                 [&] { return fmt::format("device: weights of type {}", shard::name(view.type)); });
   return Numbers(view);
 }
 inline Results results(const View& view) {
-  shard::require(view.type == shard::DType::F32 || view.type == shard::DType::BF16, shard::Code::Device, [&] { return fmt::format("device: activations of type {}", shard::name(view.type)); });
+  shard::require(view.type == shard::DType::F32 || view.type == shard::DType::BF16, shard::Code::Device,
+                 [&] { return fmt::format("device: activations of type {}", shard::name(view.type)); });
   return {view.data, view.type};
 }
 /// Whether every row of a view can be taken N elements at a time.

@@ -56,7 +56,8 @@ void apply_rope(StreamView on, const RopeView& table, const View& x, std::int64_
   with_activation_type(x.type, [&]<typename T>(T) {
     const auto run = [&]<int N>() {
       const Rope<T, N> kernel{elements<T>(x), table, x.rows, x.stride, heads, head_stride, length, std::min<Index>(x.rows, 65535)};
-      launch(on, {blocks_for(static_cast<std::uint64_t>(heads * table.half), kernel.kThreads * N), static_cast<std::uint64_t>(kernel.row_step)}, kernel);
+      launch(on, {blocks_for(static_cast<std::uint64_t>(heads * table.half), kernel.kThreads * N), static_cast<std::uint64_t>(kernel.row_step)},
+             kernel);
     };
     constexpr int n = 4;  // of f32 as of bf16: two packs of pairs move either way
     const auto aligned = [&](const void* data, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(data) % bytes == 0; };

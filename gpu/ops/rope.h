@@ -10,7 +10,7 @@ namespace gpu {
 struct RopeView {
   const float* cos = nullptr;
   const float* sin = nullptr;
-  std::int64_t half = 0;       ///< 0: nothing turns
+  std::int64_t half = 0;  ///< 0: nothing turns
   bool interleaved = false;
 };
 

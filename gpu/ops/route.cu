@@ -82,7 +82,8 @@ struct Route {
       });
     }
     block.each([&](unsigned thread, Own&) {
-      for (int e = static_cast<int>(thread % 32); e < experts; e += 32) s.choice[thread / 32][e] = s.score[thread / 32][e] + (bias.given() ? bias[e] : 0.0f);
+      for (int e = static_cast<int>(thread % 32); e < experts; e += 32)
+        s.choice[thread / 32][e] = s.score[thread / 32][e] + (bias.given() ? bias[e] : 0.0f);
     });
     if (groups > 1 && group_topk > 0) limit_groups(block);
     for (int k = 0; k < topk; ++k) {
@@ -222,14 +223,15 @@ struct Offsets {
   }
 };
 
-/// A block writes one expert's rows in the tokens' order.
+/// A block writes one expert's rows in the tokens' order: slice after slice of the entries, of which each thread has a run.
+template <int N>
 struct Place {
-  static constexpr unsigned kThreads = 256;
+  static constexpr unsigned kThreads = 256, kRun = 16, kTeam = 16;
   struct Shared {
-    unsigned count[kThreads];
+    unsigned count[kThreads], team[kThreads / kTeam];  ///< of the expert's entries, by thread and by sixteen threads
   };
   struct Own {
-    unsigned before;
+    unsigned found, before;  ///< bits of the run; the expert's entries in earlier slices
   };
   const std::int32_t* expert;
   const float* from_weight;
@@ -240,27 +242,42 @@ struct Place {
   GPU_CODE void operator()(Block& block) const {
     auto& s = block.shared();
     const auto mine = static_cast<std::int32_t>(block.x());
-    const auto run = (entries + kThreads - 1) / kThreads;
-    const auto each_entry = [&](unsigned thread, auto&& body) {
-      for (Index i = thread * run; i < (thread + 1) * run && i < entries; ++i)
-        if (expert[i] == mine) body(i);
-    };
-    block.each([&](unsigned thread, Own&) {
-      s.count[thread] = 0;
-      each_entry(thread, [&](Index) { ++s.count[thread]; });
-    });
-    block.each([&](unsigned thread, Own& own) {
-      own.before = 0;
-      for (unsigned i = 0; i < thread; ++i) own.before += s.count[i];
-    });
-    block.each([&](unsigned thread, Own& own) {
-      auto row = out.offsets[mine] + static_cast<std::int32_t>(own.before);
-      each_entry(thread, [&](Index i) {
-        out.token[row] = static_cast<std::int32_t>(i / topk);
-        out.weight[row] = from_weight[i];
-        out.row[i] = row++;
+    block.each_apart([](unsigned, Own& own) { own.before = 0; });
+    for (Index slice = 0; slice < entries; slice += kThreads * kRun) {
+      block.each([&](unsigned thread, Own& own) {
+        own.found = s.count[thread] = 0;
+        const auto first = slice + thread * kRun;
+        for (unsigned i = 0; i < kRun; i += N) {
+          if (first + i >= entries) break;
+          const auto pack = load_pack<N>(expert + first + i);
+          for (unsigned j = 0; j < N; ++j) {
+            const bool is_mine = pack.item[j] == mine;
+            own.found |= static_cast<unsigned>(is_mine) << (i + j);
+            s.count[thread] += is_mine;
+          }
+        }
       });
-    });
+      block.each([&](unsigned thread, Own&) {
+        if (thread >= kThreads / kTeam) return;
+        s.team[thread] = 0;
+        for (unsigned i = 0; i < kTeam; ++i) s.team[thread] += s.count[thread * kTeam + i];
+      });
+      block.each([&](unsigned thread, Own& own) {
+        auto row = out.offsets[mine] + static_cast<std::int32_t>(own.before);
+        for (unsigned i = 0; i < kThreads / kTeam; ++i) {
+          if (i < thread / kTeam) row += static_cast<std::int32_t>(s.team[i]);
+          own.before += s.team[i];
+        }
+        for (unsigned i = thread / kTeam * kTeam; i < thread; ++i) row += static_cast<std::int32_t>(s.count[i]);
+        for (unsigned i = 0; i < kRun; ++i) {
+          if (!(own.found >> i & 1)) continue;
+          const auto entry = slice + thread * kRun + i;
+          out.token[row] = static_cast<std::int32_t>(entry / topk);
+          out.weight[row] = from_weight[entry];
+          out.row[entry] = row++;
+        }
+      });
+    }
   }
 };
 
@@ -302,25 +319,31 @@ struct Combine {
 };
 
 void check_topk(Index topk) {
-  shard::require(topk > 0 && topk <= kMaxTopk, shard::Code::Device, [&] { return fmt::format("device: the router takes {} experts; at most {} are provided for", topk, kMaxTopk); });
+  shard::require(topk > 0 && topk <= kMaxTopk, shard::Code::Device,
+                 [&] { return fmt::format("device: the router takes {} experts; at most {} are provided for", topk, kMaxTopk); });
 }
 void check_experts(Index experts) {
-  shard::require(experts > 0 && experts <= kMaxExperts, shard::Code::Device, [&] { return fmt::format("device: {} experts; at most {} are provided for", experts, kMaxExperts); });
+  shard::require(experts > 0 && experts <= kMaxExperts, shard::Code::Device,
+                 [&] { return fmt::format("device: {} experts; at most {} are provided for", experts, kMaxExperts); });
 }
 
 }  // namespace
 
-void route(StreamView on, const shard::RouterConfig& config, const View& logits, const View& bias, bool rounded, std::int32_t* expert, float* weight) {
+void route(StreamView on, const shard::RouterConfig& config, const View& logits, const View& bias, bool rounded, std::int32_t* expert,
+           float* weight) {
   const auto experts = logits.columns;
   check_experts(experts);
   check_topk(config.topk);
-  shard::require(config.topk <= experts, shard::Code::Mismatch, [&] { return fmt::format("model: the router takes {} of {} experts", config.topk, experts); });
+  shard::require(config.topk <= experts, shard::Code::Mismatch,
+                 [&] { return fmt::format("model: the router takes {} of {} experts", config.topk, experts); });
   const bool grouped = config.num_groups > 1 && config.group_topk > 0;
   shard::require(!grouped || (experts % config.num_groups == 0 && config.group_topk <= config.num_groups), shard::Code::Mismatch,
                  [&] { return fmt::format("model: {} experts in {} groups", experts, config.num_groups); });
   shard::require(!grouped || config.num_groups <= kMaxGroups, shard::Code::Device,
                  [&] { return fmt::format("device: {} groups of experts; at most {} are provided for", config.num_groups, kMaxGroups); });
-  const auto best = config.group_rule == shard::RouterConfig::GroupRule::Max ? 1 : grouped ? std::min(config.group_best, experts / config.num_groups) : 1;
+  const auto best = config.group_rule == shard::RouterConfig::GroupRule::Max ? 1
+                    : grouped                                                ? std::min(config.group_best, experts / config.num_groups)
+                                                                             : 1;
   const Route kernel{numbers(logits),
                      numbers(bias),
                      expert,
@@ -340,21 +363,26 @@ void route(StreamView on, const shard::RouterConfig& config, const View& logits,
   launch(on, {blocks_for(static_cast<std::uint64_t>(logits.rows), Route::kTokens)}, kernel);
 }
 
-void permute(StreamView on, std::int64_t tokens, std::int64_t topk, std::int64_t experts, const std::int32_t* expert, const float* weight, const Permutation& out) {
+void permute(StreamView on, std::int64_t tokens, std::int64_t topk, std::int64_t experts, const std::int32_t* expert, const float* weight,
+             const Permutation& out) {
   check_experts(experts);
   check_topk(topk);
-  shard::require(tokens * topk < (std::int64_t{1} << 31), shard::Code::Device, [&] { return fmt::format("device: {} tokens for {} experts each", tokens, topk); });
+  shard::require(tokens * topk < (std::int64_t{1} << 31), shard::Code::Device,
+                 [&] { return fmt::format("device: {} tokens for {} experts each", tokens, topk); });
   launch(on, {static_cast<std::uint64_t>(experts)}, CountTokens{expert, out.offsets, tokens * topk});
   launch(on, {1}, Offsets{out.offsets, out.tiles, static_cast<int>(experts)});
-  launch(on, {static_cast<std::uint64_t>(experts)}, Place{expert, weight, out, tokens * topk, topk});
+  const auto place = [&]<int N>() { launch(on, {static_cast<std::uint64_t>(experts)}, Place<N>{expert, weight, out, tokens * topk, topk}); };
+  tokens* topk % 4 == 0 && reinterpret_cast<std::uintptr_t>(expert) % 16 == 0 ? place.template operator()<4>() : place.template operator()<1>();
 }
 
 void combine(StreamView on, const View& out, const View& x, std::int64_t topk, const std::int32_t* row) {
   check_topk(topk);
-  shard::require(out.type == x.type && out.columns == x.columns && x.rows == out.rows * topk, shard::Code::Device, [] { return "device: experts' rows of another shape than the sum"; });
+  shard::require(out.type == x.type && out.columns == x.columns && x.rows == out.rows * topk, shard::Code::Device,
+                 [] { return "device: experts' rows of another shape than the sum"; });
   with_activation_type(out.type, [&]<typename T>(T) {
     const auto run = [&]<int N>() {
-      launch(on, {static_cast<std::uint64_t>(out.rows)}, Combine<T, N>{elements<T>(out), elements<const T>(x), row, out.stride, x.stride, out.columns, static_cast<int>(topk)});
+      launch(on, {static_cast<std::uint64_t>(out.rows)},
+             Combine<T, N>{elements<T>(out), elements<const T>(x), row, out.stride, x.stride, out.columns, static_cast<int>(topk)});
     };
     constexpr int n = kPack<T>;
     in_packs(out, n) && in_packs(x, n) ? run.template operator()<n>() : run.template operator()<1>();

@@ -24,7 +24,8 @@ struct Permutation {
 constexpr std::int64_t kExpertTile = 64;
 
 /// No token may name an expert twice, as route() never does.
-void permute(StreamView on, std::int64_t tokens, std::int64_t topk, std::int64_t experts, const std::int32_t* expert, const float* weight, const Permutation& out);
+void permute(StreamView on, std::int64_t tokens, std::int64_t topk, std::int64_t experts, const std::int32_t* expert, const float* weight,
+             const Permutation& out);
 
 /// out[t] = ((0 + x[row of its lowest expert]) + x[of the next]) + …, rounded after each addition. `x` [tokens·topk, columns].
 void combine(StreamView on, const View& out, const View& x, std::int64_t topk, const std::int32_t* row);

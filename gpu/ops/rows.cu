@@ -43,12 +43,22 @@ struct Gather {
 
 template <typename Id>
 void start_gather(StreamView on, const View& out, const View& table, Index lo, const Id* ids, const float* weights, double multiplier) {
-  shard::require(out.columns == table.columns, shard::Code::Device, [&] { return fmt::format("device: rows of {} numbers into rows of {}", table.columns, out.columns); });
+  shard::require(out.columns == table.columns, shard::Code::Device,
+                 [&] { return fmt::format("device: rows of {} numbers into rows of {}", table.columns, out.columns); });
   with_activation_type(out.type, [&]<typename T>(T) {
     const auto run = [&]<int N>() {
-      const Gather<T, Id, N> kernel{elements<T>(out), numbers(table), ids,         weights,
-                                    out.stride,       table.stride,   table.rows,  lo,
-                                    out.rows,         out.columns,    std::min<Index>(out.rows, 65535), static_cast<float>(multiplier)};
+      const Gather<T, Id, N> kernel{elements<T>(out),
+                                    numbers(table),
+                                    ids,
+                                    weights,
+                                    out.stride,
+                                    table.stride,
+                                    table.rows,
+                                    lo,
+                                    out.rows,
+                                    out.columns,
+                                    std::min<Index>(out.rows, 65535),
+                                    static_cast<float>(multiplier)};
       launch(on, {blocks_for(static_cast<std::uint64_t>(out.columns), kernel.kThreads * N), static_cast<std::uint64_t>(kernel.row_step)}, kernel);
     };
     constexpr int n = kPack<T>;
@@ -79,7 +89,8 @@ struct CopyPieces {
       if (task >= one.heads * one.width) return;
       const auto head = task / one.width, lane = task % one.width;
       for (Index r = block.y(); r < rows; r += row_step)
-        store_pack<N>(one.to + r * one.to_stride + head * one.to_step + lane, load_pack<N>(one.from + r * one.from_stride + head * one.from_step + lane));
+        store_pack<N>(one.to + r * one.to_stride + head * one.to_step + lane,
+                      load_pack<N>(one.from + r * one.from_stride + head * one.from_step + lane));
     });
   }
 };
@@ -89,15 +100,17 @@ struct CopyPieces {
 void gather(StreamView on, const View& out, const View& table, std::int64_t lo, const std::int64_t* ids, double multiplier) {
   start_gather(on, out, table, lo, ids, nullptr, multiplier);
 }
-void gather_rows(StreamView on, const View& out, const View& x, const std::int32_t* rows, const float* weights) { start_gather(on, out, x, 0, rows, weights, 1); }
+void gather_rows(StreamView on, const View& out, const View& x, const std::int32_t* rows, const float* weights) {
+  start_gather(on, out, x, 0, rows, weights, 1);
+}
 
 void copy_pieces(StreamView on, std::span<const Piece> pieces) {
   if (pieces.empty()) return;
   shard::require(pieces.size() <= kMaxPieces, shard::Code::Device, [&] { return fmt::format("device: {} pieces in one copy", pieces.size()); });
   const auto& first = pieces[0];
   for (const auto& piece : pieces)
-    shard::require(piece.from.type == first.from.type && piece.to.type == first.from.type && piece.from.rows == first.from.rows && piece.to.rows == first.from.rows &&
-                       piece.from.columns == piece.to.columns,
+    shard::require(piece.from.type == first.from.type && piece.to.type == first.from.type && piece.from.rows == first.from.rows &&
+                       piece.to.rows == first.from.rows && piece.from.columns == piece.to.columns,
                    shard::Code::Device, [] { return "device: pieces of different types or shapes in one copy"; });
   with_activation_type(first.from.type, [&]<typename T>(T) {
     const auto run = [&]<int N>() {
@@ -105,10 +118,18 @@ void copy_pieces(StreamView on, std::span<const Piece> pieces) {
       Index most = 0;
       for (std::size_t i = 0; i < pieces.size(); ++i) {
         const auto& piece = pieces[i];
-        kernel.pieces[i] = {elements<const T>(piece.from), elements<T>(piece.to), piece.from.stride, piece.to.stride, piece.heads, piece.from.columns, piece.from_step, piece.to_step};
+        kernel.pieces[i] = {elements<const T>(piece.from),
+                            elements<T>(piece.to),
+                            piece.from.stride,
+                            piece.to.stride,
+                            piece.heads,
+                            piece.from.columns,
+                            piece.from_step,
+                            piece.to_step};
         most = std::max(most, piece.heads * piece.from.columns);
       }
-      launch(on, {blocks_for(static_cast<std::uint64_t>(most), kernel.kThreads * N), static_cast<std::uint64_t>(kernel.row_step), pieces.size()}, kernel);
+      launch(on, {blocks_for(static_cast<std::uint64_t>(most), kernel.kThreads * N), static_cast<std::uint64_t>(kernel.row_step), pieces.size()},
+             kernel);
     };
     constexpr int n = kPack<T>;
     const bool packs = std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) {

@@ -9,7 +9,7 @@ namespace gpu {
 
 struct TensorTile {
   static constexpr int kRows = 64, kColumns = 128, kDepth = 64, kPitch = kDepth + 8;  // an odd number of 16 bytes: eight rows lie in all banks
-  static constexpr unsigned kThreads = 128;                                            // each warp has all rows and 32 columns
+  static constexpr unsigned kThreads = 128;                                           // each warp has all rows and 32 columns
   struct Shared {
     alignas(16) Bf16 x[2][kRows][kPitch];
     alignas(16) Bf16 w[2][kColumns][kPitch];
@@ -29,7 +29,9 @@ struct TensorTile {
       load_rows(thread, w, at, depth, s.w[slot]);
     };
     block.each_apart([&](unsigned thread, Own& own) {
-      GPU_UNROLL for (int m = 0; m < 4; ++m) GPU_UNROLL for (int n = 0; n < 4; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) own.sum[m][n][i] = 0;
+      GPU_UNROLL for (int m = 0; m < 4; ++m)
+        GPU_UNROLL for (int n = 0; n < 4; ++n)
+          GPU_UNROLL for (int i = 0; i < 4; ++i) own.sum[m][n][i] = 0;
       load(thread, 0);
     });
     for (std::int64_t at = 0; at < depth; at += kDepth) {
@@ -40,10 +42,13 @@ struct TensorTile {
       multiply(block, s.x[at / kDepth % 2], s.w[at / kDepth % 2]);
     }
     block.each_apart([&](unsigned thread, Own& own) {
-      GPU_UNROLL for (int m = 0; m < 4; ++m) GPU_UNROLL for (int n = 0; n < 4; ++n) GPU_UNROLL for (int i = 0; i < 4; ++i) {
-        const std::int64_t row = m * 16 + static_cast<int>(thread % 32 / 4) + i / 2 * 8, column = static_cast<int>(thread / 32) * 32 + n * 8 + static_cast<int>(thread % 4) * 2 + i % 2;
-        if (row < x.rows && column < w.rows) done(row, column, own.sum[m][n][i]);
-      }
+      GPU_UNROLL for (int m = 0; m < 4; ++m)
+        GPU_UNROLL for (int n = 0; n < 4; ++n)
+          GPU_UNROLL for (int i = 0; i < 4; ++i) {
+            const std::int64_t row = m * 16 + static_cast<int>(thread % 32 / 4) + i / 2 * 8,
+                               column = static_cast<int>(thread / 32) * 32 + n * 8 + static_cast<int>(thread % 4) * 2 + i % 2;
+            if (row < x.rows && column < w.rows) done(row, column, own.sum[m][n][i]);
+          }
     });
   }
 
@@ -69,7 +74,9 @@ struct TensorTile {
   GPU_CODE static void multiply(Block& block, const Bf16 (&x)[kRows][kPitch], const Bf16 (&w)[kColumns][kPitch]) {
     GPU_UNROLL for (int k = 0; k < kDepth; k += 16) {
       GPU_UNROLL for (int m = 0; m < 4; ++m)
-        load_matrices<false>(block, [&](unsigned thread, Own& own) -> MatrixShares { return {own.a[m], &x[m * 16 + static_cast<int>(thread % 16)][k + static_cast<int>(thread % 32 / 16) * 8]}; });
+        load_matrices<false>(block, [&](unsigned thread, Own& own) -> MatrixShares {
+          return {own.a[m], &x[m * 16 + static_cast<int>(thread % 16)][k + static_cast<int>(thread % 32 / 16) * 8]};
+        });
       GPU_UNROLL for (int n = 0; n < 4; n += 2) {
         load_matrices<false>(block, [&](unsigned thread, Own& own) -> MatrixShares {
           const int lane = static_cast<int>(thread % 32);

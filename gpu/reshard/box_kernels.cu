@@ -49,12 +49,14 @@ struct Runs {
   GPU_CODE void move(const BoxEntry& box, std::uint32_t first) const {
     T held[kEach];
     std::uint64_t to[kEach];
+    GPU_UNROLL
     for (unsigned i = 0; i < kEach; ++i)  // all reads are under way before the first write waits for one
       if (const auto at = first + i * kThreads; at < box.units) {
         const auto place = places(box, at, box.dims);
         held[i] = load_as<T>(boxes.from + place.from);
         to[i] = place.to;
       }
+    GPU_UNROLL
     for (unsigned i = 0; i < kEach; ++i)
       if (first + i * kThreads < box.units) store_as(boxes.to + to[i], held[i]);
   }
@@ -95,12 +97,14 @@ struct Casts {
     const auto size = size_on_device(box.from_type), wide = size_on_device(box.to_type);
     for (std::uint32_t turn = 0; turn < kUnitsPerBlock / kThreads; turn += kEach) {
       std::uint64_t held[kEach][kCastUnit], to[kEach];
+      GPU_UNROLL
       for (unsigned i = 0; i < kEach; ++i)
         if (const auto at = first + (turn + i) * kThreads; at < box.units) {
           const auto place = places(box, at, box.dims);
           load_four(boxes.from + place.from, size, held[i]);
           to[i] = place.to;
         }
+      GPU_UNROLL
       for (unsigned i = 0; i < kEach; ++i)
         if (first + (turn + i) * kThreads < box.units) {
           cast_elements(held[i], box.from_type, box.to_type);

@@ -6,6 +6,13 @@
 #include "libshard/dtype.h"
 #include "libshard/float_bits.h"
 
+// Arrays live in registers only where every index is a constant.
+#ifdef __CUDACC__
+#define GPU_UNROLL _Pragma("unroll")
+#else
+#define GPU_UNROLL
+#endif
+
 namespace gpu::reshard {
 
 /// Memory operations that are one instruction where the address allows.
@@ -37,6 +44,7 @@ GPU_CODE std::uint64_t double_of_float(std::uint32_t bits) {
 template <unsigned N>
 GPU_CODE void to_floats(const std::uint64_t (&in)[N], shard::DType type, bool odd, std::uint32_t (&out)[N]) {
   const auto each = [&](auto&& one) {
+    GPU_UNROLL
     for (unsigned i = 0; i < N; ++i) out[i] = one(in[i]);
   };
   switch (type) {
@@ -51,6 +59,7 @@ GPU_CODE void to_floats(const std::uint64_t (&in)[N], shard::DType type, bool od
 template <unsigned N>
 GPU_CODE void from_floats(const std::uint32_t (&in)[N], shard::DType type, std::uint64_t (&out)[N]) {
   const auto each = [&](auto&& one) {
+    GPU_UNROLL
     for (unsigned i = 0; i < N; ++i) out[i] = one(in[i]);
   };
   switch (type) {
@@ -101,22 +110,27 @@ GPU_CODE void load_four(const std::byte* from, unsigned size, std::uint64_t (&ou
   switch (size) {
     case 1: {
       const auto all = load_as<std::uint32_t>(from);
+      GPU_UNROLL
       for (unsigned i = 0; i < 4; ++i) out[i] = all >> 8 * i & 0xff;
       return;
     }
     case 2: {
       const auto all = load_as<std::uint64_t>(from);
+      GPU_UNROLL
       for (unsigned i = 0; i < 4; ++i) out[i] = all >> 16 * i & 0xffff;
       return;
     }
     case 4: {
       const auto all = load_as<Wide>(from);
+      GPU_UNROLL
       for (unsigned i = 0; i < 4; ++i) out[i] = all.word[i];
       return;
     }
     default:
+      GPU_UNROLL
       for (unsigned half = 0; half < 2; ++half) {
         const auto all = load_as<Wide>(from + 16 * half);
+        GPU_UNROLL
         for (unsigned i = 0; i < 2; ++i) out[2 * half + i] = all.word[2 * i] | std::uint64_t{all.word[2 * i + 1]} << 32;
       }
   }
@@ -127,12 +141,15 @@ GPU_CODE void store_four(std::byte* to, unsigned size, const std::uint64_t (&in)
     case 2: return store_as(to, in[0] | in[1] << 16 | in[2] << 32 | in[3] << 48);
     case 4: {
       Wide all;
+      GPU_UNROLL
       for (unsigned i = 0; i < 4; ++i) all.word[i] = static_cast<std::uint32_t>(in[i]);
       return store_as(to, all);
     }
     default:
+      GPU_UNROLL
       for (unsigned half = 0; half < 2; ++half) {
         Wide all;
+        GPU_UNROLL
         for (unsigned i = 0; i < 2; ++i) {
           all.word[2 * i] = static_cast<std::uint32_t>(in[2 * half + i]);
           all.word[2 * i + 1] = static_cast<std::uint32_t>(in[2 * half + i] >> 32);

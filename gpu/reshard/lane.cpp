@@ -35,6 +35,10 @@ Lane::Lane(std::uint64_t image, Shared& shared)
 }
 
 Lane::~Lane() {
+  try {
+    stream_.wait();  // after an error there may be work under way on what goes now
+  } catch (...) {    // a lost device says so to whoever is told
+  }
   if (!shared_.direct) return;
   shared_.direct->forget(device_in_.data());
   shared_.direct->forget(device_out_.data());

@@ -60,7 +60,7 @@ class Lane {
   std::vector<ScanPiece> compared_, from_scanned_, to_scanned_;
   Layout layout_{};
   bool busy_ = false, direct_ = false;
-  Stream stream_;                                ///< ends first: its work is done before the buffers go
+  Stream stream_;
   CrcTables crc_tables_;
 };
 

@@ -1,6 +1,7 @@
 // Every way of attention against lm::cpu::attention.
 #include "gpu/ops/attention.h"
 
+#include "gpu/ops/attention_flash.h"
 #include "libshard/error.h"
 #include "tests/gpu/cpu_meaning.h"
 
@@ -56,7 +57,9 @@ TEST_CASE("attention: local, flash and unfused are the CPU's within 3e-6 of f32 
       const auto rows = s.batch * s.length, key_heads = (s.first_head + s.heads - 1) / s.ratio + 1;
       const auto q = random_tensor(mode, rows, s.heads * s.key_size, 1.5f), k = random_tensor(mode, rows, key_heads * s.key_size, 1.5f),
                  v = random_tensor(mode, rows, key_heads * s.value_size), sinks = random_tensor(kModes[0], 1, s.heads);
-      const auto meant = [&](const Mode& as) { return lm::cpu::attention(as.on(), s, q, k, v, one.sinks ? weight_of(sinks, shard::DType::F32) : lm::Weight{}); };
+      const auto meant = [&](const Mode& as) {
+        return lm::cpu::attention(as.on(), s, q, k, v, one.sinks ? weight_of(sinks, shard::DType::F32) : lm::Weight{});
+      };
       const auto rounding = meant(mode), exact = meant(kModes[0]);
       const OnDevice a(q, mode.type, s.heads * s.key_size + 8), b(k, mode.type), c(v, mode.type), offsets(sinks, shard::DType::F32);
       const auto added = one.sinks ? offsets.view() : gpu::View{};
@@ -71,6 +74,26 @@ TEST_CASE("attention: local, flash and unfused are the CPU's within 3e-6 of f32 
         CHECK(worst(out.get(), way == 1 ? exact : rounding) <= (mode.bf16() ? 0.006 : 3e-6));
       }
     }
+}
+
+TEST_CASE("tensor cores take bf16 whose heads and rows are whole 16 bytes") {
+  const auto taken = [](shard::DType type, Index key, Index value, Index gap, double scale) {
+    auto s = shape(1, 5, 2, 1, key, value);
+    s.scale = scale;
+    const OnDevice q(5, 2 * key, type, 2 * key + gap), k(5, 2 * key, type), v(5, 2 * value, type), out(5, 2 * value, type);
+    const bool yes = gpu::flash_on_tensor_cores(stream(), gpu::attention_scalars(s, {}), q.view(), k.view(), v.view(), out.view());
+    stream().wait();
+    return yes;
+  };
+  using enum shard::DType;
+  for (const auto& [key, value] : {std::pair<Index, Index>{64, 64}, {40, 40}, {96, 80}, {128, 128}, {192, 128}, {256, 256}})
+    CHECK(taken(BF16, key, value, 0, 0.1));
+  CHECK(!taken(F32, 64, 64, 0, 0.1));
+  CHECK(!taken(BF16, 36, 64, 0, 0.1));
+  CHECK(!taken(BF16, 64, 20, 0, 0.1));
+  CHECK(!taken(BF16, 64, 64, 4, 0.1));
+  CHECK(!taken(BF16, 64, 64, 0, -0.1));
+  CHECK(!taken(BF16, 264, 64, 0, 0.1));
 }
 
 TEST_CASE("heads and views that no kernel takes are refused") {

@@ -68,6 +68,7 @@ class OnDevice {
     memory_ = gpu::DeviceBuffer(static_cast<std::size_t>(rows * stride) * shard::size_of(type));
     view_ = {memory_.data(), type, rows, columns, stride};
     gpu::set_bytes(memory_.data(), 0xff, memory_.size(), stream());
+    stream().wait();
   }
   OnDevice(const Tensor& values, shard::DType type, Index stride = 0) : OnDevice(values.rows(), values.columns(), type, stride) { put(values); }
   const gpu::View& view() const { return view_; }
@@ -81,7 +82,9 @@ class OnDevice {
         if (view_.type == shard::DType::F32) shard::store(to, bits);
         else if (view_.type == shard::DType::BF16) shard::store(to, static_cast<std::uint16_t>(shard::narrow<shard::kBF16>(bits)));
         else if (view_.type == shard::DType::F16) shard::store(to, static_cast<std::uint16_t>(shard::narrow<shard::kF16>(bits)));
-        else shard::store(to, static_cast<std::uint8_t>(view_.type == shard::DType::F8E4M3 ? shard::narrow<shard::kE4M3>(bits) : shard::narrow<shard::kE5M2>(bits)));
+        else
+          shard::store(to, static_cast<std::uint8_t>(view_.type == shard::DType::F8E4M3 ? shard::narrow<shard::kE4M3>(bits)
+                                                                                        : shard::narrow<shard::kE5M2>(bits)));
       }
     gpu::to_device(memory_.data(), all.data(), all.size(), stream());
     stream().wait();
@@ -99,7 +102,9 @@ class OnDevice {
         if (view_.type == shard::DType::F32) bits = shard::load<std::uint32_t>(from);
         else if (view_.type == shard::DType::BF16) bits = static_cast<std::uint32_t>(shard::load<std::uint16_t>(from)) << 16;
         else if (view_.type == shard::DType::F16) bits = shard::widen<shard::kF16>(shard::load<std::uint16_t>(from));
-        else bits = view_.type == shard::DType::F8E4M3 ? shard::widen<shard::kE4M3>(shard::load<std::uint8_t>(from)) : shard::widen<shard::kE5M2>(shard::load<std::uint8_t>(from));
+        else
+          bits = view_.type == shard::DType::F8E4M3 ? shard::widen<shard::kE4M3>(shard::load<std::uint8_t>(from))
+                                                    : shard::widen<shard::kE5M2>(shard::load<std::uint8_t>(from));
         out.row(r)[c] = std::bit_cast<float>(bits);
       }
     return out;

@@ -50,21 +50,22 @@ void record(shard::DType type, Index batch, Index length) {
   gpu::route(on, router, view(shard::DType::F32, rows, experts), {}, false, nowhere<std::int32_t>(), nowhere<float>());
   const gpu::Permutation order{nowhere<std::int32_t>(), nowhere<std::int32_t>(), nowhere<std::int32_t>(), nowhere<float>(), nowhere<std::int32_t>()};
   gpu::permute(on, rows, topk, experts, nowhere<std::int32_t>(), nowhere<float>(), order);
-  gpu::grouped_linear(on, at(rows * topk, hidden), {nowhere<const std::byte*>(), nullptr, type, 2048, hidden, hidden}, experts, order.offsets, order.tiles, nullptr, at(rows * topk, 2048));
+  gpu::grouped_linear(on, at(rows * topk, hidden), {nowhere<const std::byte*>(), nullptr, type, 2048, hidden, hidden}, experts, order.offsets,
+                      order.tiles, nullptr, at(rows * topk, 2048));
   gpu::combine(on, at(rows, hidden), at(rows * topk, hidden), topk, order.row);
   const gpu::CrossEntropyState state{nowhere<float>(), nowhere<double>(), nowhere<float>(), rows};
   gpu::cross_entropy_start(on, state);
-  gpu::cross_entropy_add(on, state, at(rows, vocabulary), 0, vocabulary, nowhere<std::int64_t>());
+  gpu::cross_entropy_add(on, state, at(rows, vocabulary), 0, vocabulary, nowhere<std::int64_t>(), nowhere<gpu::LogitsPeak>());
   gpu::cross_entropy_shift(on, state, nowhere<float>());
   gpu::cross_entropy_finish(on, state, vocabulary, nowhere<std::int64_t>(), nowhere<float>());
-  gpu::logits_peak(on, at(rows, vocabulary), vocabulary, nowhere<gpu::LogitsPeak>());
   gpu::look_at_weight(on, at(vocabulary, hidden), nowhere<std::byte>(), nowhere<gpu::WeightLook>());
   gpu::look_at_activation(on, at(rows, hidden), nowhere<std::byte>(), nowhere<gpu::ActivationLook>());
   for (const Index key : {64, 128, 192}) {
     const lm::AttentionShape shape{batch, length, 128, 1, 0, key, 128, 0.1, 0, 0, false};
     gpu::local_attention(on, shape, at(rows, 128 * key), at(rows, 128 * key), at(rows, 128 * 128), {}, at(rows, 128 * 128));
     gpu::flash_attention(on, shape, at(rows, 128 * key), at(rows, 128 * key), at(rows, 128 * 128), {}, at(rows, 128 * 128));
-    gpu::unfused_attention(on, shape, at(rows, 128 * key), at(rows, 128 * key), at(rows, 128 * 128), {}, at(batch * 128 * length, length), at(rows, 128 * 128));
+    gpu::unfused_attention(on, shape, at(rows, 128 * key), at(rows, 128 * key), at(rows, 128 * 128), {}, at(batch * 128 * length, length),
+                           at(rows, 128 * 128));
   }
 }
 

@@ -15,7 +15,8 @@ TEST_CASE("linear is the CPU's within 2e-6 of f32 or one rounding of bf16, into 
           const OnDevice in(x, mode.type, features + gap), weight(w, mode.type), bias(b, mode.type), out(tokens, outputs + 5, mode.type);
           gpu::linear(stream(), in.view(), weight.view(), biased ? bias.view() : gpu::View{}, out.view().column_range(5, outputs));
           Tensor expected(tokens, outputs), mine(tokens, outputs);
-          lm::cpu::linear(mode.on(), lm::cpu::Packed(mode.on(), x), weight_of(w, mode.type), biased ? weight_of(b, mode.type) : lm::Weight{}, expected);
+          lm::cpu::linear(mode.on(), lm::cpu::Packed(mode.on(), x), weight_of(w, mode.type), biased ? weight_of(b, mode.type) : lm::Weight{},
+                          expected);
           const auto all = out.get();
           for (Index r = 0; r < tokens; ++r) {
             std::copy(all.row(r) + 5, all.row(r) + 5 + outputs, mine.row(r));

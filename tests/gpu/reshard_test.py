@@ -3,6 +3,7 @@
 SHARDKIT is a binary whose devices are emulated, or the real one; without a device the real one is skipped with the reason."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -88,6 +89,8 @@ class Reshard(Case):
                 found = json.loads(out) if out else {}
                 self.assertEqual(found.pop("device", "none"), ("none" if not out else "cpu" if side == "cpu" else "cuda:0"))
                 found.pop("device_why", None)
+                self.assertEqual("device_use" in found, bool(out) and side == "cuda")
+                found.pop("device_use", None)
                 outcomes.append((status, found, err))
             self.assertEqual(outcomes[0], outcomes[1], source)
 
@@ -161,6 +164,12 @@ class Reshard(Case):
             self.assertEqual(process.returncode, 128 + number, err)
             self.assertEqual(len(err.strip().splitlines()), 1, err)
             self.assertEqual(list(self.tmp.iterdir()), [])
+
+    def test_a_write_that_fails(self):
+        limit = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))  # noqa: E731
+        err = self.refused(7, "reshard", LLAMA, self.tmp / "x", "--tp", "1", "--pp", "1", "--device", "cuda", "-q", preexec_fn=limit)
+        self.assertIn("File too large", err)
+        self.assertEqual(list(self.tmp.iterdir()), [])
 
     def test_parts(self):
         for index in (1, 2):

@@ -91,6 +91,39 @@ TEST_CASE("a router that is too wide is refused") {
   CHECK_THROWS_AS(gpu::route(stream(), config, few.view(), {}, false, nullptr, nullptr), shard::Error);
 }
 
+TEST_CASE("experts' rows are their tokens in order, over several slices of tokens") {
+  for (const Index tokens : {2500, 2049}) {
+    const Index topk = 3, experts = 7, rows = tokens * topk;
+    std::vector<std::int32_t> expert;
+    std::vector<float> weight;
+    for (Index t = 0; t < tokens; ++t) {
+      const auto first = static_cast<std::int32_t>(t < 2000 ? random_below(3) : random_below(experts));
+      for (std::int32_t k = 0; k < topk; ++k) expert.push_back((first + 2 * k) % experts), weight.push_back(random_value());
+    }
+    const Values<std::int32_t> chosen(expert), offsets(8), tiles(8), token(static_cast<std::size_t>(rows)), row(static_cast<std::size_t>(rows));
+    const Values<float> weights(weight), row_weight(static_cast<std::size_t>(rows));
+    gpu::permute(stream(), tokens, topk, experts, chosen.data(), weights.data(),
+                 {offsets.data(), tiles.data(), token.data(), row_weight.data(), row.data()});
+    std::vector<std::int32_t> starts{0}, runs{0}, order, places(expert.size());
+    std::vector<float> order_weight;
+    for (std::int32_t e = 0; e < experts; ++e) {
+      for (std::size_t i = 0; i < expert.size(); ++i)
+        if (expert[i] == e) {
+          places[i] = static_cast<std::int32_t>(order.size());
+          order.push_back(static_cast<std::int32_t>(i) / static_cast<std::int32_t>(topk));
+          order_weight.push_back(weight[i]);
+        }
+      runs.push_back(runs.back() + (static_cast<std::int32_t>(order.size()) - starts.back() + 63) / 64);
+      starts.push_back(static_cast<std::int32_t>(order.size()));
+    }
+    CHECK(offsets.get() == starts);
+    CHECK(tiles.get() == runs);
+    CHECK(token.get() == order);
+    CHECK(row.get() == places);
+    CHECK(row_weight.get() == order_weight);
+  }
+}
+
 TEST_CASE("a mixture of experts, weighed behind or before, is what the CPU's loop over experts makes") {
   for (const auto& mode : kModes)
     for (const Index tokens : {1, 7, 150})
@@ -127,16 +160,19 @@ TEST_CASE("a mixture of experts, weighed behind or before, is what the CPU's loo
         const gpu::Permutation order{offsets.data(), tiles.data(), token.data(), row_weight.data(), row.data()};
         // Recorded while other experts were chosen: nothing of the choice is read on the host.
         const Values<std::int32_t> chosen(std::vector<std::int32_t>(expert.rbegin(), expert.rend()));
-        const OnDevice in(x, mode.type), gathered(rows, hidden, mode.type), middle(rows, wide, mode.type), part(rows, hidden, mode.type), out(tokens, hidden, mode.type);
+        const OnDevice in(x, mode.type), gathered(rows, hidden, mode.type), middle(rows, wide, mode.type), part(rows, hidden, mode.type),
+            out(tokens, hidden, mode.type);
         shard::TransformerConfig config;
         gpu::Graph::begin(stream());
         gpu::permute(stream(), tokens, topk, experts, chosen.data(), weights.data(), order);
         gpu::gather_rows(stream(), gathered.view(), in.view(), token.data(), on_input ? row_weight.data() : nullptr);
-        gpu::grouped_linear(stream(), gathered.view(), {ups.data(), nullptr, mode.type, wide, hidden, hidden}, experts, offsets.data(), tiles.data(), nullptr, middle.view());
+        gpu::grouped_linear(stream(), gathered.view(), {ups.data(), nullptr, mode.type, wide, hidden, hidden}, experts, offsets.data(), tiles.data(),
+                            nullptr, middle.view());
         if (on_input) gpu::fill(stream(), {reinterpret_cast<std::byte*>(row_weight.data()), shard::DType::F32, 1, rows, rows}, 1);
         gpu::activate(stream(), gpu::activation_config(config), {}, middle.view());
         gpu::scale_rows(stream(), middle.view(), row_weight.data());
-        gpu::grouped_linear(stream(), middle.view(), {downs.data(), biases.data(), mode.type, hidden, wide, wide}, experts, offsets.data(), tiles.data(), row_weight.data(), part.view());
+        gpu::grouped_linear(stream(), middle.view(), {downs.data(), biases.data(), mode.type, hidden, wide, wide}, experts, offsets.data(),
+                            tiles.data(), row_weight.data(), part.view());
         gpu::combine(stream(), out.view(), part.view(), topk, row.data());
         const auto graph = gpu::Graph::end(stream());
         graph.launch(stream());

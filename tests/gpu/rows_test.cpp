@@ -27,9 +27,10 @@ TEST_CASE("norms are the CPU's within 1e-6 of f32 or one rounding of bf16") {
             CAPTURE(parameters);
             const auto x = random_tensor(mode, 7, columns, 3), w = random_tensor(mode, 1, columns), b = random_tensor(mode, 1, columns);
             const OnDevice in(x, mode.type, columns + 8), weight(w, mode.type), bias(b, mode.type), out(7, columns, mode.type);
-            gpu::normalize(stream(), {kind, 1e-5, centered}, in.view(), parameters > 0 ? weight.view() : none, parameters > 1 ? bias.view() : none, out.view());
+            gpu::normalize(stream(), {kind, 1e-5, centered}, in.view(), parameters > 0 ? weight.view() : none, parameters > 1 ? bias.view() : none,
+                           out.view());
             const auto expected = lm::cpu::normalize(mode.on(), x, kind, 1e-5, centered, parameters > 0 ? weight_of(w, mode.type) : lm::Weight{},
-                                                parameters > 1 ? weight_of(b, mode.type) : lm::Weight{});
+                                                     parameters > 1 ? weight_of(b, mode.type) : lm::Weight{});
             CHECK(worst(out.get(), expected) <= bound(mode, 1e-6));
           }
 }
@@ -55,7 +56,8 @@ TEST_CASE("norms of heads' pieces leave the other lanes alone") {
       const auto w = random_tensor(mode, 1, width);
       const OnDevice on_device(x, mode.type), weight(w, mode.type);
       gpu::normalize_pieces(stream(), {shard::Normalization::RMSNorm, 1e-6, true}, on_device.view(), 3, width, weight.view(), none);
-      lm::cpu::normalize_pieces(mode.on(), x.row(0), x.rows(), x.columns(), 3, width, shard::Normalization::RMSNorm, 1e-6, true, weight_of(w, mode.type), {});
+      lm::cpu::normalize_pieces(mode.on(), x.row(0), x.rows(), x.columns(), 3, width, shard::Normalization::RMSNorm, 1e-6, true,
+                                weight_of(w, mode.type), {});
       CHECK(worst(on_device.get(), x) <= bound(mode, 1e-6));
     }
 }
