@@ -9,6 +9,8 @@
 
 #include <string>
 
+#ifdef SHARDKIT_FAKE_LIBS  // where the vendors' headers were found
+
 namespace doubles {
 
 /// The double's file, able to work in the emulated device's streams.
@@ -33,3 +35,5 @@ T& variable(const std::string& path, const char* name) {
 }
 
 }  // namespace doubles
+
+#endif

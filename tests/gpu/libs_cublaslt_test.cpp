@@ -23,6 +23,25 @@ std::string what_of(const auto& call) {
   return "";
 }
 
+}  // namespace
+
+TEST_CASE("a library that is absent, or is another one, says what was tried") {
+  const auto absent = what_of([] { gpu::Library("cuNothing", "", {"libcunothing.so.9", "libcunothing.so"}); });
+  CHECK(absent.starts_with("cuNothing: could not be loaded: libcunothing.so.9 (cannot open shared object file"));
+  CHECK(absent.find(", libcunothing.so (") != std::string::npos);
+  CHECK(absent.find('\n') == std::string::npos);
+  CHECK(what_of([] { gpu::Library("cuNothing", "/nowhere/x.so", {"libc.so.6"}); }).find("/nowhere/x.so (") != std::string::npos);
+  const gpu::Library libc("C", "", {"libcunothing.so", "libc.so.6"});
+  std::size_t (*length)(const char*) = nullptr;
+  libc.resolve(length, "strlen");
+  CHECK(length("four") == 4);
+  CHECK(what_of([&] { libc.resolve(length, "strlong"); }) == "C (libc.so.6): has no strlong; too old?");
+}
+
+#ifdef SHARDKIT_FAKE_LIBS
+
+namespace {
+
 /// Numbers in device memory, as rows with a pitch in front of which `before` elements lie.
 struct Matrix {
   Matrix(std::int64_t count, DType type, int seed) : type(type), values(static_cast<std::size_t>(count)), memory(values.size() * size_of(type)) {
@@ -84,21 +103,6 @@ gpu::MatmulShape dense(std::int64_t rows, std::int64_t columns, std::int64_t inn
 }
 
 }  // namespace
-
-TEST_CASE("a library that is absent, or is another one, says what was tried") {
-  const auto absent = what_of([] { gpu::Library("cuNothing", "", {"libcunothing.so.9", "libcunothing.so"}); });
-  CHECK(absent.starts_with("cuNothing: could not be loaded: libcunothing.so.9 (cannot open shared object file"));
-  CHECK(absent.find(", libcunothing.so (") != std::string::npos);
-  CHECK(absent.find('\n') == std::string::npos);
-  CHECK(what_of([] { gpu::Library("cuNothing", "/nowhere/x.so", {"libc.so.6"}); }).find("/nowhere/x.so (") != std::string::npos);
-  const gpu::Library libc("C", "", {"libcunothing.so", "libc.so.6"});
-  std::size_t (*length)(const char*) = nullptr;
-  libc.resolve(length, "strlen");
-  CHECK(length("four") == 4);
-  CHECK(what_of([&] { libc.resolve(length, "strlong"); }) == "C (libc.so.6): has no strlong; too old?");
-}
-
-#ifdef SHARDKIT_FAKE_LIBS
 
 TEST_CASE("products: rows with pitches, transposes, bias, batches, alpha and beta, in every pair of types") {
   gpu::Matmul matmul(0, doubles::path_of("libfake_cublaslt.so"));
