@@ -17,6 +17,6 @@ SHARDKIT_PEERS_PYTHON=$(tests/peers/install.sh)
 export SHARDKIT_PEERS_PYTHON
 
 echo "sanitized:"
-ctest --test-dir build/asan -L "fast|attacks" --output-on-failure -j "$jobs"
+ctest --test-dir build/asan -L "fast|attacks|gpu_emulated" --output-on-failure -j "$jobs"
 echo "release:"
 ctest --test-dir build/release --output-on-failure -j "$jobs"

@@ -192,7 +192,7 @@ class LegacyWriter {
 }  // namespace
 
 void create_mp_rank(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
-  const bool local = source.format == "mp_rank" && options.keep_spelling ? false : !source.megatron->te;
+  const bool local = !(source.format == "mp_rank" && options.keep_spelling) && source.megatron && !source.megatron->te;
   const auto model = model_for(source, options, options.keep_spelling ? "lt" : local ? "l" : "t");
   target.padded_vocab = model.params.at("vocab");
   target.writer = make_writer(path, options);

@@ -17,6 +17,8 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <mutex>
+#include <set>
 #include <vector>
 
 FakeEnqueue fake_enqueue = nullptr;
@@ -75,6 +77,10 @@ void write(std::byte* to, ncclDataType_t type, float value) {
   if (type == ncclFloat32) shard::store(to, value);
   else shard::store(to, static_cast<std::uint16_t>(type == ncclFloat16 ? shard::narrow<shard::kF16>(bits) : shard::narrow<shard::kBF16>(bits)));
 }
+
+/// Whoever is aborted stays, for calls that are under way.
+std::mutex living_mutex;
+std::set<ncclComm*> living;
 
 }  // namespace
 
@@ -247,10 +253,18 @@ ncclResult_t ncclCommInitRank(ncclComm_t* comm, int size, ncclUniqueId id, int r
     while (std::count(m->here, m->here + kRanks, true) < size) locked.wait();
   }
   *comm = new ncclComm{m, rank, {ncclSuccess}};
+  {
+    const std::lock_guard lock(living_mutex);
+    living.insert(*comm);
+  }
   return ncclSuccess;
 }
 ncclResult_t ncclCommDestroy(ncclComm_t comm) {
   ::munmap(comm->meeting, sizeof(Meeting));
+  {
+    const std::lock_guard lock(living_mutex);
+    living.erase(comm);
+  }
   delete comm;
   return ncclSuccess;
 }
