@@ -73,6 +73,9 @@ void MappedFile::bring(std::span<const std::byte> part) {
     present = mincore(static_cast<std::byte*>(first) + at, kPage, &page) == 0 && page & 1;
   }
   if (present) return;
+#ifdef MADV_HUGEPAGE
+  madvise(first, size, MADV_HUGEPAGE);  // read and kept in large pages, however far the device reads ahead
+#endif
 #ifdef MADV_POPULATE_READ
   if (madvise(first, size, MADV_POPULATE_READ) == 0) return forget(part);
 #endif

@@ -6,6 +6,7 @@
 #include "libshard/families/megatron.h"
 #include "libshard/translate.h"
 #include "lm/device.h"
+#include "lm/model_run.h"
 #include "tests/libshard/memory_checkpoint.h"
 
 #include <doctest/doctest.h>
@@ -128,4 +129,24 @@ TEST_CASE("label smoothing: each tensor rank's mean runs over its own columns") 
         CHECK(static_cast<double>(smooth[static_cast<std::size_t>(t)][at]) == doctest::Approx((1 - smoothing) * loss - smoothing * mean).epsilon(1e-5));
       }
   }
+}
+
+TEST_CASE("parts of a feed-forward that do not fit each other are refused") {
+  const auto [config, model] = small(false, 0);
+  const Batch batch{1, 2, {1, 2}, {2, 3}, {0, 1}};
+  const auto run = [&](const std::string& weight, shard::Shape shape) {
+    auto dict = logical(model);
+    for (auto& stream : dict.streams) stream.size = 1 << 16;
+    if (!weight.empty()) {
+      auto& tensor = dict.tensors.at(weight);
+      tensor.global_shape = tensor.natural = shape;
+      tensor.shards = {{shard::whole(shape), {0, 0, shard::row_major(shape)}, {}}};
+    }
+    const testing::Memory checkpoint(dict);
+    run_model(checkpoint, formats::kernels(), config, {batch, {}, 32, 32, {}, false}, {}, *host_device());
+  };
+  run("", {});
+  for (const auto* part : {"gate", "up"})
+    for (const Index rows : {0, 8, 32}) CHECK_THROWS_AS(run(std::string("layers.1.mlp.") + part + ".weight", {rows, 16}), shard::Error);
+  CHECK_THROWS_AS(run("layers.1.mlp.down.weight", {16, 8}), shard::Error);
 }
