@@ -143,7 +143,7 @@ class Door {
     std::string who;
     for (std::size_t r = 1; r < ranks_.size(); ++r)
       if (!ranks_[r]) who += fmt::format("{}{}", who.empty() ? "" : ", ", r);
-    return fmt::format("rank {} did not come within {}; {}={} says how many there are{}", who, seconds(patience), launch_.from, launch_.size,
+    return fmt::format("rank {} did not come within {}; {}={} says how many there are (without it one process works alone){}", who, seconds(patience), launch_.from, launch_.size,
                        refused_ ? fmt::format("; {} connections without the secret were refused", refused_) : "");
   }
 

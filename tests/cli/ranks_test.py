@@ -157,7 +157,7 @@ class Ranks(Case):
         more = {"SHARDKIT_MASTER": f"127.0.0.1:{free_port()}", "SHARDKIT_TIMEOUT": "2"}
         done = finish([start(args, rank, 2, more=more | {"SHARDKIT_SECRET": word}) for rank, word in enumerate(("right", "wrong"))])
         self.fails(done, 7)
-        self.assertIn("rank 1 did not come within 2 s; WORLD_SIZE=2 says how many there are; 1 connections without the secret were refused", done[0][2])
+        self.assertIn("rank 1 did not come within 2 s; WORLD_SIZE=2 says how many there are (without it one process works alone); 1 connections without the secret were refused", done[0][2])
         self.assertIn("refused rank 1: is SHARDKIT_SECRET the same in every rank?", done[1][2])
         done = finish([start(args, rank, 3, more={"SHARDKIT_TIMEOUT": "1"}) for rank in (0, 1)])
         self.fails(done, 7, "rank 2 did not come within 1 s")

@@ -132,9 +132,9 @@ TEST_CASE("a rank that never comes is named, and nobody waits for ever") {
       said.push_back(error.what());
     }
   });
-  CHECK_THROWS_WITH(ranks::Rendezvous(rank_of(0, 3), place, 300ms), "rank 2 did not come within 0.3 s; WORLD_SIZE=3 says how many there are");
+  CHECK_THROWS_WITH(ranks::Rendezvous(rank_of(0, 3), place, 300ms), "rank 2 did not come within 0.3 s; WORLD_SIZE=3 says how many there are (without it one process works alone)");
   other.join();
-  CHECK(said == std::vector<std::string>{"rank 2 did not come within 0.3 s; WORLD_SIZE=3 says how many there are"});
+  CHECK(said == std::vector<std::string>{"rank 2 did not come within 0.3 s; WORLD_SIZE=3 says how many there are (without it one process works alone)"});
   CHECK_THROWS_WITH(ranks::Rendezvous(rank_of(1, 3), place, 100ms), fmt::format("{}: rank 1 did not find rank 0 there within 0.1 s: there is no such file yet", place.file.string()).c_str());
   const std::atomic<bool> stop = true;
   CHECK_THROWS_WITH(ranks::Rendezvous(rank_of(0, 2), by_file(), 10s, &stop), "stopped by a signal");
