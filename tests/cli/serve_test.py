@@ -389,8 +389,11 @@ class Abuse(Serve):
         thread.start()
         until(lambda: server.json("GET", "/health")[1]["running"])
         weights = self.root / "good/model-00002-of-00004.safetensors"
-        weights.write_bytes(weights.read_bytes())
-        thread.join()
+        content = weights.read_bytes()
+        while thread.is_alive():  # at first it may not have been opened yet
+            with open(weights, "r+b") as file:
+                file.write(content)
+            time.sleep(0.05)
         self.assertEqual(replies[0][0], 500, replies)
         self.assertIn("model-00002-of-00004.safetensors", replies[0][1]["error"])
 
