@@ -87,6 +87,7 @@ struct TransformerConfig {
   double embedding_multiplier = 1;
   bool embedding_multiplier_rounded = false;         ///< to the weights' type first (Gemma)
   double logits_multiplier = 1;                      ///< MuP
+  bool use_mup = false;                              ///< trained so: marks embeddings for the optimizer
   bool parallel_residual = false;
   bool residual_post_layernorm = false;              ///< the residual starts behind the norm
   bool off_by_one_softmax = false;                   ///< one more score of 0 in every row

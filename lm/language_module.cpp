@@ -6,6 +6,7 @@
 #include "lm/saved_model.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <set>
@@ -31,6 +32,24 @@ Tensor final_norm(Ops& on, const shard::TransformerConfig& config, Weights& weig
   auto weight = weights.take(name + ".weight");
   auto bias = weights.has(name + ".bias") ? weights.take(name + ".bias") : Weight{};
   return on.normalize(x, {config.normalization, config.layernorm_epsilon, config.layernorm_zero_centered_gamma}, {std::move(weight), std::move(bias)});
+}
+
+/// FNV-1a over a table's shape, its type in products, and the bits of 64 of its rows (all, where there are no more), evenly spread, the
+/// first and the last among them: a table of another checkpoint, iteration, shift or padding differs; one changed row between them may not.
+std::uint64_t fingerprint(WeightSource& source, const std::string& name) {
+  std::uint64_t out = 0xcbf29ce484222325;
+  const auto take = [&](std::span<const std::byte> bytes) {
+    for (const auto byte : bytes) out = (out ^ std::to_integer<std::uint64_t>(byte)) * 0x100000001b3;
+  };
+  const auto& shape = source.shape(name);
+  take(std::as_bytes(std::span(shape)));
+  const auto rows = shape[0], looked = std::min<Index>(rows, 64);
+  for (Index i = 0; i < looked; ++i) {
+    const auto row = source.read(name, looked == 1 ? 0 : i * (rows - 1) / (looked - 1), 1);
+    take({&reinterpret_cast<const std::byte&>(row.dtype), sizeof row.dtype});
+    take({row.data, static_cast<std::size_t>(row.columns) * size_of(row.dtype)});
+  }
+  return out;
 }
 
 }  // namespace
@@ -150,19 +169,41 @@ bool LanguageModule::is_in_embd_group() const {
   return placement_.mtp_process || std::find(ranks.begin(), ranks.end(), placement_.pipeline_rank) != ranks.end();
 }
 
+std::vector<ParameterMarks> LanguageModule::embedding_and_output_marks() const {
+  const bool copies = config_.tied || config_.mtp_num_layers > 0, piped = placement_.pipeline_size > 1;
+  const bool embeds = placement_.pre_process || placement_.mtp_process;
+  // Which of this stage's weights shared_embedding_or_output_weight() names.
+  const bool first = piped && placement_.pre_process && !placement_.post_process;
+  const bool copy = piped && !placement_.pre_process && ((placement_.post_process && config_.tied) || placement_.mtp_process);
+  std::vector<ParameterMarks> out;
+  const auto add = [&](const char* name, bool embedding_or_output, bool shared) {
+    out.push_back({name, embedding_or_output, config_.use_mup, copies && shared && (first || copy), copies && shared && copy, copies && shared && !piped});
+  };
+  if (embeds) {
+    add("embedding.word_embeddings.weight", true, true);
+    if (config_.use_mup && source_.has(kPositions)) add("embedding.position_embeddings.weight", false, false);
+  }
+  // Where one stage embeds and has a tied head, the head owns no weight.
+  if (placement_.post_process && !(config_.tied && placement_.pre_process)) add("output_layer.weight", true, !embeds);
+  return out;
+}
+
 void LanguageModule::setup_embeddings_and_output_layer() {
   if (placement_.pipeline_size == 1 || !(config_.tied || config_.mtp_num_layers > 0)) return;
-  // Every stage reads the one stored copy, so the sum that Megatron forms reduces to agreement on its first row.
-  float mine = 0, members = 0;
+  // Megatron fills the copies with zeros and adds the first stage's to them. Here each stage reads its own, so they must be equal already.
+  // Sixteen bits are exact in a float; where largest and smallest are one, all members say the same.
+  std::array<float, 8> parts;
+  parts.fill(-INFINITY);
   if (is_in_embd_group()) {
-    const auto row = source_.read(kEmbedding, 0, 1);
-    for (Index c = 0; c < row.columns; ++c) mine += row.at(0, c);
-    members = 1;
+    const auto print = fingerprint(source_, *shared_embedding_or_output_weight());
+    for (std::size_t i = 0; i < 4; ++i) {
+      parts[i] = static_cast<float>(print >> (16 * i) & 0xffff);
+      parts[i + 4] = -parts[i];
+    }
   }
-  float sums[2] = {mine, members};
-  pipeline_.all_reduce_sum(sums);
-  shard::require(members == 0 || sums[0] == mine * sums[1] || mine != mine || std::abs(sums[0] - mine * sums[1]) <= std::abs(sums[0]) * 1e-6f, Code::Mismatch,
-                 [] { return fmt::format("{}: its copies on the first and the last stage differ", kEmbedding); });
+  pipeline_.all_reduce_max(parts);
+  for (std::size_t i = 0; i < 4; ++i)
+    shard::require(parts[i] == -parts[i + 4], Code::Mismatch, [] { return fmt::format("{}: its copies on the first and the last stage differ", kEmbedding); });
 }
 
 Tensor LanguageModule::embed(Weights& weights, const Ids& ids, const Ids& positions) {
@@ -174,8 +215,8 @@ Tensor LanguageModule::embed(Weights& weights, const Ids& ids, const Ids& positi
     // Gemma's √h is a number of the weights' type, which in f32 computation is f32.
     factor = on_.compute() == Compute::Bf16 ? static_cast<double>(cpu::round_bf16(static_cast<float>(factor))) : static_cast<double>(static_cast<float>(factor));
   }
-  on_.scale(out, factor);
   if (source_.has(kPositions)) on_.add(out, weights.gather(kPositions, positions, 0, source_.shape(kPositions)[0]));
+  on_.scale(out, factor);
   return out;
 }
 

@@ -73,6 +73,17 @@ struct ForwardRequest {
   bool mtp = true;
 };
 
+/// A parameter that Megatron's optimizers treat apart, under its name in the module.
+struct ParameterMarks {
+  std::string name;
+  bool is_embedding_or_output_parameter = false;
+  bool is_embedding_parameter = false;  ///< MuP: learning rate not scaled by width
+  bool shared_embedding = false;        ///< one of several stages' copies
+  bool shared = false;                  ///< of those, not the first
+  bool zero_out_wgrad = false;          ///< one stage multiplies by it twice
+  bool operator==(const ParameterMarks&) const = default;
+};
+
 class LanguageModule {
  public:
   /// `source` must hold what the configuration calls for; throws Mismatch naming what is missing or left over.
@@ -93,9 +104,11 @@ class LanguageModule {
   std::optional<std::string> shared_embedding_or_output_weight() const;
   /// Whether this rank takes part in keeping the copies of a shared embedding equal.
   bool is_in_embd_group() const;
-  /// Copies of the shared weight on several stages must be equal: adds up a fingerprint over the group as Megatron adds up the
-  /// weight. Collective; throws Mismatch where a stage sees another weight.
+  /// Copies of the shared weight on several stages must be equal: compares the stages' fingerprints of it (shape and 64 rows).
+  /// Collective over the pipeline; throws Mismatch, on every rank, where a stage of the embedding group sees another weight.
   void setup_embeddings_and_output_layer();
+  /// What Megatron's setup_embeddings_and_output_layer() marks on this stage: embedding first, then head.
+  std::vector<ParameterMarks> embedding_and_output_marks() const;
   /// One MTP step: the new hidden state [N, hidden]; its logits come with the head's blocks. Rows see the rows before them.
   Tensor compute_mtp_single_step(Weights& weights, const MtpStep& step);
   /// What this rank would save: all of its stage, the first of its copies along data ranks.

@@ -1,6 +1,8 @@
 // Megatron's args as config.json: the inverse of to_args.cpp, for models that bring no config of their own.
 #include "formats/hf/hf.h"
+#include "formats/hf_config.h"
 #include "formats/megatron/args.h"
+#include "formats/megatron/model_config.h"
 #include "libshard/error.h"
 
 #include <cmath>
@@ -42,6 +44,7 @@ class Writer {
     rope();
     window();
     mixture();
+    multipliers();
     return out_;
   }
 
@@ -148,6 +151,20 @@ class Writer {
     } else {
       shard::require(dense.empty(), shard::Code::Mismatch, [&] { return fmt::format("layers.{}: is dense; every layer of {} has experts", dense.front(), family_.name); });
     }
+  }
+
+  /// config.json must multiply as args do, or the model computes something else: few families have a place for MuP's factors.
+  void multipliers() const {
+    if (!args_.flag("use_mup") && real("softmax_scale", 0) == 0) return;
+    const auto ours = megatron::model_config(graph_, source_.megatron->args, params_, source_.vocab);
+    const auto theirs = hf_model_config(nlohmann::json::parse(out_.dump()), "config.json");
+    const auto same = [&](const char* arg, double wanted, double found) {
+      shard::require(std::abs(wanted - found) <= 1e-6 * std::abs(wanted), shard::Code::Mismatch,
+                     [&] { return fmt::format("args.{}: calls for {}; {}'s config.json gives {} and has no place for another", arg, wanted, family_.name, found); });
+    };
+    same("mup_embedding_mult", ours.embedding_multiplier, theirs.embedding_multiplier);
+    same("mup_output_mult", ours.logits_multiplier, theirs.logits_multiplier);
+    for (std::size_t i = 0; i < ours.layers.size() && !ours.multi_latent_attention; ++i) same("softmax_scale", ours.layers[i].softmax_scale, theirs.layers[i].softmax_scale);
   }
 
   const Family& family_;

@@ -217,14 +217,16 @@ TransformerConfig model_config(const Graph& graph, Ref ref, const shard::Params&
   double scale = 1 / std::sqrt(static_cast<double>(out.kv_channels));
   const auto given = args.real("softmax_scale");
   if (given) scale = *given;
-  if (args.flag("use_mup")) {
+  out.use_mup = args.flag("use_mup");
+  if (out.use_mup) {
     const auto base = args.real("mup_base_hidden_size", static_cast<double>(out.hidden_size));
-    const auto width = args.real("mup_width_mult", 0) > 0 && args.real("mup_width_mult", 1) != 1 ? args.real("mup_width_mult", 1) : static_cast<double>(out.hidden_size) / base;
+    shard::require(base > 0, Code::BadFormat, [&] { return fmt::format("args.mup_base_hidden_size: is {}; should be positive", base); });
     const auto head = args.real("mup_base_head_dim");
     if (!given) scale = (head ? std::sqrt(*head) : 1.0) / std::pow(static_cast<double>(out.kv_channels), args.real("mup_attn_scale_power", 1));
     out.embedding_multiplier = args.real("mup_embedding_mult", 1);
     out.logits_multiplier = args.real("mup_output_mult", 1);
-    if (out.logits_multiplier == 1) out.logits_multiplier = 1 / width;
+    // mup_width_mult as an argument counts for nothing: Megatron works it out again.
+    if (out.logits_multiplier == 1) out.logits_multiplier = base / static_cast<double>(out.hidden_size);
   }
   if (out.multi_latent_attention) {
     const auto m = concentration(args.real("rotary_scaling_factor", 40), args.real("mscale_all_dim", 0));

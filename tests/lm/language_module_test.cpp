@@ -11,7 +11,10 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <random>
 
 using namespace lm;
 
@@ -149,4 +152,117 @@ TEST_CASE("parts of a feed-forward that do not fit each other are refused") {
   for (const auto* part : {"gate", "up"})
     for (const Index rows : {0, 8, 32}) CHECK_THROWS_AS(run(std::string("layers.1.mlp.") + part + ".weight", {rows, 16}), shard::Error);
   CHECK_THROWS_AS(run("layers.1.mlp.down.weight", {16, 8}), shard::Error);
+}
+
+namespace {
+
+/// A checkpoint of `model` with random weights between −1 and 1, the same for the same seed.
+testing::Memory filled(const shard::GptModel& model, std::uint32_t seed) {
+  auto dict = logical(model);
+  for (auto& [name, tensor] : dict.tensors) {
+    const auto stream = static_cast<std::uint32_t>(dict.streams.size());
+    dict.streams.push_back({});
+    dict.streams.back().size = static_cast<std::uint64_t>(shard::volume(tensor.global_shape)) * 4;
+    tensor.shards = {{shard::whole(tensor.global_shape), {stream, 0, shard::row_major(tensor.global_shape)}, {}}};
+  }
+  testing::Memory out(dict);
+  std::mt19937 random(seed);
+  for (auto& bytes : out.bytes())
+    for (std::size_t at = 0; at < bytes.size(); at += 4) {
+      const auto value = static_cast<float>(random()) * 0x1p-31f - 1;
+      std::memcpy(bytes.data() + at, &value, 4);
+    }
+  return out;
+}
+
+/// What setup throws on each of two stages, "" where nothing; the last stage reads `last`.
+std::vector<std::string> setup_of(const Case& model, const shard::Reader& first, const shard::Reader& last) {
+  WeightSource of_first(first, formats::kernels(), Compute::F32), of_last(last, formats::kernels(), Compute::F32);
+  const auto device = host_device();
+  device->prepare({1, 2, Compute::F32, 1}, model.config, {});
+  Group tensor_a(1), tensor_b(1), pipeline(2);
+  std::vector<std::string> out(2);
+  run_ranks(2, [&] { pipeline.fail(); }, [&](int p) {
+    LocalComm of_tensor(p == 0 ? tensor_a : tensor_b, 0), of_pipeline(pipeline, p);
+    LanguageModule module(model.config, p == 0 ? of_first : of_last, placement_of(model.config, p, 2), of_tensor, of_pipeline, device->ops(p, 0));
+    try {
+      module.setup_embeddings_and_output_layer();
+    } catch (const shard::Error& error) {
+      out[static_cast<std::size_t>(p)] = error.what();
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("a stage that sees another weight is found on every stage, however little a row that is looked at differs") {
+  for (const bool tied : {false, true})
+    for (const Index depths : {0, 1}) {
+      const auto model = small(tied, depths);
+      const auto first = filled(model.model, 1);
+      CHECK(setup_of(model, first, first) == std::vector<std::string>(2));
+      const auto& word = first.describe().tensors.at("embedding.word.weight");
+      const auto stream = word.shards[0].place.stream;
+      // Of 128 rows 64 are looked at: 127·i / 63, the twelfth for i = 6.
+      REQUIRE(word.global_shape == shard::Shape{128, 16});
+      for (const std::size_t row : {0, 12, 127}) {
+        auto last = filled(model.model, 1);
+        last.bytes()[stream][row * 16 * 4] ^= std::byte{1};  // the last bit of one number
+        const std::string wanted = tied || depths > 0 ? "embedding.word.weight: its copies on the first and the last stage differ" : "";
+        CHECK(setup_of(model, first, last) == std::vector<std::string>(2, wanted));
+      }
+      // The same numbers in another order: their sum would not tell.
+      auto last = filled(model.model, 1);
+      auto& table = last.bytes()[stream];
+      std::swap_ranges(table.begin() + 5 * 64, table.begin() + 6 * 64, table.begin() + 6 * 64);
+      for (const auto& said : setup_of(model, first, last)) CHECK(said.empty() == !(tied || depths > 0));
+    }
+}
+
+TEST_CASE("marks of embedding and head, by stage") {
+  const std::string word = "embedding.word_embeddings.weight", head = "output_layer.weight";
+  using Marks = std::vector<ParameterMarks>;
+  const auto marks = [](bool tied, Index depths, bool mup, int stages, int stage) {
+    auto [config, model] = small(tied, depths);
+    config.use_mup = mup;
+    const testing::Memory checkpoint(logical(model));
+    WeightSource source(checkpoint, formats::kernels(), Compute::F32);
+    const auto device = host_device();
+    device->prepare({1, stages, Compute::F32, 1}, config, {});
+    Group tensor(1), pipeline(stages);
+    LocalComm of_tensor(tensor, 0), of_pipeline(pipeline, stage);
+    return LanguageModule(config, source, placement_of(config, stage, stages), of_tensor, of_pipeline, device->ops(stage, 0)).embedding_and_output_marks();
+  };
+  // {name, embedding or output, embedding of MuP, shared embedding, shared, zero out wgrad}
+  CHECK(marks(false, 0, false, 1, 0) == Marks{{word, true}, {head, true}});
+  CHECK(marks(false, 0, true, 1, 0) == Marks{{word, true, true}, {head, true, true}});
+  CHECK(marks(true, 0, false, 1, 0) == Marks{{word, true, false, false, false, true}});
+  CHECK(marks(false, 1, false, 1, 0) == Marks{{word, true, false, false, false, true}, {head, true}});
+  CHECK(marks(false, 0, false, 2, 0) == Marks{{word, true}});
+  CHECK(marks(false, 0, false, 2, 1) == Marks{{head, true}});
+  CHECK(marks(true, 0, true, 3, 0) == Marks{{word, true, true, true}});
+  CHECK(marks(true, 0, true, 3, 1) == Marks{});
+  CHECK(marks(true, 0, true, 3, 2) == Marks{{head, true, true, true, true}});
+  CHECK(marks(false, 1, false, 2, 0) == Marks{{word, true, false, true}});
+  CHECK(marks(false, 1, false, 2, 1) == Marks{{word, true, false, true, true}, {head, true}});
+  CHECK(marks(true, 1, false, 2, 1) == Marks{{word, true, false, true, true}, {head, true}});
+}
+
+TEST_CASE("scale_logits multiplies, and leaves a factor of one alone") {
+  auto [config, model] = small(true, 0);
+  const testing::Memory checkpoint(logical(model));
+  WeightSource source(checkpoint, formats::kernels(), Compute::F32);
+  for (const double factor : {1.0, 0.25}) {
+    config.logits_multiplier = factor;
+    const auto device = host_device();
+    device->prepare({1, 1, Compute::F32, 1}, config, {});
+    Group tensor(1), pipeline(1);
+    LocalComm of_tensor(tensor, 0), of_pipeline(pipeline, 0);
+    const LanguageModule module(config, source, placement_of(config, 0, 1), of_tensor, of_pipeline, device->ops(0, 0));
+    Tensor logits(1, 3);
+    for (Index c = 0; c < 3; ++c) logits.row(0)[c] = static_cast<float>(8 * c - 4);
+    module.scale_logits(logits);
+    for (Index c = 0; c < 3; ++c) CHECK(logits.row(0)[c] == static_cast<float>(factor * static_cast<double>(8 * c - 4)));
+  }
 }
