@@ -163,7 +163,9 @@ testing::Memory filled(const shard::GptModel& model, std::uint32_t seed) {
     const auto stream = static_cast<std::uint32_t>(dict.streams.size());
     dict.streams.push_back({});
     dict.streams.back().size = static_cast<std::uint64_t>(shard::volume(tensor.global_shape)) * 4;
-    tensor.shards = {{shard::whole(tensor.global_shape), {stream, 0, shard::row_major(tensor.global_shape)}, {}}};
+    auto stride = shard::row_major(tensor.global_shape);
+    for (auto& step : stride) step *= 4;  // bytes
+    tensor.shards = {{shard::whole(tensor.global_shape), {stream, 0, stride}, {}}};
   }
   testing::Memory out(dict);
   std::mt19937 random(seed);
