@@ -35,6 +35,7 @@ struct RopeConfig {
   double concentration = 1;                          ///< multiplies cos and sin
   std::vector<double> short_factor, long_factor;     ///< longrope, one per pair of lanes
   bool interleaved = false;                          ///< lanes 2i and 2i+1 turn together, not i and i + dim/2
+  bool operator==(const RopeConfig&) const = default;
 };
 
 struct RouterConfig {
@@ -48,6 +49,7 @@ struct RouterConfig {
   GroupRule group_rule = GroupRule::Sum;
   double scaling = 1;
   bool fp32 = false;                ///< logits computed in f32 whatever the model computes in
+  bool operator==(const RouterConfig&) const = default;
 };
 
 /// What one decoder layer does differently from its neighbours.
@@ -57,6 +59,7 @@ struct LayerConfig {
   bool local_rope = false;          ///< turns by `rope_local`
   bool moe = false;
   double softmax_scale = 1;
+  bool operator==(const LayerConfig&) const = default;
 };
 
 struct TransformerConfig {
@@ -102,6 +105,7 @@ struct TransformerConfig {
   double mtp_loss_scaling_factor = 0.1;              ///< of the mean over depths, beside the main loss
   bool tied = false;                                 ///< the output head is the embedding
   std::vector<std::string> notes;                    ///< choices that the source left open, for people
+  bool operator==(const TransformerConfig&) const = default;
 
   /// The layer of an MTP depth (0-based): the kind of the last decoder layer, windows counted from the first again.
   LayerConfig mtp_layer(Index depth) const {

@@ -44,6 +44,10 @@ class Devices : public lm::Device {
       weights_.clear();
       ranks_.clear();
     }
+    // What was recorded holds the old model's numbers: epsilons, scales, angles.
+    if (config != config_)
+      for (auto& rank : ranks_) rank->forget_recorded();
+    config_ = config;
     layout_ = layout;
     plans_ = stages;
     for (auto& plan : plans_)
@@ -181,6 +185,7 @@ class Devices : public lm::Device {
   LanguageDeviceOptions options_;
   std::vector<std::string> names_;
   lm::Ranks layout_;
+  shard::TransformerConfig config_;                                   ///< of the last run
   std::vector<lm::StagePlan> plans_;
   std::vector<std::unique_ptr<DeviceOps>> ranks_;
   std::map<std::pair<int, int>, Resident> weights_;                   ///< by stage and device
