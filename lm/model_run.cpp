@@ -73,6 +73,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
     for (auto& group : pipeline_groups) group->fail();
     device.fail();
   };
+  std::vector<double> brought(static_cast<std::size_t>(tp * pp));  // seconds that a rank's weights took to its device's memory, waiting included
   run_ranks(tp * pp, fail, [&](int rank) {
     const auto p = rank / tp, t = rank % tp;
     auto& stream = *streams[static_cast<std::size_t>(p)];
@@ -80,12 +81,16 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
     const auto tensor = device.comm(*tensor_groups[static_cast<std::size_t>(p)], Device::Axis::Tensor, p, t),
                pipeline = device.comm(*pipeline_groups[static_cast<std::size_t>(t)], Device::Axis::Pipeline, p, t);
     LanguageModule module(config, source, placement_of(config, p, pp), *tensor, *pipeline, ops);
-    module.forward(device.weights(stream, p, t), request, report.result, mutex);
+    const auto asked = std::chrono::steady_clock::now();
+    auto& weights = device.weights(stream, p, t);
+    brought[static_cast<std::size_t>(rank)] = std::chrono::duration<double>(std::chrono::steady_clock::now() - asked).count();
+    module.forward(weights, request, report.result, mutex);
     if (t == 0) stream.drain();
   });
   report.findings = source.findings(options.threads);
   report.weights = source.stats();
   report.bytes_read = source.bytes_read();
+  report.load_seconds = *std::max_element(brought.begin(), brought.end());
   for (const auto& stream : streams) report.load_seconds = std::max(report.load_seconds, stream->waited_seconds() / tp);
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   // Stages finish their notes in any order.

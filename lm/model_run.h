@@ -19,7 +19,7 @@ struct RunReport {
   std::vector<shard::Finding> findings;        ///< of weights: checksums, numbers
   std::vector<WeightStats> weights;
   std::uint64_t bytes_read = 0;
-  double seconds = 0, load_seconds = 0;        ///< of all, and of that a stage's ranks waited for weights and looked at them
+  double seconds = 0, load_seconds = 0;        ///< of all, and of that a stage's ranks waited for weights, looked at them and brought them to their device
 };
 
 /// Throws Mismatch where weights and configuration do not fit, BadLayout for layouts that the model cannot have. Results are

@@ -166,27 +166,23 @@ void DeviceOps::normalize_pieces(Tensor& x, Index pieces, Index width, const lm:
 }
 
 lm::Rope DeviceOps::rope(const shard::RopeConfig& config, Index length) {
+  // A long table takes the host milliseconds, in which the device would wait.
+  for (const auto& known : ropes_)
+    if (known.length == length && known.config == config) return known.rope;
   auto table = lm::cpu::rope_table(config, length);
   if (table.half == 0) return {};
-  // In bf16 the table's numbers are rounded; equal tables are one.
+  // In bf16 the table's numbers are rounded.
   const auto on = lm::cpu::Context{options_.compute, 1};
   lm::cpu::round_values(on, table.cos);
   lm::cpu::round_values(on, table.sin);
   const auto bytes = table.cos.size() * sizeof(float);
-  std::string key(reinterpret_cast<const char*>(table.cos.data()), bytes);
-  key.append(reinterpret_cast<const char*>(table.sin.data()), bytes);
-  key += table.interleaved ? 'i' : 'h';
-  auto& known = ropes_[key];
-  if (!known) {
-    auto made = std::make_shared<DeviceRope>();
-    made->memory = DeviceBuffer(2 * bytes);
-    gpu::to_device(made->memory.data(), table.cos.data(), bytes, stream_);
-    gpu::to_device(made->memory.data() + bytes, table.sin.data(), bytes, stream_);
-    gpu::wait(stream_);
-    made->view = {reinterpret_cast<const float*>(made->memory.data()), reinterpret_cast<const float*>(made->memory.data() + bytes), table.half, table.interleaved};
-    known = std::move(made);
-  }
-  return {known};
+  auto made = std::make_shared<DeviceRope>();
+  made->memory = DeviceBuffer(2 * bytes);
+  gpu::to_device(made->memory.data(), table.cos.data(), bytes, stream_);
+  gpu::to_device(made->memory.data() + bytes, table.sin.data(), bytes, stream_);
+  gpu::wait(stream_);
+  made->view = {reinterpret_cast<const float*>(made->memory.data()), reinterpret_cast<const float*>(made->memory.data() + bytes), table.half, table.interleaved};
+  return ropes_.emplace_back(Angles{config, length, {std::move(made)}}).rope;
 }
 
 void DeviceOps::apply_rope(const lm::Rope& rope, Tensor& x, Index first, Index heads, Index stride, Index length) {

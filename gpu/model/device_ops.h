@@ -47,7 +47,7 @@ class DeviceOps : public lm::Ops {
   StreamView stream() const { return stream_; }
   /// Takes the device for the calling thread.
   void enter() const { use_device(options_.device); }
-  /// Recorded work is forgotten: weights are elsewhere.
+  /// Recorded work is forgotten: weights are elsewhere, or the model computes otherwise.
   void forget_recorded() { recorded_.clear(); }
   /// Bytes that activations took.
   std::uint64_t held() const;
@@ -97,6 +97,11 @@ class DeviceOps : public lm::Ops {
     lm::Ids ids, positions;
     Graph graph;
   };
+  struct Angles {
+    shard::RopeConfig config;
+    Index length;
+    lm::Rope rope;
+  };
   shard::DType type() const { return options_.compute == lm::Compute::Bf16 ? shard::DType::BF16 : shard::DType::F32; }
   void fused(const lm::AttentionShape& shape, const View& q, const View& k, const View& v, bool sinks, const View& out);
   void unfused(lm::AttentionShape shape, const View& q, const View& k, const View& v, const View& sinks, const View& out);
@@ -113,7 +118,7 @@ class DeviceOps : public lm::Ops {
   std::optional<Matmul> matmul_;
   std::optional<FusedAttention> fused_;              ///< loaded when first asked for
   std::string products_;                             ///< by what, and why
-  std::map<std::string, std::shared_ptr<const void>> ropes_;
+  std::vector<Angles> ropes_;                        ///< recorded work reads them
   std::map<std::vector<const std::byte*>, DeviceBuffer> pointers_;
   std::map<std::string, Recorded> recorded_;
 };

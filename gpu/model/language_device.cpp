@@ -44,7 +44,8 @@ class Devices : public lm::Device {
       weights_.clear();
       ranks_.clear();
     }
-    if (!(config == config_))  // recorded work has its numbers in it
+    // What was recorded holds the old model's numbers: epsilons, scales, angles.
+    if (config != config_)
       for (auto& rank : ranks_) rank->forget_recorded();
     config_ = config;
     layout_ = layout;
@@ -184,7 +185,7 @@ class Devices : public lm::Device {
   LanguageDeviceOptions options_;
   std::vector<std::string> names_;
   lm::Ranks layout_;
-  shard::TransformerConfig config_;
+  shard::TransformerConfig config_;                                   ///< of the last run
   std::vector<lm::StagePlan> plans_;
   std::vector<std::unique_ptr<DeviceOps>> ranks_;
   std::map<std::pair<int, int>, Resident> weights_;                   ///< by stage and device
