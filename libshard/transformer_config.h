@@ -106,7 +106,6 @@ struct TransformerConfig {
   double mtp_loss_scaling_factor = 0.1;              ///< of the mean over depths, beside the main loss
   bool tied = false;                                 ///< the output head is the embedding
   std::vector<std::string> notes;                    ///< choices that the source left open, for people
-  bool operator==(const TransformerConfig&) const = default;
 
   /// The layer of an MTP depth (0-based): the kind of the last decoder layer, windows counted from the first again.
   LayerConfig mtp_layer(Index depth) const {
