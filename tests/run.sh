@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 jobs=$(nproc)
 
 samples/install.sh python3 python3-venv
+samples/install.sh qemu-user || echo "no qemu-user: old processors will not be tried"
 samples/install.sh chromium || echo "no chromium: the tests of pages will be skipped"  # Ubuntu has it as a snap only
 
 # Sanitizers first: they find what the release build would hide.

@@ -132,7 +132,8 @@ void on_device(std::byte* to, const std::byte* from, std::size_t bytes, StreamVi
 }
 void set_bytes(std::byte* to, int value, std::size_t bytes, StreamView on) { check(cudaMemsetAsync(to, value, bytes, raw(on)), "filling memory"); }
 
-void Graph::begin(StreamView on) { check(cudaStreamBeginCapture(raw(on), cudaStreamCaptureModeThreadLocal), "recording a graph"); }
+// Relaxed: what is recorded may take memory, which happens at once.
+void Graph::begin(StreamView on) { check(cudaStreamBeginCapture(raw(on), cudaStreamCaptureModeRelaxed), "recording a graph"); }
 Graph Graph::end(StreamView on) {
   cudaGraph_t recorded;
   check(cudaStreamEndCapture(raw(on), &recorded), "recording a graph");

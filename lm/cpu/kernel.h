@@ -4,6 +4,7 @@
 #include "libshard/box.h"
 
 #include <cstdint>
+#include <vector>
 
 namespace lm::cpu {
 
@@ -25,11 +26,13 @@ struct Products {
   ProductBf16 bf16;  ///< null where the machine has no such instruction
   const char* name;  ///< for people
 };
+/// The best that this processor runs.
 const Products& products();
+/// All that it runs, the best first.
+std::vector<Products> usable_products();
 
-// One per file; null on other processors.
-Products portable_products();
+// One per file. On a processor without the instructions even the call may be one that it lacks.
 Products avx2_products();
-Products avx512_products();
+Products avx512_products(bool pairs);
 
 }  // namespace lm::cpu

@@ -3,9 +3,6 @@
 
 namespace lm::cpu {
 
-Products avx2_products() {
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return {};
-  return {product<8, 6, 2>, nullptr, "avx2"};
-}
+Products avx2_products() { return {product<8, 6, 2>, nullptr, "avx2"}; }
 
 }  // namespace lm::cpu

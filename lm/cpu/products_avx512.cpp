@@ -54,9 +54,6 @@ void pairs_product(const std::uint32_t* a, Index lda, const std::uint32_t* b, In
 
 }  // namespace
 
-Products avx512_products() {
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return {};
-  return {product<16, kRows, 2>, __builtin_cpu_supports("avx512bf16") ? pairs_product : nullptr, "avx512"};
-}
+Products avx512_products(bool pairs) { return {product<16, kRows, 2>, pairs ? pairs_product : nullptr, "avx512"}; }
 
 }  // namespace lm::cpu

@@ -3,19 +3,19 @@
 
 namespace lm::cpu {
 
-Products portable_products() { return {product<4, 4, 2>, nullptr, "portable"}; }
-
-#if !defined(__x86_64__)
-Products avx2_products() { return {}; }
-Products avx512_products() { return {}; }
+std::vector<Products> usable_products() {
+  std::vector<Products> out;
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    out.push_back(avx512_products(__builtin_cpu_supports("avx512bf16")));
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out.push_back(avx2_products());
 #endif
+  out.push_back({product<4, 4, 2>, nullptr, "portable"});
+  return out;
+}
 
 const Products& products() {
-  static const Products chosen = [] {
-    if (const auto best = avx512_products(); best.f32) return best;
-    if (const auto good = avx2_products(); good.f32) return good;
-    return portable_products();
-  }();
+  static const Products chosen = usable_products().front();
   return chosen;
 }
 

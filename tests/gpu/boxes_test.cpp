@@ -1,7 +1,6 @@
 // Boxes on the device against the CPU's meaning: one element after another, cast by shard::cast().
 #include "gpu/reshard/boxes.h"
 
-#include "gpu/kernel.h"
 #include "gpu/reshard/box_kernels.h"
 #include "libshard/numeric.h"
 

@@ -1,9 +1,10 @@
-// Ranks through NCCL's double, as threads and as processes; which way ranks should talk.
+// Ranks through NCCL, as threads and as processes; which way ranks should talk.
 #include "gpu/libs/nccl.h"
 #include "libshard/error.h"
 #include "libshard/numeric.h"
-#include "tests/gpu/doubles.h"
+#include "tests/gpu/libraries.h"
 
+#include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -24,7 +25,7 @@ TEST_CASE("ranks talk over NCCL only where each has a board of its own and the s
   CHECK(choose({{"GPU-a", "2.28.9", ""}, {"GPU-b", "2.18.1", ""}}).why == "rank 0 has NCCL 2.28.9, rank 1 has 2.18.1");
 }
 
-#ifdef SHARDKIT_FAKE_LIBS
+#ifdef SHARDKIT_LIBRARIES
 
 namespace {
 
@@ -47,12 +48,25 @@ Values get(const gpu::DeviceBuffer& from, DType type, gpu::StreamView on) {
   return out;
 }
 
+/// The ranks of threads: a device each, and the host plays as many as are wanted.
+#ifdef SHARDKIT_ON_DEVICE
+const std::vector<int> kRanks = [] {
+  std::vector<int> out{1};
+  if (const auto devices = gpu::probe().devices.size(); devices > 1) out.push_back(static_cast<int>(devices));
+  return out;
+}();
+int device_of(int rank) { return rank; }
+#else
+constexpr int kRanks[] = {1, 3};
+int device_of(int) { return 0; }
+#endif
+
 /// What a rank found wrong; doctest's own checks are for the main thread.
 using Body = std::function<std::string(gpu::Communicator& comm)>;
 
 std::string guarded(const gpu::Nccl& nccl, const gpu::Nccl::Id& id, int rank, int size, const Body& body) {
   try {
-    gpu::Communicator comm(nccl, id, rank, size, 0);
+    gpu::Communicator comm(nccl, id, rank, size, device_of(rank));
     return body(comm);
   } catch (const std::exception& error) {
     return error.what();
@@ -60,7 +74,7 @@ std::string guarded(const gpu::Nccl& nccl, const gpu::Nccl::Id& id, int rank, in
 }
 
 std::vector<std::string> as_threads(int size, const Body& body) {
-  const gpu::Nccl nccl(doubles::path_of("libfake_nccl.so"));
+  const gpu::Nccl nccl(libraries::nccl());
   const auto id = nccl.make_id();
   std::vector<std::string> out(static_cast<std::size_t>(size));
   std::vector<std::thread> threads;
@@ -69,8 +83,9 @@ std::vector<std::string> as_threads(int size, const Body& body) {
   return out;
 }
 
+#ifndef SHARDKIT_ON_DEVICE
 std::vector<std::string> as_processes(int size, const Body& body) {
-  const gpu::Nccl nccl(doubles::path_of("libfake_nccl.so"));
+  const gpu::Nccl nccl(libraries::nccl());
   const auto id = nccl.make_id();
   std::vector<std::string> out;
   std::vector<std::pair<pid_t, int>> children;
@@ -94,6 +109,7 @@ std::vector<std::string> as_processes(int size, const Body& body) {
   }
   return out;
 }
+#endif
 
 /// Every collective with payloads of one chunk and of several, each rank's numbers its own.
 std::string talk(gpu::Communicator& comm) {
@@ -156,11 +172,13 @@ std::string talk(gpu::Communicator& comm) {
 }  // namespace
 
 TEST_CASE("collectives and exchanges among threads and among processes") {
-  CHECK(as_threads(1, talk) == std::vector<std::string>(1));
-  CHECK(as_threads(3, talk) == std::vector<std::string>(3));
-  CHECK(as_processes(2, talk) == std::vector<std::string>(2));
-  CHECK(as_processes(4, talk) == std::vector<std::string>(4));
+  for (const int ranks : kRanks) CHECK(as_threads(ranks, talk) == std::vector<std::string>(static_cast<std::size_t>(ranks)));
+#ifndef SHARDKIT_ON_DEVICE  // a forked process has no devices
+  for (const int ranks : {2, 4}) CHECK(as_processes(ranks, talk) == std::vector<std::string>(static_cast<std::size_t>(ranks)));
+#endif
 }
+
+#ifndef SHARDKIT_ON_DEVICE  // several ranks
 
 TEST_CASE("a recorded all-reduce") {
   const auto said = as_threads(2, [](gpu::Communicator& comm) -> std::string {
@@ -178,7 +196,7 @@ TEST_CASE("a recorded all-reduce") {
 }
 
 TEST_CASE("errors carry NCCL's words, and a rank that fails frees the others") {
-  const auto path = doubles::path_of("libfake_nccl.so");
+  const auto path = libraries::nccl();
   const gpu::Nccl nccl(path);
   CHECK(nccl.version() == "2.28.9");
   const auto title = fmt::format("NCCL ({}): ", path);
@@ -225,5 +243,7 @@ TEST_CASE("errors carry NCCL's words, and a rank that fails frees the others") {
           return "went on";
         })[0] == "NCCL: i32 is no type of a reduction here; f32, bf16 and f16 are");
 }
+
+#endif
 
 #endif

@@ -1,77 +1,12 @@
-// The language module on devices against the host: with the libraries' doubles, on several devices, under recorded steps.
-#include "formats/kernels.h"
-#include "formats/model_config.h"
-#include "gpu/emulated/device.h"
-#include "gpu/model/language_device.h"
+// The language module on a device against the host: choices, memory, recorded steps.
+#include "gpu/model/device_ops.h"
 #include "gpu/model/memory_plan.h"
-#include "gpu/model/nccl_comm.h"
 #include "gpu/model/resident.h"
 #include "libshard/error.h"
-#include "lm/model_run.h"
-#include "tests/gpu/doubles.h"
-
-#include <cmath>
-#include <cstring>
-#include <numeric>
+#include "tests/gpu/model.h"
 
 using namespace lm;
-
-namespace {
-
-struct Model {
-  formats::Checkpoint checkpoint;
-  shard::TransformerConfig config;
-  Batch batch;
-  std::vector<MtpStep> steps;
-
-  explicit Model(const std::string& name) : checkpoint(formats::open(std::string(SHARDKIT_TEST_DATA) + "/" + name, {})), config(formats::model_config(checkpoint)) {
-    batch.batch = 2;
-    batch.length = 19;
-    for (Index i = 0; i < 38; ++i) {
-      batch.input_ids.push_back(i * 37 % 200);
-      batch.labels.push_back((i + 1) * 37 % 200);
-      batch.position_ids.push_back(i % 19);
-    }
-  }
-  /// A step of depth 0 for `rows` tokens.
-  void add_step(Index rows) {
-    MtpStep step;
-    step.in_hidden = Tensor(rows, config.hidden_size);
-    for (std::size_t i = 0; i < step.in_hidden.values().size(); ++i) step.in_hidden.values()[i] = static_cast<float>(std::sin(static_cast<double>(i)));
-    for (Index r = 0; r < rows; ++r) step.next_token_ids.push_back(r * 11 % 200), step.position_ids.push_back(r);
-    steps.push_back(std::move(step));
-  }
-  RunReport run(Device& device, RunOptions options) const {
-    const formats::LocalReader reader(checkpoint.logical, checkpoint.files);
-    return run_model(reader, formats::kernels(), config, {batch, steps, 200, 200, {}, true}, options, device);
-  }
-  RunReport on_host(RunOptions options) const { return run(*host_device(), options); }
-};
-
-double furthest(const std::vector<float>& a, const std::vector<float>& b) {
-  REQUIRE(a.size() == b.size());
-  double out = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) out = std::max(out, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
-  return out;
-}
-
-double mean(const std::vector<float>& values) { return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size()); }
-
-bool same_bits(const Tensor& a, const Tensor& b) {
-  return a.rows() == b.rows() && a.columns() == b.columns() && std::memcmp(a.data(), b.data(), a.values().size_bytes()) == 0;
-}
-
-struct SeveralDevices {
-  explicit SeveralDevices(int count) : before(gpu::emulated()) {
-    auto more = before;
-    more.devices = count;
-    gpu::emulate(more);
-  }
-  ~SeveralDevices() { gpu::emulate(before); }
-  gpu::Emulated before;
-};
-
-}  // namespace
+using namespace models;
 
 TEST_CASE("an attention backend is chosen by what it can do") {
   AttentionShape shape{1, 4, 2, 1, 0, 64, 64, 1.0};
@@ -151,43 +86,3 @@ TEST_CASE("recorded steps do not outlive the configuration that they were record
     CHECK(same_bits(after.result.step_hidden[s], fresh.result.step_hidden[s]));
   }
 }
-
-#ifdef SHARDKIT_FAKE_LIBS
-
-TEST_CASE("products through cuBLASLt's double give the host's losses") {
-  const auto cublaslt = doubles::path_of("libfake_cublaslt.so");
-  for (const auto* name : {"hf/gpt2_tied_f32", "hf/gemma2_tied_bf16", "hf/gpt_oss_bf16", "hf/deepseek_v3_mtp_bf16", "hf/qwen3_moe_bf16"})
-    for (const auto compute : {Compute::F32, Compute::Bf16})
-      for (const auto attention : {AttentionBackend::Auto, AttentionBackend::Unfused}) {
-        CAPTURE(std::string(name));
-        const Model model(name);
-        const auto device = gpu::language_device({.devices = {0}, .attention = attention, .cublaslt = cublaslt});
-        const auto host = model.on_host({.compute = compute, .threads = 1}), found = model.run(*device, {.compute = compute, .threads = 1});
-        CHECK(device->notes()[0].starts_with("products by cuBLASLt"));
-        // In bf16 a token may go to another expert and its loss anywhere.
-        if (compute == Compute::F32) CHECK(furthest(host.result.main.all, found.result.main.all) < 1e-5 * std::max(1.0, host.result.peak_logit));
-        else CHECK(std::abs(mean(host.result.main.all) - mean(found.result.main.all)) < 4e-2);
-      }
-}
-
-TEST_CASE("ranks on devices of their own talk by NCCL, with the bits of ranks that talk through the host") {
-  const auto nccl = doubles::path_of("libfake_nccl.so");
-  for (const auto* name : {"hf/llama_untied_bf16", "hf/qwen3_moe_bf16", "hf/deepseek_v3_mtp_bf16"})
-    for (const auto compute : {Compute::F32, Compute::Bf16}) {
-      CAPTURE(std::string(name));
-      const Model model(name);
-      const RunOptions options{.compute = compute, .tensor_parallel = 2, .pipeline_parallel = 2, .threads = 1};
-      const auto staged = model.run(*gpu::language_device({.devices = {0}}), options);
-      const SeveralDevices four(4);
-      const auto device = gpu::language_device({.devices = {0, 1, 2, 3}, .nccl = nccl});
-      for (int turn = 0; turn < 2; ++turn) {
-        const auto found = model.run(*device, options);
-        CHECK(device->notes().back().starts_with("ranks talk by NCCL"));
-        CHECK(found.result.main.all == staged.result.main.all);
-        REQUIRE(found.result.hidden.size() == staged.result.hidden.size());
-        for (std::size_t i = 0; i < found.result.hidden.size(); ++i) CHECK(found.result.hidden[i].digest == staged.result.hidden[i].digest);
-      }
-    }
-}
-
-#endif

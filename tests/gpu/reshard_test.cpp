@@ -1,5 +1,4 @@
 // The device's executor against the CPU's, on random plans: bytes, sums and findings.
-#include "gpu/emulated/device.h"
 #include "gpu/reshard/execute.h"
 #include "gpu/reshard/scan.h"
 #include "libshard/error.h"
@@ -115,11 +114,6 @@ TEST_CASE("buffers keep to both budgets, and say what they need where they canno
     CHECK(bounded.sizes.device_memory <= memory);
   }
   CHECK_THROWS_WITH_AS(gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, 1 << 20), {.device_memory = 1000}), doctest::Contains("is the least"), Error);
-  gpu::emulate({.memory = 500'000});  // what is free bounds what is taken
-  CHECK(gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, 256 << 20), {.device_memory = 64 << 20}).sizes.device_memory <= 500'000);
-  gpu::emulate({.lost_after = 5});
-  CHECK_THROWS_WITH_AS(gpu::reshard::execute(plan, source, target, formats::kernels(), budget_of(8, 1 << 20), {}), doctest::Contains("lost"), Error);
-  gpu::emulate({});
   const std::atomic<bool> stop = true;
   CHECK_THROWS_WITH_AS(gpu::reshard::execute(plan, source, target, formats::kernels(), {2, 1 << 20, &stop}, {}), "stopped by a signal", Error);
 }

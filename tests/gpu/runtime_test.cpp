@@ -1,6 +1,5 @@
-// The runtime that stands in for a device: order, laziness, graphs, and the phases of a block.
+// The runtime: order, graphs, and the phases of a block.
 #include "gpu/architectures.h"
-#include "gpu/emulated/device.h"
 #include "gpu/kernel.h"
 
 #include <doctest/doctest.h>
@@ -98,19 +97,4 @@ TEST_CASE("which devices a list of architectures has code for") {
   CHECK_FALSE(gpu::has_code("80-real,90-real", 10, 0));
   CHECK(gpu::has_code("75", 12, 0));           // both code and what the driver takes
   CHECK_FALSE(gpu::has_code("", 9, 0));
-}
-
-TEST_CASE("an emulated device has the memory it was given, and can be lost") {
-  gpu::emulate({.memory = 1 << 20});
-  {
-    const gpu::DeviceBuffer half(512 << 10);
-    CHECK(gpu::device_info(0).free == 512u << 10);
-    CHECK_THROWS_WITH_AS(gpu::DeviceBuffer((512 << 10) + 1), "device: out of memory: 524289 bytes are asked for, 524288 of 1048576 are free", shard::Error);
-  }
-  gpu::emulate({.lost_after = 0});
-  gpu::Stream stream;
-  const gpu::DeviceBuffer buffer(16);
-  gpu::set_bytes(buffer.data(), 0, 16, stream);
-  CHECK_THROWS_AS(stream.wait(), shard::Error);
-  gpu::emulate({});
 }

@@ -1,6 +1,6 @@
 // cuBLASLt's documented meaning on host memory, for the entry points that gpu/libs/cublaslt.cpp calls: column-major matrices with leading
 // dimensions, transposes, strided batches, the bias epilogue, alpha and beta, fp8 scales; and what it refuses.
-#include "tests/gpu/fake_libs/fake.h"
+#include "tests/gpu/emulated/fake_libs/fake.h"
 
 #include "libshard/float_bits.h"
 

@@ -1,6 +1,6 @@
 // NCCL's documented meaning among threads and processes of one host, for the entry points that gpu/libs/nccl.cpp calls. Ranks meet in shared
 // memory, whose name is the id. Payloads go through it in small chunks. As in NCCL, a rank waits until the others come or it is aborted.
-#include "tests/gpu/fake_libs/fake.h"
+#include "tests/gpu/emulated/fake_libs/fake.h"
 
 #include "libshard/float_bits.h"
 

@@ -1,8 +1,8 @@
-// Loading the doubles of tests/gpu/fake_libs in the vendors' place.
+// Loading the doubles of tests/gpu/emulated/fake_libs in the vendors' place.
 #pragma once
 
 #include "gpu/kernel.h"
-#include "tests/gpu/fake_libs/fake.h"
+#include "tests/gpu/emulated/fake_libs/fake.h"
 
 #include <doctest/doctest.h>
 #include <dlfcn.h>
