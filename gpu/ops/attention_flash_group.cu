@@ -37,18 +37,21 @@ struct FlashGroup {
     const FlashBlock mine(a, block.x(), kQueries);
     const Rows rows{a, mine.start};
     const Index key_head = a.key_head(mine.head), row = mine.sequence * a.length;
-    const auto load_tile = [&](unsigned thread, Index at, int slot) {
-      load(thread, k + row * k_stride + key_head * a.key_size, k_stride, at, a.key_size, s.k[slot]);
-      load(thread, v + row * v_stride + key_head * a.value_size, v_stride, at, a.value_size, s.v[slot]);
+    const auto* const keys = k + row * k_stride + key_head * a.key_size;
+    const auto* const values = v + row * v_stride + key_head * a.value_size;
+    const int key_size = static_cast<int>(a.key_size), value_size = static_cast<int>(a.value_size);
+    const auto load_tile = [&](unsigned thread, int at, int slot) {
+      load(thread, keys, k_stride, at, key_size, s.k[slot]);
+      load(thread, values, v_stride, at, value_size, s.v[slot]);
     };
-    const auto first = a.first_key(mine.start) / kKeys * kKeys;
+    const int first = static_cast<int>(a.first_key(mine.start)) / kKeys * kKeys;
     block.each_apart([&](unsigned thread, Own& own) {
-      load(thread, q + row * q_stride + mine.head * a.key_size, q_stride, mine.start, a.key_size, s.q);
+      load(thread, q + row * q_stride + mine.head * a.key_size, q_stride, mine.start, key_size, s.q);
       load_tile(thread, first, 0);
       Rows::begin(own);
     });
     int slot = 0;
-    for (Index at = first; at < mine.stop; at += kKeys, slot ^= 1) {
+    for (int at = first; at < mine.stop; at += kKeys, slot ^= 1) {
       block.each([&](unsigned, Own&) {  // this tile is there, and nobody reads the one before
         copy_async_wait();
         show_copies();
@@ -65,13 +68,9 @@ struct FlashGroup {
 
  private:
   template <std::size_t kPanels, std::size_t kRows>
-  GPU_CODE void load(unsigned thread, const Bf16* from, Index stride, Index first, Index width, Bf16 (&to)[kPanels][kRows][64]) const {
-    constexpr int kChunks = static_cast<int>(kPanels) * 8;
-    GPU_UNROLL for (int i = 0; i < static_cast<int>(kRows) * kChunks / static_cast<int>(kThreads); ++i) {
-      const int at = i * static_cast<int>(kThreads) + static_cast<int>(thread), r = at / kChunks, chunk = at % kChunks;
-      const bool there = first + r < a.length && chunk * 8 < width;
-      copy_async(&to[chunk / 8][r][chunk_place(r, chunk % 8) * 8], there ? from + (first + r) * stride + chunk * 8 : from, there);
-    }
+  GPU_CODE void load(unsigned thread, const Bf16* from, Index stride, int first, int width, Bf16 (&to)[kPanels][kRows][64]) const {
+    load_rows<static_cast<int>(kRows), static_cast<int>(kPanels) * 8, static_cast<int>(kThreads)>(
+        thread, from, stride, first, static_cast<int>(a.length), width, [&](int row, int chunk) { return &to[chunk / 8][row][chunk_place(row, chunk % 8) * 8]; });
   }
 
   template <typename Block>

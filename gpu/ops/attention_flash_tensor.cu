@@ -37,33 +37,29 @@ struct FlashTensor {
     const Index key_head = a.key_head(mine.head), row = mine.sequence * a.length;
     const auto* const keys = k + row * k_stride + key_head * a.key_size;
     const auto* const values = v + row * v_stride + key_head * a.value_size;
-    const auto first = a.first_key(mine.start) / kKeys * kKeys;
+    const int first = static_cast<int>(a.first_key(mine.start)) / kKeys * kKeys;
     block.each_apart([&](unsigned thread, Own& own) {
-      load<kKey>(thread, q + row * q_stride + mine.head * a.key_size, q_stride, mine.start, a.key_size, s.q);
-      load<kKey>(thread, keys, k_stride, first, a.key_size, s.k);
+      load(thread, q + row * q_stride + mine.head * a.key_size, q_stride, mine.start, a.key_size, s.q);
+      load(thread, keys, k_stride, first, a.key_size, s.k);
       Rows::begin(own);
     });
-    for (Index at = first; at < mine.stop; at += kKeys) {
+    for (int at = first; at < mine.stop; at += kKeys) {
       block.each([&](unsigned, Own&) { copy_async_wait(); });  // the keys are there, and nobody needs the values before
-      block.each_apart([&](unsigned thread, Own&) { load<kValue>(thread, values, v_stride, at, a.value_size, s.v); });
+      block.each_apart([&](unsigned thread, Own&) { load(thread, values, v_stride, at, a.value_size, s.v); });
       make_scores(block);
       rows.soften(block, at);
       block.each([&](unsigned, Own&) { copy_async_wait(); });
-      if (at + kKeys < mine.stop) block.each_apart([&](unsigned thread, Own&) { load<kKey>(thread, keys, k_stride, at + kKeys, a.key_size, s.k); });
+      if (at + kKeys < mine.stop) block.each_apart([&](unsigned thread, Own&) { load(thread, keys, k_stride, at + kKeys, a.key_size, s.k); });
       add_values(block);
     }
     rows.finish(block, mine.head, out + row * out_stride, out_stride);
   }
 
  private:
-  template <int kWidth, int kRows>
-  GPU_CODE void load(unsigned thread, const Bf16* from, Index stride, Index first, Index width, Bf16 (&to)[kRows][kWidth + 8]) const {
-    constexpr int kChunks = kWidth / 8;
-    for (int i = static_cast<int>(thread); i < kRows * kChunks; i += kThreads) {
-      const int r = i / kChunks, lane = i % kChunks * 8;
-      const bool there = first + r < a.length && lane < width;
-      copy_async(&to[r][lane], there ? from + (first + r) * stride + lane : from, there);
-    }
+  template <int kRows, int kPitch>
+  GPU_CODE void load(unsigned thread, const Bf16* from, Index stride, int first, Index width, Bf16 (&to)[kRows][kPitch]) const {
+    load_rows<kRows, (kPitch - 8) / 8, static_cast<int>(kThreads)>(thread, from, stride, first, static_cast<int>(a.length), static_cast<int>(width),
+                                                                   [&](int row, int chunk) { return &to[row][chunk * 8]; });
   }
 
   template <typename Block>
