@@ -275,7 +275,7 @@ Tensor LanguageModule::compute_mtp_single_step(Weights& weights, const MtpStep& 
   const auto rows = step.in_hidden.rows();
   // The method passes no rotary table; latent attention builds its own for rows 0 … N−1.
   const auto rope = config_.multi_latent_attention ? on_.rope(config_.rope, rows) : Rope{};
-  return on_.recorded(fmt::format("mtp {} × {}", step.depth, rows), on_.to_device(step.in_hidden), on_.ids(step.next_token_ids), on_.ids(step.position_ids),
+  return on_.recorded(fmt::format("mtp {} × {}", step.depth, rows), step.in_hidden, step.next_token_ids, step.position_ids,
                       [&](const Tensor& hidden, const Ids& ids, const Ids& positions) { return mtp_layer(weights, step.depth, ids, positions, rope, rows, hidden); });
 }
 

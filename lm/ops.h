@@ -146,11 +146,12 @@ class Ops {
   virtual std::unique_ptr<LossSum> cross_entropy(const Ids& labels, Index limit) = 0;
   virtual std::function<TensorStats()> stats(const Tensor& x) = 0;
 
-  /// `step` of these inputs. A device may record the work under `key` and replay it with other inputs and other numbers in the same weights.
+  /// `step` of these inputs, which lie on the host. A device may record the work under `key` and replay it with other inputs and other numbers
+  /// in the same weights.
   using Step = std::function<Tensor(const Tensor& hidden, const Ids& ids, const Ids& positions)>;
-  virtual Tensor recorded(const std::string& key, const Tensor& hidden, const Ids& ids, const Ids& positions, const Step& step) {
+  virtual Tensor recorded(const std::string& key, const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step) {
     (void)key;
-    return step(hidden, ids, positions);
+    return step(to_device(hidden), this->ids(ids), this->ids(positions));
   }
 };
 

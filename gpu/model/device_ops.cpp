@@ -71,7 +71,8 @@ DeviceOps::~DeviceOps() = default;
 
 std::uint64_t DeviceOps::held() const {
   auto out = arena_.held();
-  for (const auto& [key, work] : recorded_) out += work.arena.held();
+  for (const auto& [key, work] : recorded_)
+    for (const auto& one : work.turns) out += one.arena.held();
   return out;
 }
 
@@ -289,36 +290,49 @@ lm::Tensor DeviceOps::experts(const shard::TransformerConfig& config, const Tens
   return out;
 }
 
-lm::Tensor DeviceOps::recorded(const std::string& key, const Tensor& hidden, const lm::Ids& ids, const lm::Ids& positions, const Step& step) {
-  if (!options_.graphs) return step(hidden, ids, positions);
-  auto& work = recorded_[key];
-  if (work.runs++ == 0) return step(hidden, ids, positions);  // tables are made, algorithms searched, code loaded
-  const auto bytes = [](const Tensor& x) { return static_cast<std::size_t>(x.rows() * x.columns()) * size_of(x.dtype()); };
-  if (!work.graph) {
-    std::swap(arena_, work.arena);
-    struct Back {
-      DeviceOps& ops;
-      Recorded& work;
-      ~Back() { std::swap(ops.arena_, work.arena); }
-    } back{*this, work};
-    work.hidden = make(hidden.dtype(), hidden.rows(), hidden.columns());
-    for (auto* mine : {&work.ids, &work.positions}) *mine = {ids.host, scratch(ids.host.size() * sizeof(Index))};
+StepInputs DeviceOps::places(const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions) {
+  return {make(hidden.rows(), hidden.columns()), {ids, scratch(ids.size() * sizeof(Index))}, {positions, scratch(positions.size() * sizeof(Index))}};
+}
+
+lm::Tensor DeviceOps::recorded(const std::string& key, const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step) {
+  constexpr std::size_t kTurns = 2;                  // a caller holds one result while it asks for the next
+  auto& known = recorded_[key];
+  auto& turns = known.turns;
+  auto free = std::find_if(turns.begin(), turns.end(), [](const Recording& one) { return one.out.use_count() == 1; });
+  const bool first = known.runs++ == 0;              // tables are made, algorithms searched, code loaded
+  if (!options_.graphs || first || (free == turns.end() && turns.size() == kTurns)) {
+    const auto inputs = places(hidden, ids, positions);
+    uploads_.send(hidden, ids, positions, inputs, stream_);
+    uploads_.sent(stream_);
+    return step(inputs.hidden, inputs.ids, inputs.positions);
+  }
+  if (free == turns.end()) free = turns.insert(free, record(hidden, ids, positions, step));
+  uploads_.send(hidden, ids, positions, free->inputs, stream_);
+  free->graph.launch(stream_);
+  uploads_.sent(stream_);                            // behind the graph, which need not wait for the host to say so
+  auto& out = free->out;
+  return {std::shared_ptr<std::byte>(out, out->data()), out->dtype(), out->rows(), out->columns()};
+}
+
+DeviceOps::Recording DeviceOps::record(const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step) {
+  Recording out;
+  {
+    struct Lend {
+      Arena &mine, &its;
+      Lend(Arena& a, Arena& b) : mine(a), its(b) { std::swap(mine, its); }
+      ~Lend() { std::swap(mine, its); }
+    } lend{arena_, out.arena};
+    out.inputs = places(hidden, ids, positions);
     Graph::begin(stream_);
     try {
-      work.out = step(work.hidden, work.ids, work.positions);
+      out.out = std::make_shared<Tensor>(step(out.inputs.hidden, out.inputs.ids, out.inputs.positions));
     } catch (...) {
       Graph::end(stream_);
       throw;
     }
-    work.graph = Graph::end(stream_);
+    out.graph = Graph::end(stream_);
   }
-  shard::require(bytes(work.hidden) == bytes(hidden) && work.ids.host.size() == ids.host.size(), shard::Code::Device,
-                 [&] { return fmt::format("device: '{}' was recorded for another shape", key); });
-  on_device(work.hidden.data(), hidden.data(), bytes(hidden), stream_);
-  on_device(work.ids.device.get(), ids.device.get(), ids.host.size() * sizeof(Index), stream_);
-  on_device(work.positions.device.get(), positions.device.get(), positions.host.size() * sizeof(Index), stream_);
-  work.graph.launch(stream_);
-  return clone(work.out);
+  return out;
 }
 
 }  // namespace gpu
