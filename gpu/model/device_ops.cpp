@@ -33,6 +33,11 @@ struct DeviceRouting {
   float* weight = nullptr;
 };
 
+void check_features(const View& x, const lm::Linear& by, const View& out) {
+  shard::require(by.weight.columns == x.columns && by.weight.rows == out.columns, shard::Code::Mismatch,
+                 [&] { return fmt::format("model: a weight takes {} features; its input has {}", by.weight.columns, x.columns); });
+}
+
 /// Parts of one piece of memory, each aligned.
 class Parts {
  public:
@@ -127,8 +132,6 @@ lm::Packed DeviceOps::pack(const Tensor& x) { return {x.rows(), x.columns(), std
 
 void DeviceOps::product(const View& x, const Linear& by, const View& out) {
   const auto w = view_of(by.weight), bias = view_of(by.bias);
-  shard::require(w.columns == x.columns && w.rows == out.columns, shard::Code::Mismatch,
-                 [&] { return fmt::format("model: a weight takes {} features; its input has {}", w.columns, x.columns); });
   if (!matmul_) return gpu::linear(stream_, x, w, bias, out);
   Tensor w_keep, bias_keep;
   const auto same = as(x.type, w, w_keep), added = as(out.type, bias, bias_keep);
@@ -141,10 +144,25 @@ void DeviceOps::product(const View& x, const Linear& by, const View& out) {
   (*matmul_)(shape, {x.data, same.data, added.data, out.data}, stream_);
 }
 
-void DeviceOps::linear(const lm::Packed& x, const Linear& by, Tensor& out) { product(*static_cast<const View*>(x.form.get()), by, view_of(out)); }
+void DeviceOps::linear(const lm::Packed& x, const Linear& by, Tensor& out) {
+  const lm::LinearInto one{by, out};
+  linears(x, {&one, 1});
+}
+
+void DeviceOps::linears(const lm::Packed& packed, std::span<const lm::LinearInto> all) {
+  const auto& x = *static_cast<const View*>(packed.form.get());
+  std::vector<LinearViews> thin;
+  for (const auto& [by, out] : all) {
+    check_features(x, by, view_of(out));
+    if (is_thin(x, view_of(by.weight))) thin.push_back({view_of(by.weight), view_of(by.bias), view_of(out)});
+    else product(x, by, view_of(out));
+  }
+  thin_linears(stream_, x, thin);
+}
 
 lm::Tensor DeviceOps::linear_f32(const Tensor& x, const Linear& by) {
   auto out = make(DType::F32, x.rows(), by.weight.rows);
+  check_features(view_of(x), by, view_of(out));
   Tensor wide;
   product(as(DType::F32, view_of(x), wide), by, view_of(out));
   return out;
@@ -154,6 +172,10 @@ lm::Tensor DeviceOps::normalize(const Tensor& x, const lm::Norm& norm, const Lin
   auto out = make(x.rows(), x.columns());
   gpu::normalize(stream_, config_of(norm), view_of(x), view_of(by.weight), view_of(by.bias), view_of(out));
   return out;
+}
+
+void DeviceOps::normalize_into(const Tensor& x, const lm::Norm& norm, const Linear& by, Tensor& out, Index first) {
+  gpu::normalize(stream_, config_of(norm), view_of(x), view_of(by.weight), view_of(by.bias), view_of(out).column_range(first, x.columns()));
 }
 
 lm::Tensor DeviceOps::add_normalize(Tensor& x, const Tensor& branch, const lm::Norm& norm, const Linear& by) {

@@ -63,8 +63,10 @@ class DeviceOps : public lm::Ops {
   void finish() override { gpu::wait(stream_); }
   lm::Packed pack(const Tensor& x) override;
   void linear(const lm::Packed& x, const Linear& by, Tensor& out) override;
+  void linears(const lm::Packed& x, std::span<const lm::LinearInto> all) override;
   Tensor linear_f32(const Tensor& x, const Linear& by) override;
   Tensor normalize(const Tensor& x, const lm::Norm& norm, const Linear& by) override;
+  void normalize_into(const Tensor& x, const lm::Norm& norm, const Linear& by, Tensor& out, Index first) override;
   Tensor add_normalize(Tensor& x, const Tensor& branch, const lm::Norm& norm, const Linear& by) override;
   void normalize_pieces(Tensor& x, Index pieces, Index width, const lm::Norm& norm, const Linear& by) override;
   lm::Rope rope(const shard::RopeConfig& config, Index length) override;
