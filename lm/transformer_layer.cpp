@@ -3,6 +3,8 @@
 
 #include "libshard/error.h"
 
+#include <array>
+
 namespace lm {
 namespace {
 
@@ -61,6 +63,18 @@ class Layer {
     on_.linear(x, by, out);
     return out;
   }
+  /// Several linears of one input, each into a tensor of its own.
+  template <std::size_t N>
+  std::array<Tensor, N> linears(const Packed& x, const std::array<Linear, N>& by) {
+    std::array<Tensor, N> out;
+    std::vector<LinearInto> all;
+    for (std::size_t i = 0; i < N; ++i) {
+      out[i] = on_.make(x.tokens, by[i].weight.rows);
+      all.push_back({by[i], out[i]});
+    }
+    on_.linears(x, all);
+    return out;
+  }
   Tensor column_parallel(const Packed& x, const Linear& p, Index lo, Index count) { return linear(x, rows_of(p, lo, count)); }
   /// This rank's inputs are columns [lo, lo + x.columns()); the sum over ranks.
   Tensor row_parallel(const Tensor& x, const Linear& p, Index lo) {
@@ -83,10 +97,8 @@ class Layer {
     expect(wq, "attention.q", heads * size, config_.hidden_size);
     expect(wk, "attention.k", config_.num_query_groups * size, config_.hidden_size);
     expect(wv, "attention.v", config_.num_query_groups * size, config_.hidden_size);
-    const auto packed = on_.pack(x);
-    auto q = column_parallel(packed, wq, mine.lo * size, mine.count * size);
-    auto k = column_parallel(packed, wk, group * size, groups * size);
-    const auto v = column_parallel(packed, wv, group * size, groups * size);
+    auto [q, k, v] = linears<3>(on_.pack(x), {rows_of(wq, mine.lo * size, mine.count * size), rows_of(wk, group * size, groups * size),
+                                              rows_of(wv, group * size, groups * size)});
     head_norm("attention.q_norm", q, mine.count, size);
     head_norm("attention.k_norm", k, groups, size);
     if (layer_.rope) {
@@ -121,24 +133,17 @@ class Layer {
     const auto heads = config_.num_attention_heads, nope = config_.qk_head_dim, turned = config_.qk_pos_emb_head_dim, width = nope + turned,
                value = config_.v_head_dim, latent = config_.kv_lora_rank;
     const auto mine = share_of(heads, rank_.tensor.rank(), rank_.tensor.size());
-    const auto packed = on_.pack(x);
-    Tensor q;
+    const auto first = config_.q_lora_rank ? "attention.q_down" : "attention.q";
+    const auto from = parameters(first), down = parameters("attention.kv_down");
+    expect(from, first, config_.q_lora_rank ? config_.q_lora_rank : heads * width, config_.hidden_size);
+    expect(down, "attention.kv_down", latent + turned, config_.hidden_size);
+    auto [q, compressed] = linears<2>(on_.pack(x), {config_.q_lora_rank ? from : rows_of(from, mine.lo * width, mine.count * width), down});
     if (config_.q_lora_rank) {
-      const auto down = parameters("attention.q_down");
-      expect(down, "attention.q_down", config_.q_lora_rank, config_.hidden_size);
-      auto small = column_parallel(packed, down, 0, config_.q_lora_rank);
-      latent_norm("attention.q_norm", small, config_.q_lora_rank);
+      latent_norm("attention.q_norm", q, config_.q_lora_rank);
       const auto up = parameters("attention.q_up");
       expect(up, "attention.q_up", heads * width, config_.q_lora_rank);
-      q = column_parallel(on_.pack(small), up, mine.lo * width, mine.count * width);
-    } else {
-      const auto whole = parameters("attention.q");
-      expect(whole, "attention.q", heads * width, config_.hidden_size);
-      q = column_parallel(packed, whole, mine.lo * width, mine.count * width);
+      q = column_parallel(on_.pack(q), up, mine.lo * width, mine.count * width);
     }
-    const auto down = parameters("attention.kv_down");
-    expect(down, "attention.kv_down", latent + turned, config_.hidden_size);
-    auto compressed = column_parallel(packed, down, 0, latent + turned);
     latent_norm("attention.kv_norm", compressed, latent);
     const auto up = parameters("attention.kv_up");
     expect(up, "attention.kv_up", heads * (nope + value), latent);
@@ -179,9 +184,13 @@ class Layer {
 
   /// The partial sum: the caller reduces.
   Tensor partial_mlp(const Packed& x, const FeedForward& by) {
-    auto up = linear(x, by.up);
-    const auto gate = by.gate.weight ? linear(x, by.gate) : Tensor();
-    on_.activate(config_, by.gate.weight ? &gate : nullptr, up);
+    if (!by.gate.weight) {
+      auto up = linear(x, by.up);
+      on_.activate(config_, nullptr, up);
+      return linear(on_.pack(up), by.down);
+    }
+    auto [gate, up] = linears<2>(x, {by.gate, by.up});
+    on_.activate(config_, &gate, up);
     return linear(on_.pack(up), by.down);
   }
 
@@ -235,14 +244,12 @@ std::vector<WeightUse> layer_uses(const WeightSource& source, const TransformerC
   };
   use("attention.norm");
   if (config.multi_latent_attention) {
+    use(config.q_lora_rank ? "attention.q_down" : "attention.q");
+    use("attention.kv_down");
     if (config.q_lora_rank) {
-      use("attention.q_down");
       use("attention.q_norm");
       use("attention.q_up");
-    } else {
-      use("attention.q");
     }
-    use("attention.kv_down");
     use("attention.kv_norm");
     use("attention.kv_up");
   } else {

@@ -98,6 +98,13 @@ void launch(StreamView on, const Grid& grid, const Kernel& kernel) {
   check(cudaGetLastError(), "launch");
 }
 
+GPU_CODE Words load_once(const void* from) {
+  Words out;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out.item[0]), "=r"(out.item[1]), "=r"(out.item[2]), "=r"(out.item[3])
+               : "l"(from));
+  return out;
+}
 template <typename T>
 GPU_CODE void atomic_add(T* to, T value) {
   atomicAdd(to, value);

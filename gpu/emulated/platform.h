@@ -105,6 +105,7 @@ void launch(StreamView on, const Grid& grid, const Kernel& kernel) {
   });
 }
 
+inline Words load_once(const void* from) { return *static_cast<const Words*>(from); }
 template <typename T>
 void atomic_add(T* to, T value) {
   *to += value;
