@@ -2,7 +2,7 @@
 #pragma once
 
 #include "lm/ops.h"
-#include "lm/weights.h"
+#include "lm/parts.h"
 
 #include <memory>
 #include <string>
@@ -20,8 +20,8 @@ struct Ranks {
 /// What a stage will hold and compute: known before anything is read.
 struct StagePlan {
   std::vector<WeightUse> uses;
-  std::vector<std::string> gathered;           ///< tables whose rows are picked by id, which need not be among `uses`
-  std::uint64_t weight_bytes = 0;              ///< as products take them, gathered tables too
+  std::vector<WeightUse> tables;               ///< whose rows are picked by id, where they are not among `uses`
+  std::vector<Parts> parts;                    ///< by tensor rank, of both
   Index rows = 0;                              ///< batch·length of the largest pass
 };
 
@@ -43,7 +43,8 @@ class Device {
   virtual std::unique_ptr<Comm> comm(Group& group, Axis axis, int stage, int tensor_rank) = 0;
   /// A rank failed: whoever waits for it on the device must not. From any thread.
   virtual void fail() {}
-  /// The stage's weights for that rank; a device that keeps them brings all of `stream` to its memory first. Valid until the next run's.
+  /// The stage's weights for that rank; a device that keeps them brings the rank's parts of all of `stream` to its memory first. Valid until the
+  /// next run's.
   virtual Weights& weights(WeightStream& stream, int stage, int tensor_rank) = 0;
 };
 

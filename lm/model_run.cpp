@@ -20,11 +20,14 @@ Index steps_of_a_layer(const shard::TransformerConfig& config, const ForwardRequ
   return most;
 }
 
-StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const ForwardRequest& request, Index steps) {
-  StagePlan out{module.weight_uses(steps, request.mtp), module.gathered_weights(), 0, request.batch.batch * request.batch.length};
-  for (const auto& use : out.uses) out.weight_bytes += source.bytes_of(use.name, use.lo, use.count);
-  for (const auto& table : out.gathered)
-    if (std::none_of(out.uses.begin(), out.uses.end(), [&](const auto& use) { return use.name == table; })) out.weight_bytes += source.bytes_of(table);
+StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const shard::TransformerConfig& config, const ForwardRequest& request, Index steps, int tensor_ranks) {
+  StagePlan out{module.weight_uses(steps, request.mtp), {}, {}, request.batch.batch * request.batch.length};
+  for (const auto& table : module.gathered_weights())
+    if (std::none_of(out.uses.begin(), out.uses.end(), [&](const auto& use) { return use.name == table; })) out.tables.push_back({table});
+  for (int t = 0; t < tensor_ranks; ++t) {
+    auto& parts = out.parts.emplace_back(parts_of(config, source, out.uses, {t, tensor_ranks}));
+    parts.merge(parts_of(config, source, out.tables, {t, tensor_ranks}));
+  }
   for (const auto& step : request.steps) out.rows = std::max(out.rows, step.in_hidden.rows());
   return out;
 }
@@ -55,7 +58,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
     std::vector<WeightUse> all;
     for (int p = 0; p < pp; ++p) {
       const LanguageModule stage(config, source, placement_of(config, p, pp), *comm, *comm, nowhere->ops(0, 0));
-      plans.push_back(plan_of(stage, source, request, steps_of_a_layer(config, request)));
+      plans.push_back(plan_of(stage, source, config, request, steps_of_a_layer(config, request), tp));
       all.insert(all.end(), plans.back().uses.begin(), plans.back().uses.end());
     }
     refuse_unused(from.describe(), all);

@@ -28,18 +28,21 @@ const shard::Shape& WeightSource::shape(const std::string& name) const {
   return dict_.at(name).natural;
 }
 
+Sides WeightSource::sides(const std::string& name) const {
+  const auto& natural = shape(name);
+  const auto rows = natural.size() < 2 ? 1 : natural[0];
+  return {rows, rows ? shard::volume(natural) / rows : 0};
+}
+
 shard::DType WeightSource::dtype(const std::string& name) const {
   shape(name);  // refuses a name that is not there
   return dict_.at(name).dtype;
 }
 
 WeightSource::Rows WeightSource::rows_of(const std::string& name, Index lo, Index count) const {
-  const auto& natural = shape(name);
-  const auto all = shard::volume(natural);
-  const auto rows = natural.size() < 2 ? 1 : natural[0];
-  const auto columns = rows ? all / rows : 0;
+  const auto [rows, columns] = sides(name);
   if (count < 0) count = rows - lo;
-  shard::require(lo >= 0 && lo + count <= rows, Code::Mismatch, [&] { return fmt::format("{}: has {} rows; row {} is asked for", name, rows, lo + count - 1); });
+  shard::require(lo >= 0 && lo + count <= rows, Code::Mismatch, [&, rows = rows] { return fmt::format("{}: has {} rows; row {} is asked for", name, rows, lo + count - 1); });
   auto type = dict_.at(name).dtype == DType::BF16 ? DType::BF16 : DType::F32;
   if (compute_ == Compute::Bf16 && !name.ends_with("expert_bias")) type = DType::BF16;
   return {dict_.at(name), lo, count, columns, type};

@@ -1,14 +1,14 @@
-// Ranks of one layout keep their ops; a stage's ranks on one device share its weights.
+// Ranks of one layout keep their ops, their weights' places and their ends of NCCL.
 #include "gpu/model/language_device.h"
 
 #include "gpu/model/device_ops.h"
+#include "gpu/model/load_weights.h"
 #include "gpu/model/memory_plan.h"
 #include "gpu/model/nccl_comm.h"
-#include "gpu/model/resident.h"
 #include "gpu/model/staged_comm.h"
 #include "libshard/error.h"
 
-#include <algorithm>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -40,8 +40,8 @@ class Devices : public lm::Device {
   void prepare(const lm::Ranks& layout, const shard::TransformerConfig& config, const std::vector<lm::StagePlan>& stages) override {
     const bool same = layout.tensor == layout_.tensor && layout.pipeline == layout_.pipeline && layout.compute == layout_.compute && !ranks_.empty();
     if (!same) {
-      of_ranks_.clear();
       weights_.clear();
+      held_.clear();
       ranks_.clear();
     }
     // What was recorded holds the old model's numbers: epsilons, scales, angles.
@@ -50,26 +50,22 @@ class Devices : public lm::Device {
     config_ = config;
     layout_ = layout;
     plans_ = stages;
-    for (auto& plan : plans_)
-      for (const auto& name : plan.gathered)
-        if (std::none_of(plan.uses.begin(), plan.uses.end(), [&](const auto& use) { return use.name == name; })) plan.uses.push_back({name});
+    for (auto& plan : plans_) plan.uses.insert(plan.uses.end(), plan.tables.begin(), plan.tables.end());
     for (const auto device : std::set(options_.devices.begin(), options_.devices.end())) {
       Demand demand;
       std::uint64_t mine = 0;  // taken already, and about to be used again
-      std::set<int> stages_here;
+      bool used = false;
       for (int rank = 0; rank < layout.tensor * layout.pipeline; ++rank) {
         if (device_of(rank) != device) continue;
-        stages_here.insert(rank / layout.tensor);
-        demand.activations += activation_bytes(config, layout, stages[static_cast<std::size_t>(rank / layout.tensor)].rows);
+        used = true;
+        const auto& stage = stages[static_cast<std::size_t>(rank / layout.tensor)];
+        for (const auto& [name, part] : stage.parts[static_cast<std::size_t>(rank % layout.tensor)]) demand.weights += part.bytes();
+        demand.activations += activation_bytes(config, layout, stage.rows);
         demand.least_activations += activation_bytes(config, layout, 1);
         demand.libraries += Matmul::kWorkspace;
-        if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + Matmul::kWorkspace;
+        if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + Matmul::kWorkspace + held_[static_cast<std::size_t>(rank)].size();
       }
-      for (const auto stage : stages_here) {
-        demand.weights += stages[static_cast<std::size_t>(stage)].weight_bytes;
-        if (const auto held = weights_.find({stage, device}); held != weights_.end()) mine += held->second.size();
-      }
-      if (stages_here.empty()) continue;
+      if (!used) continue;
       const auto info = device_info(device);
       require_fits(demand, (options_.memory ? options_.memory : info.free / 10 * 9 + mine), fmt::format("cuda:{} ({})", device, info.name), layout);
     }
@@ -77,8 +73,8 @@ class Devices : public lm::Device {
       // What goes through the host in between cannot be recorded.
       const OpsOptions ops{device_of(rank), layout.compute, options_.attention, false, options_.graphs && layout.tensor == 1, options_.cublaslt, options_.cudnn};
       ranks_.push_back(std::make_unique<DeviceOps>(ops));
+      weights_.emplace_back(held_.emplace_back(), *ranks_.back());
     }
-    loaded_.clear();
     if (!same || std::exchange(failed_, false)) {
       communicators_.clear();
       ids_.clear();
@@ -86,10 +82,8 @@ class Devices : public lm::Device {
   }
 
   std::vector<lm::WeightUse> takes(int stage) const override {
-    std::set<int> devices;
-    for (int t = 0; t < layout_.tensor; ++t) devices.insert(device_of(stage * layout_.tensor + t));
     auto uses = plans_[static_cast<std::size_t>(stage)].uses;
-    for (auto& use : uses) use.times = static_cast<int>(devices.size());
+    for (auto& use : uses) use.times = layout_.tensor;
     return uses;
   }
 
@@ -116,26 +110,16 @@ class Devices : public lm::Device {
 
   lm::Weights& weights(lm::WeightStream& stream, int stage, int tensor_rank) override {
     auto& mine = of(stage, tensor_rank);
-    const std::pair key{stage, mine.device()};
-    const std::lock_guard lock(mutex_of(stage));
-    auto& held = weights_of(key);
-    if (first_of(key) && !held.load(stream, plans_[static_cast<std::size_t>(stage)].uses, mine.stream()))
-      for (int t = 0; t < layout_.tensor; ++t)
-        if (device_of(stage * layout_.tensor + t) == mine.device()) of(stage, t).forget_recorded();
-    const std::lock_guard all(mutex_);
-    auto& out = of_ranks_[stage * layout_.tensor + tensor_rank];
-    out = std::make_unique<RankWeights>(held, mine);
-    return *out;
+    const auto& plan = plans_[static_cast<std::size_t>(stage)];
+    const auto rank = static_cast<std::size_t>(stage * layout_.tensor + tensor_rank);
+    if (!held_[rank].hold(plan.parts[static_cast<std::size_t>(tensor_rank)], mine.stream())) mine.forget_recorded();
+    load_weights(stream, plan.uses, held_[rank], mine.stream());
+    return weights_[rank];
   }
 
  private:
   int device_of(int rank) const { return options_.devices[static_cast<std::size_t>(rank) % options_.devices.size()]; }
   DeviceOps& of(int stage, int tensor_rank) const { return *ranks_[static_cast<std::size_t>(stage * layout_.tensor + tensor_rank)]; }
-  /// Stages load side by side, ranks of one stage after each other.
-  std::mutex& mutex_of(int stage) {
-    const std::lock_guard lock(mutex_);
-    return stage_mutexes_[stage];
-  }
 
   /// This rank's end of NCCL along `axis`, made when first asked for, in all ranks at once; null where they talk through the host.
   Communicator* communicator(Axis axis, int size, int stage, int tensor_rank) {
@@ -173,30 +157,19 @@ class Devices : public lm::Device {
     }
   }
 
-  Resident& weights_of(std::pair<int, int> key) {
-    const std::lock_guard lock(mutex_);
-    return weights_[key];
-  }
-  bool first_of(std::pair<int, int> key) {
-    const std::lock_guard lock(mutex_);
-    return loaded_.insert(key).second;
-  }
-
   LanguageDeviceOptions options_;
   std::vector<std::string> names_;
   lm::Ranks layout_;
   shard::TransformerConfig config_;                                   ///< of the last run
   std::vector<lm::StagePlan> plans_;
   std::vector<std::unique_ptr<DeviceOps>> ranks_;
-  std::map<std::pair<int, int>, Resident> weights_;                   ///< by stage and device
-  std::map<int, std::unique_ptr<RankWeights>> of_ranks_;
-  std::set<std::pair<int, int>> loaded_;                              ///< for this run
+  std::deque<Resident> held_;                                         ///< by rank
+  std::deque<RankWeights> weights_;
   std::optional<Nccl> nccl_;
   std::string no_nccl_, transport_;
   std::map<std::tuple<Axis, int, int>, std::unique_ptr<Communicator>> communicators_;  ///< by axis, group and member
   std::map<std::pair<Axis, int>, Nccl::Id> ids_;
   bool failed_ = false;
-  std::map<int, std::mutex> stage_mutexes_;
   std::mutex mutex_;
 };
 

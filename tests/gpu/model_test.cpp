@@ -1,7 +1,7 @@
 // The language module on a device against the host: choices, memory, recorded steps.
 #include "gpu/model/device_ops.h"
+#include "gpu/model/load_weights.h"
 #include "gpu/model/memory_plan.h"
-#include "gpu/model/resident.h"
 #include "libshard/error.h"
 #include "tests/gpu/model.h"
 
@@ -38,7 +38,8 @@ TEST_CASE("activations stay within what the memory plan says") {
       for (auto& use : uses) use.times = 1;
       WeightStream stream(source, uses, 64 << 20, nullptr);
       gpu::Resident held;
-      held.load(stream, uses, ops.stream());
+      held.hold(parts_of(model.config, source, uses, {}), ops.stream());
+      gpu::load_weights(stream, uses, held, ops.stream());
       gpu::RankWeights weights(held, ops);
       ForwardResult result;
       std::mutex mutex;
