@@ -299,8 +299,9 @@ class Bench {
     gpu::Resident held;
     {
       lm::WeightStream stream(source, uses, 1 << 30, nullptr);
-      held.hold(lm::parts_of(config, source, uses, {}), recording.stream());
-      gpu::load_weights(stream, uses, held, recording.stream());
+      const lm::StagePlan plan{uses, {}, {lm::parts_of(config, source, uses, {})}, {}};
+      held.hold(plan.parts[0], recording.stream());
+      gpu::load_weights(stream, plan, 0, held, nullptr, recording.stream());
     }
     gpu::RankWeights weights(held, recording), plain_weights(held, plain);
     const auto numbers = [&](Index count, Index below) {

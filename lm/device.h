@@ -22,6 +22,7 @@ struct StagePlan {
   std::vector<WeightUse> uses;
   std::vector<WeightUse> tables;               ///< whose rows are picked by id, where they are not among `uses`
   std::vector<Parts> parts;                    ///< by tensor rank, of both
+  std::vector<int> readers;                    ///< the tensor rank that brings each of the uses, then of the tables, where one does for all
   Index rows = 0;                              ///< batch·length of the largest pass
 };
 

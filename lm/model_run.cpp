@@ -21,9 +21,12 @@ Index steps_of_a_layer(const shard::TransformerConfig& config, const ForwardRequ
 }
 
 StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const shard::TransformerConfig& config, const ForwardRequest& request, Index steps, int tensor_ranks) {
-  StagePlan out{module.weight_uses(steps, request.mtp), {}, {}, request.batch.batch * request.batch.length};
+  StagePlan out{module.weight_uses(steps, request.mtp), {}, {}, {}, request.batch.batch * request.batch.length};
   for (const auto& table : module.gathered_weights())
     if (std::none_of(out.uses.begin(), out.uses.end(), [&](const auto& use) { return use.name == table; })) out.tables.push_back({table});
+  out.readers = readers_of(source, out.uses, tensor_ranks);
+  const auto more = readers_of(source, out.tables, tensor_ranks);
+  out.readers.insert(out.readers.end(), more.begin(), more.end());
   for (int t = 0; t < tensor_ranks; ++t) {
     auto& parts = out.parts.emplace_back(parts_of(config, source, out.uses, {t, tensor_ranks}));
     parts.merge(parts_of(config, source, out.tables, {t, tensor_ranks}));

@@ -71,6 +71,24 @@ Box part_of(const TransformerConfig& config, const std::string& name, Sides whol
 
 std::uint64_t Part::bytes() const { return static_cast<std::uint64_t>(shard::volume(box.size)) * size_of(type); }
 
+bool needs(const Parts& parts, const WeightUse& use) {
+  const auto part = parts.find(use.name);
+  if (part == parts.end()) return false;
+  const auto lo = part->second.box.lo[0], hi = lo + part->second.box.size[0];
+  return use.lo < hi && (use.count < 0 || use.lo + use.count > lo);
+}
+
+std::vector<int> readers_of(const WeightSource& source, const std::vector<WeightUse>& uses, int size) {
+  std::vector<std::uint64_t> given(static_cast<std::size_t>(size));
+  std::vector<int> out;
+  for (const auto& use : uses) {
+    const auto least = std::min_element(given.begin(), given.end());
+    *least += source.bytes_of(use.name, use.lo, use.count);
+    out.push_back(static_cast<int>(least - given.begin()));
+  }
+  return out;
+}
+
 Parts parts_of(const TransformerConfig& config, const WeightSource& source, const std::vector<WeightUse>& uses, TensorRank at) {
   Parts out;
   for (const auto& use : uses)

@@ -37,6 +37,10 @@ struct Part {
 };
 /// By name, without those it needs nothing of.
 using Parts = std::map<std::string, Part>;
+/// Whether any of the use's rows are among the parts.
+bool needs(const Parts& parts, const WeightUse& use);
+/// The rank of `size` that brings each use where one does for all: the next in order goes to whom the fewest bytes went to so far.
+std::vector<int> readers_of(const WeightSource& source, const std::vector<WeightUse>& uses, int size);
 Parts parts_of(const shard::TransformerConfig& config, const WeightSource& source, const std::vector<WeightUse>& uses, TensorRank at);
 
 /// Weights that come whole, as one rank takes them.

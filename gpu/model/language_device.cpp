@@ -8,6 +8,7 @@
 #include "gpu/model/staged_comm.h"
 #include "libshard/error.h"
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -51,6 +52,7 @@ class Devices : public lm::Device {
     layout_ = layout;
     plans_ = stages;
     for (auto& plan : plans_) plan.uses.insert(plan.uses.end(), plan.tables.begin(), plan.tables.end());
+    if (!same || std::exchange(failed_, false)) meet();
     for (const auto device : std::set(options_.devices.begin(), options_.devices.end())) {
       Demand demand;
       std::uint64_t mine = 0;  // taken already, and about to be used again
@@ -63,6 +65,7 @@ class Devices : public lm::Device {
         demand.activations += activation_bytes(config, layout, stage.rows);
         demand.least_activations += activation_bytes(config, layout, 1);
         demand.libraries += Matmul::kWorkspace;
+        if (by_nccl(Axis::Tensor, rank / layout.tensor)) demand.libraries += 2 * kLoadBatch;
         if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + Matmul::kWorkspace + held_[static_cast<std::size_t>(rank)].size();
       }
       if (!used) continue;
@@ -75,15 +78,13 @@ class Devices : public lm::Device {
       ranks_.push_back(std::make_unique<DeviceOps>(ops));
       weights_.emplace_back(held_.emplace_back(), *ranks_.back());
     }
-    if (!same || std::exchange(failed_, false)) {
-      communicators_.clear();
-      ids_.clear();
-    }
   }
 
   std::vector<lm::WeightUse> takes(int stage) const override {
-    auto uses = plans_[static_cast<std::size_t>(stage)].uses;
-    for (auto& use : uses) use.times = layout_.tensor;
+    const auto& plan = plans_[static_cast<std::size_t>(stage)];
+    auto uses = plan.uses;
+    for (auto& use : uses)
+      use.times = by_nccl(Axis::Tensor, stage) ? 1 : static_cast<int>(std::count_if(plan.parts.begin(), plan.parts.end(), [&](const auto& parts) { return needs(parts, use); }));
     return uses;
   }
 
@@ -96,8 +97,7 @@ class Devices : public lm::Device {
   std::unique_ptr<lm::Comm> comm(lm::Group& group, Axis axis, int stage, int tensor_rank) override {
     auto& mine = of(stage, tensor_rank);
     const int member = axis == Axis::Tensor ? tensor_rank : stage;
-    if (group.size() > 1)
-      if (auto* peers = communicator(axis, group.size(), stage, tensor_rank)) return std::make_unique<NcclComm>(group, member, mine, *peers);
+    if (auto* peers = communicator(axis, stage, tensor_rank)) return std::make_unique<NcclComm>(group, member, mine, *peers);
     return std::make_unique<StagedComm>(group, member, mine);
   }
 
@@ -113,7 +113,7 @@ class Devices : public lm::Device {
     const auto& plan = plans_[static_cast<std::size_t>(stage)];
     const auto rank = static_cast<std::size_t>(stage * layout_.tensor + tensor_rank);
     if (!held_[rank].hold(plan.parts[static_cast<std::size_t>(tensor_rank)], mine.stream())) mine.forget_recorded();
-    load_weights(stream, plan.uses, held_[rank], mine.stream());
+    load_weights(stream, plan, tensor_rank, held_[rank], communicator(Axis::Tensor, stage, tensor_rank), mine.stream());
     return weights_[rank];
   }
 
@@ -121,30 +121,43 @@ class Devices : public lm::Device {
   int device_of(int rank) const { return options_.devices[static_cast<std::size_t>(rank) % options_.devices.size()]; }
   DeviceOps& of(int stage, int tensor_rank) const { return *ranks_[static_cast<std::size_t>(stage * layout_.tensor + tensor_rank)]; }
 
-  /// This rank's end of NCCL along `axis`, made when first asked for, in all ranks at once; null where they talk through the host.
-  Communicator* communicator(Axis axis, int size, int stage, int tensor_rank) {
-    const std::tuple key{axis, axis == Axis::Tensor ? stage : tensor_rank, axis == Axis::Tensor ? tensor_rank : stage};
-    Nccl::Id id;
+  /// The members of a group along `axis`, which all have that number along the other one.
+  std::vector<int> members(Axis axis, int group) const {
+    std::vector<int> out;
+    for (int m = 0; m < (axis == Axis::Tensor ? layout_.tensor : layout_.pipeline); ++m) out.push_back(axis == Axis::Tensor ? group * layout_.tensor + m : m * layout_.tensor + group);
+    return out;
+  }
+  bool by_nccl(Axis axis, int group) const { return ids_.contains({axis, group}); }
+
+  /// How each group's ranks talk.
+  void meet() {
+    communicators_.clear();
+    ids_.clear();
+    transport_.clear();
+    if (layout_.tensor * layout_.pipeline == 1) return;
+    load_nccl();
+    for (const auto axis : {Axis::Pipeline, Axis::Tensor})
+      for (int group = 0; group < (axis == Axis::Tensor ? layout_.pipeline : layout_.tensor); ++group) {
+        std::vector<RankDevice> ranks;
+        for (const auto rank : members(axis, group)) ranks.push_back({device_info(device_of(rank)).id, nccl_ ? nccl_->version() : "", no_nccl_});
+        if (ranks.size() == 1) continue;
+        const auto transport = choose_transport(ranks);
+        transport_ = fmt::format("ranks talk {}: {}", transport.nccl ? "by NCCL " + nccl_->version() : "through the host", transport.why);
+        if (transport.nccl) ids_[{axis, group}] = nccl_->make_id();
+      }
+  }
+
+  /// This rank's end of NCCL along `axis`, made when first asked for, in all ranks at once; null where it is alone or they talk through the host.
+  Communicator* communicator(Axis axis, int stage, int tensor_rank) {
+    const int group = axis == Axis::Tensor ? stage : tensor_rank, member = axis == Axis::Tensor ? tensor_rank : stage;
+    if (!by_nccl(axis, group)) return nullptr;
+    const std::tuple key{axis, group, member};
     {
       const std::lock_guard lock(mutex_);
       if (const auto known = communicators_.find(key); known != communicators_.end()) return known->second.get();
-      load_nccl();
-      std::vector<RankDevice> members;
-      for (int m = 0; m < size; ++m) {
-        const auto& ops = axis == Axis::Tensor ? of(stage, m) : of(m, tensor_rank);
-        members.push_back({device_info(ops.device()).id, nccl_ ? nccl_->version() : "", no_nccl_});
-      }
-      const auto transport = choose_transport(members);
-      transport_ = fmt::format("ranks talk {}: {}", transport.nccl ? "by NCCL " + nccl_->version() : "through the host", transport.why);
-      if (!transport.nccl) {
-        communicators_[key] = nullptr;
-        return nullptr;
-      }
-      const auto group = std::pair{axis, std::get<1>(key)};
-      if (!ids_.contains(group)) ids_[group] = nccl_->make_id();
-      id = ids_[group];
     }
-    auto made = std::make_unique<Communicator>(*nccl_, id, std::get<2>(key), size, of(stage, tensor_rank).device());  // waits for the others
+    const int size = static_cast<int>(members(axis, group).size());
+    auto made = std::make_unique<Communicator>(*nccl_, ids_.at({axis, group}), member, size, of(stage, tensor_rank).device());  // waits for the others
     const std::lock_guard lock(mutex_);
     return (communicators_[key] = std::move(made)).get();
   }
@@ -168,7 +181,7 @@ class Devices : public lm::Device {
   std::optional<Nccl> nccl_;
   std::string no_nccl_, transport_;
   std::map<std::tuple<Axis, int, int>, std::unique_ptr<Communicator>> communicators_;  ///< by axis, group and member
-  std::map<std::pair<Axis, int>, Nccl::Id> ids_;
+  std::map<std::pair<Axis, int>, Nccl::Id> ids_;                      ///< of the groups that talk by NCCL
   bool failed_ = false;
   std::mutex mutex_;
 };

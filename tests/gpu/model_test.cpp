@@ -38,8 +38,9 @@ TEST_CASE("activations stay within what the memory plan says") {
       for (auto& use : uses) use.times = 1;
       WeightStream stream(source, uses, 64 << 20, nullptr);
       gpu::Resident held;
-      held.hold(parts_of(model.config, source, uses, {}), ops.stream());
-      gpu::load_weights(stream, uses, held, ops.stream());
+      const StagePlan plan{uses, {}, {parts_of(model.config, source, uses, {})}, {}};
+      held.hold(plan.parts[0], ops.stream());
+      gpu::load_weights(stream, plan, 0, held, nullptr, ops.stream());
       gpu::RankWeights weights(held, ops);
       ForwardResult result;
       std::mutex mutex;

@@ -65,3 +65,10 @@ TEST_CASE("what cannot be cut is refused") {
   CHECK_THROWS_WITH_AS(part_of(config, "layers.0.attention.q.weight", {10, 5}, {0, 2}), doctest::Contains("layers.0.attention.q.weight: has 10 numbers along the side that 4 heads share"), shard::Error);
   CHECK_THROWS_WITH_AS(part_of(config, "layers.0.mlp.up.weight", {2, 5}, {0, 3}), doctest::Contains("tensor parallel size 3 for 2 rows of layers.0.mlp.up.weight"), shard::Error);
 }
+
+TEST_CASE("a use is needed where its rows and the part meet") {
+  const Parts parts{{"output.weight", {shard::DType::F32, {{10, 0}, {5, 4}}}}};
+  for (const auto& [lo, count, needed] : {std::tuple<Index, Index, bool>{0, 10, false}, {0, 11, true}, {14, 3, true}, {15, 3, false}, {0, -1, true}, {15, -1, false}})
+    CHECK(needs(parts, {"output.weight", lo, count}) == needed);
+  CHECK(!needs(parts, {"layers.0.mlp.down.bias"}));
+}

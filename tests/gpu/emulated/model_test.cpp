@@ -1,5 +1,7 @@
 // The language module with the libraries' doubles, on several devices.
 #include "gpu/emulated/device.h"
+#include "gpu/model/load_weights.h"
+#include "libshard/error.h"
 #include "tests/gpu/emulated/doubles.h"
 #include "tests/gpu/model.h"
 
@@ -56,6 +58,82 @@ TEST_CASE("ranks on devices of their own talk by NCCL, with the bits of ranks th
         for (std::size_t i = 0; i < found.result.hidden.size(); ++i) CHECK(found.result.hidden[i].digest == staged.result.hidden[i].digest);
       }
     }
+}
+
+TEST_CASE("each weight is read by one rank, and its boxes travel to the others in batches") {
+  const auto path = doubles::path_of("libfake_nccl.so");
+  const gpu::Nccl nccl(path);
+  for (const auto* name : {"hf/gpt2_tied_f32", "hf/gpt_oss_bf16", "hf/deepseek_v3_mtp_bf16"})
+    for (const int ranks : {2, 3})
+      for (const std::size_t batch : {std::size_t{1}, std::size_t{20'000}, gpu::kLoadBatch}) {
+        CAPTURE(std::string(name));
+        const Model model(name);
+        const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
+        WeightSource source(reader, formats::kernels(), Compute::Bf16);
+        const auto nowhere = host_device();
+        nowhere->prepare({}, model.config, {});
+        Group alone(1);
+        LocalComm comm(alone, 0);
+        StagePlan plan;
+        plan.uses = LanguageModule(model.config, source, placement_of(model.config, 0, 1), comm, comm, nowhere->ops(0, 0)).weight_uses(0, true);
+        for (auto& use : plan.uses) use.times = 1;  // a second reader would be refused
+        plan.readers = readers_of(source, plan.uses, ranks);
+        for (int r = 0; r < ranks; ++r) plan.parts.push_back(parts_of(model.config, source, plan.uses, {r, ranks}));
+        WeightStream stream(source, plan.uses, 1 << 20, nullptr);
+        const auto id = nccl.make_id();
+        std::mutex mutex;
+        std::vector<std::string> wrong;
+        run_ranks(ranks, [] {}, [&](int r) {
+          gpu::Stream on;
+          gpu::Communicator peers(nccl, id, r, ranks, 0);
+          gpu::Resident held;
+          held.hold(plan.parts[static_cast<std::size_t>(r)], on);
+          load_weights(stream, plan, r, held, &peers, on, batch);
+          for (const auto& [weight, part] : plan.parts[static_cast<std::size_t>(r)]) {
+            std::vector<std::byte> found(part.bytes()), wanted;
+            gpu::to_host(found.data(), held.view(weight).data, found.size(), on);
+            gpu::wait(on);
+            const auto whole = source.read(weight).column_range(part.box.lo[1], part.box.size[1]).row_range(part.box.lo[0], part.box.size[0]);
+            for (Index row = 0; row < whole.rows; ++row) {
+              const auto* const first = whole.row_range(row, 1).data;
+              wanted.insert(wanted.end(), first, first + static_cast<std::size_t>(whole.columns) * size_of(whole.dtype));
+            }
+            const std::lock_guard lock(mutex);
+            if (found != wanted) wrong.push_back(weight);
+          }
+        });
+        CHECK(wrong == std::vector<std::string>{});
+      }
+}
+
+namespace {
+
+/// A checkpoint that can be read so often.
+struct Broken : shard::Reader {
+  const shard::Reader& whole;
+  mutable std::atomic<int> reads_left;
+  Broken(const shard::Reader& whole, int reads) : whole(whole), reads_left(reads) {}
+  const shard::ShardedStateDict& describe() const override { return whole.describe(); }
+  std::optional<shard::FileRange> file_range(std::uint32_t) const override { return std::nullopt; }
+  void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const override {
+    if (reads_left-- <= 0) shard::fail(shard::Code::Io, "a broken disk");
+    whole.read(stream, offset, into);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a rank that fails while weights travel ends all, with its own error; the next run goes well") {
+  const Model model("hf/llama_untied_bf16");
+  const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
+  const SeveralDevices four(4);
+  const auto device = gpu::language_device({.devices = {0, 1, 2, 3}, .nccl = doubles::path_of("libfake_nccl.so")});
+  const RunOptions options{.compute = Compute::F32, .tensor_parallel = 2, .pipeline_parallel = 2, .threads = 1};
+  for (const int reads : {0, 7, 12}) {
+    const Broken broken(reader, reads);
+    CHECK_THROWS_WITH_AS(run_model(broken, formats::kernels(), model.config, {model.batch, model.steps, 200, 200, {}, true}, options, *device), "a broken disk", shard::Error);
+  }
+  CHECK(model.run(*device, options).result.main.all.size() == 38);
 }
 
 #endif
