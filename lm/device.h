@@ -3,6 +3,7 @@
 
 #include "lm/ops.h"
 #include "lm/parts.h"
+#include "lm/processes.h"
 
 #include <memory>
 #include <string>
@@ -15,6 +16,8 @@ struct Ranks {
   int tensor = 1, pipeline = 1;
   Compute compute = Compute::F32;
   unsigned threads = 1;                        ///< of the host, for each rank
+  Processes* processes = nullptr;              ///< that are the ranks, this one among them; none: all ranks are threads of this process
+  bool here(int rank) const { return !processes || processes->rank() == rank; }
 };
 
 /// What a stage will hold and compute: known before anything is read.
@@ -35,7 +38,7 @@ class Device {
   virtual std::vector<std::string> notes() const { return {}; }
   /// Readies for these stages, before anything is read. Throws Device where they do not fit, saying what is missing and what would fit.
   virtual void prepare(const Ranks& ranks, const shard::TransformerConfig& config, const std::vector<StagePlan>& stages) = 0;
-  /// How the stage's ranks together take from its stream what the plan says of each.
+  /// What the stage's ranks in this process together take from its stream there.
   virtual std::vector<WeightUse> takes(int stage) const = 0;
   // What follows is called on the rank's own thread.
   virtual Ops& ops(int stage, int tensor_rank) = 0;

@@ -14,6 +14,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -79,15 +80,19 @@ class WeightSource {
   std::vector<shard::Finding> findings(unsigned threads);
   /// Of everything that was read, by name.
   std::vector<WeightStats> stats() const;
+  /// What was seen and summed here, for a source of the same checkpoint in another process, whose findings and stats will be of both. Throws Io where a
+  /// file became shorter.
+  std::string tell() const;
+  void hear(std::string_view text);
   std::uint64_t bytes_read() const { return source_.bytes_read() + viewed_; }
 
  private:
+  /// Rows that were looked at together.
   struct Seen {
-    std::uint64_t nonfinite = 0, first = 0, elements = 0;
-    float value = 0;
-    bool constant = true, matrix = false;
-    float max_abs = 0;
-    std::map<Index, std::pair<double, std::uint64_t>> squares;  ///< sum and count of the rows from here
+    std::uint64_t elements, nonfinite, first;        ///< `first` that is not finite, counted from the tensor's start
+    double squares;
+    float value, max_abs;
+    bool constant;                                   ///< all are `value`
   };
 
   struct Rows {
@@ -98,13 +103,15 @@ class WeightSource {
   Rows rows_of(const std::string& name, Index lo, Index count) const;
   std::shared_ptr<const MappedFile> mapped(std::uint32_t stream);
   void note(const std::string& name, Index lo, const Weight& weight, const Sight& sight);
+  bool is_matrix(const std::string& name) const;
+  void refuse_torn() const;
 
   const shard::ShardedStateDict& dict_;
   const shard::Kernels& kernels_;
   Compute compute_;
   shard::SummedSource source_;
   mutable std::mutex mutex_;
-  std::map<std::string, Seen> seen_;
+  std::map<std::string, std::map<Index, Seen>> seen_;  ///< by name and first row
   std::map<std::uint32_t, std::shared_ptr<const MappedFile>> mapped_;  ///< by file
   std::atomic<std::uint64_t> viewed_ = 0;
 };

@@ -7,6 +7,7 @@
 #include "gpu/model/nccl_comm.h"
 #include "gpu/model/staged_comm.h"
 #include "libshard/error.h"
+#include "lm/message.h"
 
 #include <algorithm>
 #include <deque>
@@ -33,7 +34,8 @@ class Devices : public lm::Device {
     return out;
   }
   std::vector<std::string> notes() const override {
-    auto out = ranks_.empty() ? std::vector<std::string>{} : ranks_[0]->notes();
+    const auto here = std::find_if(ranks_.begin(), ranks_.end(), [](const auto& rank) { return rank != nullptr; });
+    auto out = here == ranks_.end() ? std::vector<std::string>{} : (*here)->notes();
     if (!transport_.empty()) out.push_back(transport_);
     return out;
   }
@@ -47,18 +49,19 @@ class Devices : public lm::Device {
     }
     // What was recorded holds the old model's numbers: epsilons, scales, angles.
     if (config != config_)
-      for (auto& rank : ranks_) rank->forget_recorded();
+      for (auto& rank : ranks_)
+        if (rank) rank->forget_recorded();
     config_ = config;
     layout_ = layout;
     plans_ = stages;
     for (auto& plan : plans_) plan.uses.insert(plan.uses.end(), plan.tables.begin(), plan.tables.end());
-    if (!same || std::exchange(failed_, false)) meet();
+    if (const bool failed = std::exchange(failed_, false); failed || !same) meet();
     for (const auto device : std::set(options_.devices.begin(), options_.devices.end())) {
       Demand demand;
       std::uint64_t mine = 0;  // taken already, and about to be used again
       bool used = false;
       for (int rank = 0; rank < layout.tensor * layout.pipeline; ++rank) {
-        if (device_of(rank) != device) continue;
+        if (!layout.here(rank) || device_of(rank) != device) continue;
         used = true;
         const auto& stage = stages[static_cast<std::size_t>(rank / layout.tensor)];
         for (const auto& [name, part] : stage.parts[static_cast<std::size_t>(rank % layout.tensor)]) demand.weights += part.bytes();
@@ -75,17 +78,21 @@ class Devices : public lm::Device {
     for (int rank = static_cast<int>(ranks_.size()); rank < layout.tensor * layout.pipeline; ++rank) {
       // What goes through the host in between cannot be recorded.
       const OpsOptions ops{device_of(rank), layout.compute, options_.attention, false, options_.graphs && layout.tensor == 1, options_.cublaslt, options_.cudnn};
-      ranks_.push_back(std::make_unique<DeviceOps>(ops));
-      weights_.emplace_back(held_.emplace_back(), *ranks_.back());
+      ranks_.push_back(layout.here(rank) ? std::make_unique<DeviceOps>(ops) : nullptr);
+      auto& held = held_.emplace_back();
+      if (ranks_.back()) weights_.emplace(rank, RankWeights(held, *ranks_.back()));
     }
   }
 
   std::vector<lm::WeightUse> takes(int stage) const override {
     const auto& plan = plans_[static_cast<std::size_t>(stage)];
-    auto uses = plan.uses;
-    for (auto& use : uses)
+    std::vector<lm::WeightUse> out;
+    for (std::size_t u = 0; u < plan.uses.size(); ++u) {
+      auto use = plan.uses[u];
       use.times = by_nccl(Axis::Tensor, stage) ? 1 : static_cast<int>(std::count_if(plan.parts.begin(), plan.parts.end(), [&](const auto& parts) { return needs(parts, use); }));
-    return uses;
+      if (layout_.here(stage * layout_.tensor + plan.readers[u]) || layout_.tensor == 1) out.push_back(use);
+    }
+    return out;
   }
 
   lm::Ops& ops(int stage, int tensor_rank) override {
@@ -96,9 +103,8 @@ class Devices : public lm::Device {
 
   std::unique_ptr<lm::Comm> comm(lm::Group& group, Axis axis, int stage, int tensor_rank) override {
     auto& mine = of(stage, tensor_rank);
-    const int member = axis == Axis::Tensor ? tensor_rank : stage;
-    if (auto* peers = communicator(axis, stage, tensor_rank)) return std::make_unique<NcclComm>(group, member, mine, *peers);
-    return std::make_unique<StagedComm>(group, member, mine);
+    if (auto* peers = communicator(axis, stage, tensor_rank)) return std::make_unique<NcclComm>(mine, *peers);
+    return std::make_unique<StagedComm>(group, group.size() == 1 ? 0 : axis == Axis::Tensor ? tensor_rank : stage, mine);
   }
 
   void fail() override {
@@ -114,7 +120,7 @@ class Devices : public lm::Device {
     const auto rank = static_cast<std::size_t>(stage * layout_.tensor + tensor_rank);
     if (!held_[rank].hold(plan.parts[static_cast<std::size_t>(tensor_rank)], mine.stream())) mine.forget_recorded();
     load_weights(stream, plan, tensor_rank, held_[rank], communicator(Axis::Tensor, stage, tensor_rank), mine.stream());
-    return weights_[rank];
+    return weights_.at(static_cast<int>(rank));
   }
 
  private:
@@ -129,22 +135,63 @@ class Devices : public lm::Device {
   }
   bool by_nccl(Axis axis, int group) const { return ids_.contains({axis, group}); }
 
+  /// What each rank works on. Those of other processes tell.
+  std::vector<RankDevice> boards() {
+    load_nccl();
+    std::vector<RankDevice> out;
+    for (int rank = 0; rank < layout_.tensor * layout_.pipeline; ++rank)
+      out.push_back(layout_.here(rank) ? RankDevice{device_info(device_of(rank)).id, nccl_ ? nccl_->version() : "", no_nccl_} : RankDevice{});
+    if (!layout_.processes) return out;
+    const auto& mine = out[static_cast<std::size_t>(layout_.processes->rank())];
+    lm::MessageWriter told;
+    told(mine.board, mine.nccl, mine.why_no_nccl);
+    const auto all = layout_.processes->all_gather(told.text());
+    for (std::size_t r = 0; r < out.size(); ++r) {
+      lm::MessageReader from(all[r]);
+      from(out[r].board, out[r].nccl, out[r].why_no_nccl);
+    }
+    return out;
+  }
+
+  /// An id for each of these groups, made by the process of its first rank.
+  void make_ids(const std::vector<std::pair<Axis, int>>& groups) {
+    std::string told;
+    for (const auto& [axis, group] : groups)
+      if (layout_.here(members(axis, group)[0])) {
+        const auto id = ids_[{axis, group}] = nccl_->make_id();
+        told.append(id.begin(), id.end());
+      }
+    if (!layout_.processes) return;
+    const auto all = layout_.processes->all_gather(told);
+    std::vector<std::size_t> at(all.size());
+    for (const auto& [axis, group] : groups) {
+      const auto from = static_cast<std::size_t>(members(axis, group)[0]);
+      auto& id = ids_[{axis, group}];
+      shard::require(all[from].size() >= at[from] + id.size(), shard::Code::Io, [&] { return fmt::format("rank {}: sent no id; do all run the same program?", from); });
+      std::copy_n(all[from].begin() + static_cast<std::ptrdiff_t>(std::exchange(at[from], at[from] + id.size())), id.size(), id.begin());
+    }
+  }
+
   /// How each group's ranks talk.
   void meet() {
     communicators_.clear();
     ids_.clear();
     transport_.clear();
     if (layout_.tensor * layout_.pipeline == 1) return;
-    load_nccl();
+    const auto ranks_on = boards();
+    std::vector<std::pair<Axis, int>> groups;
     for (const auto axis : {Axis::Pipeline, Axis::Tensor})
       for (int group = 0; group < (axis == Axis::Tensor ? layout_.pipeline : layout_.tensor); ++group) {
         std::vector<RankDevice> ranks;
-        for (const auto rank : members(axis, group)) ranks.push_back({device_info(device_of(rank)).id, nccl_ ? nccl_->version() : "", no_nccl_});
+        for (const auto rank : members(axis, group)) ranks.push_back(ranks_on[static_cast<std::size_t>(rank)]);
         if (ranks.size() == 1) continue;
         const auto transport = choose_transport(ranks);
         transport_ = fmt::format("ranks talk {}: {}", transport.nccl ? "by NCCL " + nccl_->version() : "through the host", transport.why);
-        if (transport.nccl) ids_[{axis, group}] = nccl_->make_id();
+        if (transport.nccl) groups.emplace_back(axis, group);
+        shard::require(transport.nccl || !layout_.processes, shard::Code::Device,
+                       [&] { return fmt::format("several processes talk by NCCL: {}; one process alone runs all ranks on what there is", transport.why); });
       }
+    make_ids(groups);
   }
 
   /// This rank's end of NCCL along `axis`, made when first asked for, in all ranks at once; null where it is alone or they talk through the host.
@@ -159,6 +206,7 @@ class Devices : public lm::Device {
     const int size = static_cast<int>(members(axis, group).size());
     auto made = std::make_unique<Communicator>(*nccl_, ids_.at({axis, group}), member, size, of(stage, tensor_rank).device());  // waits for the others
     const std::lock_guard lock(mutex_);
+    if (failed_) made->fail();
     return (communicators_[key] = std::move(made)).get();
   }
   void load_nccl() {
@@ -175,9 +223,9 @@ class Devices : public lm::Device {
   lm::Ranks layout_;
   shard::TransformerConfig config_;                                   ///< of the last run
   std::vector<lm::StagePlan> plans_;
-  std::vector<std::unique_ptr<DeviceOps>> ranks_;
+  std::vector<std::unique_ptr<DeviceOps>> ranks_;                     ///< none of those that other processes are
   std::deque<Resident> held_;                                         ///< by rank
-  std::deque<RankWeights> weights_;
+  std::map<int, RankWeights> weights_;
   std::optional<Nccl> nccl_;
   std::string no_nccl_, transport_;
   std::map<std::tuple<Axis, int, int>, std::unique_ptr<Communicator>> communicators_;  ///< by axis, group and member

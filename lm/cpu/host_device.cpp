@@ -1,6 +1,7 @@
 // Every rank computes on the host; weights pass by in their files' memory.
 #include "lm/device.h"
 
+#include "libshard/error.h"
 #include "lm/cpu/host_ops.h"
 
 #include <deque>
@@ -13,6 +14,7 @@ class HostDevice : public Device {
  public:
   std::string name() const override { return "cpu"; }
   void prepare(const Ranks& ranks, const shard::TransformerConfig& config, const std::vector<StagePlan>& stages) override {
+    shard::require(!ranks.processes, shard::Code::Usage, [] { return "--device cpu: ranks are threads of one process there; several processes need CUDA devices"; });
     ranks_ = ranks;
     config_ = config;
     stages_ = stages;

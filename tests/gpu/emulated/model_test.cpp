@@ -136,4 +136,86 @@ TEST_CASE("a rank that fails while weights travel ends all, with its own error; 
   CHECK(model.run(*device, options).result.main.all.size() == 38);
 }
 
+namespace {
+
+/// Processes that are played by threads.
+struct Played {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<std::string> texts, shown;
+  std::size_t arrived = 0, round = 0;
+  explicit Played(int size) : texts(static_cast<std::size_t>(size)) {}
+};
+struct PlayedProcess : Processes {
+  Played& all;
+  int mine;
+  PlayedProcess(Played& all, int rank) : all(all), mine(rank) {}
+  int rank() const override { return mine; }
+  int size() const override { return static_cast<int>(all.texts.size()); }
+  std::vector<std::string> all_gather(std::string_view text) override {
+    std::unique_lock lock(all.mutex);
+    all.texts[static_cast<std::size_t>(mine)] = text;
+    const auto now = all.round;
+    if (++all.arrived == all.texts.size()) {
+      all.shown = all.texts;
+      all.arrived = 0;
+      ++all.round;
+      all.changed.notify_all();
+    } else {
+      all.changed.wait(lock, [&] { return all.round != now; });
+    }
+    return all.shown;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("ranks that are processes all give the report of ranks that are threads, and read each weight once between them") {
+  const auto nccl = doubles::path_of("libfake_nccl.so");
+  const SeveralDevices four(4);
+  for (const auto* name : {"hf/gpt2_tied_f32", "hf/deepseek_v3_mtp_bf16"}) {
+    const Model model(name);
+    RunOptions options{.compute = Compute::Bf16, .tensor_parallel = 2, .pipeline_parallel = 2, .threads = 1};
+    const auto threads = model.run(*gpu::language_device({.devices = {0, 1, 2, 3}, .nccl = nccl}), options);
+    Played played(4);
+    std::vector<RunReport> found(4);
+    run_ranks(4, [] {}, [&](int r) {
+      PlayedProcess process(played, r);
+      auto mine = options;
+      mine.processes = &process;
+      found[static_cast<std::size_t>(r)] = model.run(*gpu::language_device({.devices = {r}, .nccl = nccl}), mine);
+    });
+    for (const auto& one : found) {
+      CHECK(one.result.main.all == threads.result.main.all);
+      CHECK(one.result.peak_logit == threads.result.peak_logit);
+      CHECK(one.bytes_read == threads.bytes_read);
+      CHECK(one.findings.size() == threads.findings.size());
+      REQUIRE(one.result.hidden.size() == threads.result.hidden.size());
+      for (std::size_t i = 0; i < one.result.hidden.size(); ++i) CHECK(one.result.hidden[i].digest == threads.result.hidden[i].digest);
+      REQUIRE(one.weights.size() == threads.weights.size());
+      for (std::size_t i = 0; i < one.weights.size(); ++i) CHECK(one.weights[i].rms == threads.weights[i].rms);
+    }
+  }
+}
+
+TEST_CASE("processes that share a device, or have no NCCL, are refused on all of them") {
+  const Model model("hf/llama_untied_bf16");
+  const auto refusals = [&](const std::string& nccl) {
+    Played played(2);
+    std::vector<std::string> out(2);
+    run_ranks(2, [] {}, [&](int r) {
+      PlayedProcess process(played, r);
+      try {
+        model.run(*gpu::language_device({.devices = {0}, .nccl = nccl}), {.tensor_parallel = 2, .threads = 1, .processes = &process});
+      } catch (const shard::Error& error) {
+        out[static_cast<std::size_t>(r)] = error.what();
+      }
+    });
+    CHECK(out[0] == out[1]);
+    return out[0];
+  };
+  CHECK(refusals(doubles::path_of("libfake_nccl.so")).find("several processes talk by NCCL: ranks 0 and 1 share EMULATED-") == 0);
+  CHECK(refusals("/nowhere/libnccl.so").find("several processes talk by NCCL: rank 0 has no NCCL (NCCL: could not be loaded") == 0);
+}
+
 #endif
