@@ -5,7 +5,7 @@
 #include "formats/kernels.h"
 #include "gpu/libs/cublaslt.h"
 #include "gpu/model/device_ops.h"
-#include "gpu/model/resident.h"
+#include "gpu/model/load_weights.h"
 #include "gpu/ops/linear.h"
 #include "libshard/error.h"
 #include "lm/language_module.h"
@@ -299,7 +299,9 @@ class Bench {
     gpu::Resident held;
     {
       lm::WeightStream stream(source, uses, 1 << 30, nullptr);
-      held.load(stream, uses, recording.stream());
+      const lm::StagePlan plan{uses, {}, {lm::parts_of(config, source, uses, {})}, {}};
+      held.hold(plan.parts[0], recording.stream());
+      gpu::load_weights(stream, plan, 0, held, nullptr, recording.stream());
     }
     gpu::RankWeights weights(held, recording), plain_weights(held, plain);
     const auto numbers = [&](Index count, Index below) {

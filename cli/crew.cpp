@@ -1,32 +1,14 @@
 // What the ranks tell each other: the folder, a fingerprint of the plan, and at the end sums and counts.
 #include "cli/crew.h"
 
-#include "cli/options.h"
 #include "formats/hash.h"
 #include "formats/json.h"
 #include "libshard/error.h"
-
-#include <unistd.h>
-
-#include <charconv>
-#include <cstring>
 
 namespace cli {
 namespace {
 
 using shard::Code;
-
-std::chrono::milliseconds patience() {
-  const auto all = environment();
-  const auto found = all.find("SHARDKIT_TIMEOUT");
-  if (found == all.end() || found->second.empty()) return std::chrono::seconds(60);
-  const auto& text = found->second;
-  unsigned seconds = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), seconds);
-  shard::require(error == std::errc() && end == text.data() + text.size() && seconds > 0 && seconds <= 86'400, Code::Usage,
-                 [&] { return fmt::format("SHARDKIT_TIMEOUT={}: should be seconds, from 1 to 86400", text); });
-  return std::chrono::seconds(seconds);
-}
 
 /// Numbers and names, folded into one digest.
 class Fingerprint {
@@ -61,37 +43,11 @@ std::string fingerprint(const shard::Plan& plan, const shard::ShardedStateDict& 
 
 }  // namespace
 
-ranks::Environment environment() {
-  ranks::Environment out;
-  for (char** at = environ; *at; ++at) {
-    const std::string_view text = *at;
-    const auto equals = text.find('=');
-    if (equals != text.npos) out.emplace(text.substr(0, equals), text.substr(equals + 1));
-  }
-  return out;
-}
-
-Crew::Crew(const ranks::Launch& launch, const std::filesystem::path& target, bool force)
-    : launch_(launch), target_(target), force_(force), ranks_(launch, ranks::place_of(environment(), launch, target), patience(), &stop_flag()) {
-  ranks_.on_failure(request_stop);
-}
-
-int Crew::run(const std::function<int()>& body) {
-  try {
-    return body();
-  } catch (const shard::Error& error) {
-    if (!stopped_by()) ranks_.check();
-    ranks_.fail(error);
-    throw;
-  } catch (const std::exception& error) {
-    ranks_.fail({Code::Io, error.what()});
-    throw;
-  }
-}
+Crew::Crew(const ranks::Launch& launch, const std::filesystem::path& target, bool force) : target_(target), force_(force), ranks_(launch, target) {}
 
 const std::filesystem::path& Crew::folder() {
   if (!folder_.empty()) return folder_;
-  if (launch_.rank == 0) folder_ = staging_.emplace(target_, force_).staging();
+  if (ranks_.rank() == 0) folder_ = staging_.emplace(target_, force_).staging();
   return folder_ = ranks_.broadcast(folder_.string());
 }
 
@@ -105,7 +61,7 @@ bool Crew::finish(shard::Report& report, formats::LocalWriter& writer, bool sync
   writer.folder().flush(sync);
   nlohmann::json mine{{"sums", sums_of(report)}, {"read", report.bytes_read}, {"written", report.bytes_written}, {"in_kernel", report.bytes_copied_in_kernel}, {"through_device", report.bytes_through_device}};
   const auto all = ranks_.all_gather(mine.dump());
-  if (launch_.rank == 0) {
+  if (ranks_.rank() == 0) {
     std::vector<nlohmann::json> sums;
     report.bytes_read = report.bytes_written = report.bytes_copied_in_kernel = report.bytes_through_device = 0;
     for (std::size_t r = 0; r < all.size(); ++r) {
@@ -120,7 +76,7 @@ bool Crew::finish(shard::Report& report, formats::LocalWriter& writer, bool sync
     staging_->commit(sync);
   }
   ranks_.finish();
-  return launch_.rank == 0;
+  return ranks_.rank() == 0;
 }
 
 }  // namespace cli

@@ -1,11 +1,11 @@
-// Ranks that mpirun, srun or torchrun started (or a script, by RANK and WORLD_SIZE), carrying out one conversion together: each writes its part of
+// Ranks that were started together (cli/meeting.h), carrying out one conversion together: each writes its part of
 // the streams into rank 0's staging folder, and rank 0 publishes once all have done so. Any rank's failure fails all, and nothing is published.
 #pragma once
 
 #include "formats/local_writer.h"
+#include "cli/meeting.h"
 #include "cli/parts.h"
 #include "libshard/execute.h"
-#include "ranks/rendezvous.h"
 
 #include <filesystem>
 #include <functional>
@@ -14,19 +14,16 @@
 
 namespace cli {
 
-/// This process's environment.
-ranks::Environment environment();
-
 class Crew {
  public:
   /// Meets the others near `target`, within $SHARDKIT_TIMEOUT seconds (60).
   Crew(const ranks::Launch& launch, const std::filesystem::path& target, bool force);
 
-  /// Body between meeting and leaving: what it throws reaches every rank, and where another rank failed first, that is thrown.
-  int run(const std::function<int()>& body);
+  /// As Meeting::run.
+  int run(const std::function<int()>& body) { return ranks_.run(body); }
 
-  int local_rank() const { return launch_.local_rank; }
-  Part part() const { return {static_cast<std::size_t>(launch_.rank), static_cast<std::size_t>(launch_.size)}; }
+  int local_rank() const { return ranks_.local_rank(); }
+  Part part() const { return {static_cast<std::size_t>(ranks_.rank()), static_cast<std::size_t>(ranks_.size())}; }
   /// Where all write. The first call makes it.
   const std::filesystem::path& folder();
   /// Throws Mismatch in every rank unless all would do the same.
@@ -35,11 +32,10 @@ class Crew {
   bool finish(shard::Report& report, formats::LocalWriter& writer, bool sync);
 
  private:
-  ranks::Launch launch_;
   std::filesystem::path target_, folder_;
   bool force_;
   std::optional<formats::Publication> staging_;  // rank 0's; outlives the connections, so that nobody writes any more when it is removed
-  ranks::Rendezvous ranks_;
+  Meeting ranks_;
 };
 
 }  // namespace cli

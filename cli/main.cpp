@@ -1,6 +1,7 @@
 // shardkit: parses the command line, runs one command, turns every failure into one line and a documented status.
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "cli/print.h"
 #include "libshard/error.h"
 
 #include <cstdio>
@@ -19,27 +20,20 @@ void raise_open_file_limit() {
   }
 }
 
-/// One line, whatever a file's own text put into the message.
-void print_error(std::string text) {
-  for (auto& c : text)
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
-  fmt::print(stderr, "shardkit: error: {}\n", text);
-}
-
 int run(const cli::Action& action) {
   try {
     return action();
   } catch (const shard::Error& error) {
     if (cli::stopped_by()) {
-      print_error(fmt::format("stopped by signal {}; nothing is left under the final name", cli::stopped_by()));
+      cli::print_error(fmt::format("stopped by signal {}; nothing is left under the final name", cli::stopped_by()));
       return 128 + cli::stopped_by();
     }
-    print_error(error.what());
+    cli::print_error(error.what());
     return static_cast<int>(error.code);
   } catch (const std::bad_alloc&) {
-    print_error("memory: the input asks for more than there is");
+    cli::print_error("memory: the input asks for more than there is");
   } catch (const std::exception& error) {
-    print_error(error.what());
+    cli::print_error(error.what());
   }
   return static_cast<int>(shard::Code::Io);
 }
@@ -65,7 +59,7 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);
-    print_error(fmt::format("command line: {}; 'shardkit --help' tells more", error.what()));
+    cli::print_error(fmt::format("command line: {}; 'shardkit --help' tells more", error.what()));
     return static_cast<int>(shard::Code::Usage);
   }
   raise_open_file_limit();

@@ -30,7 +30,7 @@ void check_environment(AttentionBackend backend) {
 
 }  // namespace
 
-ModelDevice model_device(const RunOptions& run, const std::string& attention) {
+ModelDevice model_device(const RunOptions& run, const std::string& attention, std::optional<int> local_rank) {
   const auto backend = backend_of(attention);
   if (backend != AttentionBackend::Auto) check_environment(backend);
   const auto where = choose_device(run.device);
@@ -45,6 +45,7 @@ ModelDevice model_device(const RunOptions& run, const std::string& attention) {
   if (run.device == "cuda")
     for (const auto& info : gpu::probe().devices) options.devices.push_back(info.index);
   else options.devices = {*where.cuda};
+  if (local_rank) options.devices = {options.devices[static_cast<std::size_t>(*local_rank) % options.devices.size()]};
   return {gpu::language_device(std::move(options)), where.why};
 }
 

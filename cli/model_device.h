@@ -7,6 +7,7 @@
 #include <CLI/CLI.hpp>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,7 +20,8 @@ struct ModelDevice {
 
 /// run.device as choose_device takes it; "cuda" gives ranks all devices that are there. `attention`: "auto", "local", "flash", "fused" or
 /// "unfused", checked against Transformer Engine's switches in the environment as Megatron does. Throws Usage, Device, Mismatch.
-ModelDevice model_device(const RunOptions& run, const std::string& attention);
+/// `local_rank`: this process is one of several on its host, and "cuda" is its own device alone.
+ModelDevice model_device(const RunOptions& run, const std::string& attention, std::optional<int> local_rank = std::nullopt);
 
 void add_attention_option(CLI::App& command, std::string& attention);
 

@@ -56,6 +56,12 @@ Json layout_json(const std::optional<shard::Parallel>& p) {
   return out;
 }
 
+void print_error(std::string text) {
+  for (auto& c : text)
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
+  fmt::print(stderr, "shardkit: error: {}\n", text);
+}
+
 void print_json(const Json& json) {
   fmt::print("{}\n", json.dump(2, ' ', false, Json::error_handler_t::replace));
 }

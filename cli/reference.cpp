@@ -7,6 +7,7 @@
 #include "formats/tokenizer.h"
 #include "formats/safetensors/header.h"
 #include "libshard/error.h"
+#include "lm/message.h"
 #include "libshard/numeric.h"
 
 #include <algorithm>
@@ -274,6 +275,33 @@ void Comparer::on_logits(const lm::LogitsBlock& block) {
   into.peak = std::max(into.peak, peak);
   into.sum_abs_logits += sum;
   into.logits_compared += static_cast<double>(block.values.rows() * std::max<Index>(columns, 0));
+}
+
+std::string Comparer::tell() const {
+  lm::MessageWriter out;
+  out(main, mtp, steps);
+  return out.text();
+}
+
+void Comparer::hear(std::string_view text) {
+  Figures other;
+  std::vector<Figures> of_mtp;
+  std::vector<Step> of_steps;
+  lm::MessageReader in(text);
+  in(other, of_mtp, of_steps);
+  const auto join = [](Figures& mine, const Figures& theirs) {
+    mine.logits = mine.logits || theirs.logits;
+    mine.max_abs_logits = std::max(mine.max_abs_logits, theirs.max_abs_logits);
+    mine.peak = std::max(mine.peak, theirs.peak);
+    mine.sum_abs_logits += theirs.sum_abs_logits;
+    mine.logits_compared += theirs.logits_compared;
+  };
+  join(main, other);
+  for (std::size_t k = 0; k < std::min(mtp.size(), of_mtp.size()); ++k) join(mtp[k], of_mtp[k]);
+  for (std::size_t s = 0; s < std::min(steps.size(), of_steps.size()); ++s) {
+    steps[s].logits = steps[s].logits || of_steps[s].logits;
+    steps[s].max_abs_logits = std::max(steps[s].max_abs_logits, of_steps[s].max_abs_logits);
+  }
 }
 
 void Comparer::losses(const Arrays::Array* wanted, const std::vector<float>& found, Figures& into, std::size_t length, std::size_t rolled) {

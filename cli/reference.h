@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <string_view>
 
 namespace cli {
 
@@ -54,6 +55,9 @@ class Comparer {
     double max_abs_hidden = 0, max_abs_logits = 0;
     bool hidden = false, logits = false;
   };
+  /// What on_logits found here, for one that saw other blocks of the same logits.
+  std::string tell() const;
+  void hear(std::string_view text);
   /// After the pass.
   void finish(const lm::ForwardResult& result);
   Figures main;

@@ -1,5 +1,6 @@
 // shardkit validate: runs the model that a checkpoint describes and judges what comes out.
 #include "cli/commands.h"
+#include "cli/meeting.h"
 #include "cli/model_device.h"
 #include "cli/options.h"
 #include "cli/validate.h"
@@ -166,13 +167,13 @@ void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch
 
 }  // namespace
 
-Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device) {
+Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device, lm::Processes* processes) {
   const auto start = std::chrono::steady_clock::now();
   const int given = !ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty();
   shard::require(given <= 1 && (ask.reference.empty() || ask.against.empty()), Code::Usage, [] { return "command line: give one of --reference, --tokens and --text; --against goes with tokens or text"; });
   shard::require(ask.compute == "f32" || ask.compute == "bf16", Code::Usage, [&] { return fmt::format("--compute {}: f32 and bf16 are known", ask.compute); });
   const auto model = open_model(ask, ask.path, budget.threads);
-  refuse_differing_copies(model.checkpoint, budget);
+  if (!processes || processes->rank() == 0) refuse_differing_copies(model.checkpoint, budget);
 
   Validation v;
   v.path = ask.path;
@@ -212,7 +213,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
       for (const auto id : step.next_token_ids)
         shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: mtp_step.{}.next_token_ids holds {}; the vocabulary is {}", v.input, step.depth, id, model.stored_vocab); });
 
-  const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop};
+  const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop, processes};
   const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
   std::optional<Comparer> comparer;
   if (reference) comparer.emplace(*reference, model.config.mtp_num_layers);
@@ -253,6 +254,11 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
     if (stats.nonfinite && first_bad.empty()) first_bad = fmt::format("{} has {} numbers that are not finite", stats.name, stats.nonfinite);
   v.checks.push_back({"finite", finite ? "losses and logits are finite" : first_bad.empty() ? fmt::format("{} logits are not finite", result.nonfinite_logits) : first_bad, finite});
   if (comparer) {
+    if (processes) {
+      const auto all = processes->all_gather(comparer->tell());
+      for (int r = 0; r < processes->size(); ++r)
+        if (r != processes->rank()) comparer->hear(all[static_cast<std::size_t>(r)]);
+    }
     comparer->finish(result);
     judge_reference(v, *comparer, *reference, options.compute, model.stored_vocab);
   }
@@ -268,15 +274,36 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
 
 namespace {
 
-int run_validate(const ValidateAsk& ask) {
-  const auto where = model_device(ask.run, ask.attention);
-  auto v = validate(ask, ask.run.limits(), *where.device);
-  if (ask.run.device == "auto") v.notes.push_back(fmt::format("device {}: {}", v.device, where.why));
+int tell(const ValidateAsk& ask, Validation& v, const std::string& why) {
+  if (ask.run.device == "auto") v.notes.push_back(fmt::format("device {}: {}", v.device, why));
   if (!ask.html.empty()) write_validation_html(ask.html, v);
   if (!ask.junit.empty()) write_validation_junit(ask.junit, v);
   if (ask.run.json) print_json(validation_json(v));
   else if (!ask.run.quiet || !v.ok()) print_validation(v);
   return v.ok() ? 0 : 1;
+}
+
+/// As one rank of several processes, of which rank 0 tells.
+int run_together(const ValidateAsk& ask, const ranks::Launch& launch) {
+  shard::require(ask.tp * ask.pp == launch.size, Code::Usage,
+                 [&] { return fmt::format("--tp {} --pp {}: are {} ranks; {}={} processes were started (without it one process runs all ranks)", ask.tp, ask.pp, ask.tp * ask.pp, launch.from, launch.size); });
+  ModelDevice where;                           // outlives the meeting, whose failure it hears of
+  Meeting meeting(launch, ask.path);
+  return meeting.run([&] {
+    where = model_device(ask.run, ask.attention, meeting.local_rank());
+    meeting.on_failure([&] { where.device->fail(); }, std::chrono::seconds(10));
+    auto v = validate(ask, ask.run.limits(), *where.device, &meeting);
+    const auto status = meeting.rank() == 0 ? tell(ask, v, where.why) : v.ok() ? 0 : 1;
+    meeting.finish();
+    return status;
+  });
+}
+
+int run_validate(const ValidateAsk& ask) {
+  if (const auto launch = ranks::launch_of(environment())) return run_together(ask, *launch);
+  const auto where = model_device(ask.run, ask.attention);
+  auto v = validate(ask, ask.run.limits(), *where.device);
+  return tell(ask, v, where.why);
 }
 
 }  // namespace
@@ -289,8 +316,8 @@ void add_validate(CLI::App& app, Action& action) {
   command->add_option("--against", ask->against, "Another checkpoint that should compute the same bits")->type_name("CKPT");
   command->add_option("--tokens", ask->tokens, "Token ids: text, .npy or safetensors, [n] or [b,n]")->type_name("FILE");
   command->add_option("--text", ask->text, "Text for the checkpoint's tokenizer.json")->type_name("FILE");
-  command->add_option("--tp", ask->tp, "Tensor parallel ranks, as threads (default 1)");
-  command->add_option("--pp", ask->pp, "Pipeline stages, as threads (default 1)");
+  command->add_option("--tp", ask->tp, "Tensor parallel ranks, as threads or, where a launcher started several, as processes (default 1)");
+  command->add_option("--pp", ask->pp, "Pipeline stages, likewise (default 1)");
   command->add_option("--compute", ask->compute, "f32 or bf16 (default f32)");
   add_attention_option(*command, ask->attention);
   command->add_option("--max-loss", ask->max_loss, "Fail above this mean loss");

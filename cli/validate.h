@@ -18,7 +18,7 @@ struct ValidateAsk {
 };
 
 /// Opens, computes on `device`, judges; prints and writes nothing. Takes threads, memory and the stop flag from `budget`, not from `ask.run`.
-/// Throws shard::Error as `shardkit validate` ends; Io where the stop flag was set.
-Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device);
+/// With `processes` each is one rank, and all get the same. Throws shard::Error as `shardkit validate` ends; Io where the stop flag was set.
+Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device, lm::Processes* processes = nullptr);
 
 }  // namespace cli

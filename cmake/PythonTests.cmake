@@ -34,6 +34,8 @@ add_test(NAME bench_gpu_reshard COMMAND ${Python3_EXECUTABLE} ${CMAKE_SOURCE_DIR
                                         ${CMAKE_SOURCE_DIR}/tests/data/mcore/llama_untied_bf16/tp1pp1 ${CMAKE_BINARY_DIR}/bench_gpu_reshard)
 set_tests_properties(bench_gpu_reshard PROPERTIES LABELS gpu_emulated ENVIRONMENT "SHARDKIT=$<TARGET_FILE:shardkit_emulated>;GPU_RESHARD=$<TARGET_FILE:gpu_reshard_emulated>")
 add_device_test(device_validate gpu/validate_test.py)
+add_python_test(device_processes gpu_emulated gpu/processes_test.py)
+set_property(TEST device_processes PROPERTY ENVIRONMENT "SHARDKIT=$<TARGET_FILE:shardkit_emulated>;SHARDKIT_TEST_DATA=${CMAKE_SOURCE_DIR}/tests/data")
 add_python_test(bench_gpu_model gpu_emulated gpu/bench_model_test.py)
 set_property(TEST bench_gpu_model PROPERTY ENVIRONMENT "SHARDKIT=$<TARGET_FILE:shardkit_emulated>;GPU_MODEL=$<TARGET_FILE:gpu_model_emulated>;SHARDKIT_TEST_DATA=${CMAKE_SOURCE_DIR}/tests/data")
 add_python_test(attacks attacks attacks/attacks_test.py)

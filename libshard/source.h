@@ -7,6 +7,7 @@
 #include "libshard/sums.h"
 #include "libshard/tile.h"
 
+#include <array>
 #include <atomic>
 #include <span>
 #include <string>
@@ -42,6 +43,8 @@ class SummedSource {
   void add_sum(std::uint32_t stream, std::uint64_t offset, std::span<const std::byte> bytes) {
     add_sum(stream, offset, bytes.size(), kernels_.crc32(bytes));
   }
+  /// offset, length, CRC-32 of what is summed so far.
+  std::vector<std::array<std::uint64_t, 3>> sums(std::uint32_t stream) const { return sums_[stream].pieces(); }
   void add_sum(std::uint32_t stream, std::uint64_t offset, std::uint64_t length, std::uint32_t crc) {
     sums_[stream].add(offset, length, crc, kernels_.combine);
   }

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "lm/ops.h"
-#include "lm/weights.h"
+#include "lm/parts.h"
+#include "lm/processes.h"
 
 #include <memory>
 #include <string>
@@ -15,13 +16,16 @@ struct Ranks {
   int tensor = 1, pipeline = 1;
   Compute compute = Compute::F32;
   unsigned threads = 1;                        ///< of the host, for each rank
+  Processes* processes = nullptr;              ///< that are the ranks, this one among them; none: all ranks are threads of this process
+  bool here(int rank) const { return !processes || processes->rank() == rank; }
 };
 
 /// What a stage will hold and compute: known before anything is read.
 struct StagePlan {
   std::vector<WeightUse> uses;
-  std::vector<std::string> gathered;           ///< tables whose rows are picked by id, which need not be among `uses`
-  std::uint64_t weight_bytes = 0;              ///< as products take them, gathered tables too
+  std::vector<WeightUse> tables;               ///< whose rows are picked by id, where they are not among `uses`
+  std::vector<Parts> parts;                    ///< by tensor rank, of both
+  std::vector<int> readers;                    ///< the tensor rank that brings each of the uses, then of the tables, where one does for all
   Index rows = 0;                              ///< batch·length of the largest pass
 };
 
@@ -34,7 +38,7 @@ class Device {
   virtual std::vector<std::string> notes() const { return {}; }
   /// Readies for these stages, before anything is read. Throws Device where they do not fit, saying what is missing and what would fit.
   virtual void prepare(const Ranks& ranks, const shard::TransformerConfig& config, const std::vector<StagePlan>& stages) = 0;
-  /// How the stage's ranks together take from its stream what the plan says of each.
+  /// What the stage's ranks in this process together take from its stream there.
   virtual std::vector<WeightUse> takes(int stage) const = 0;
   // What follows is called on the rank's own thread.
   virtual Ops& ops(int stage, int tensor_rank) = 0;
@@ -43,7 +47,8 @@ class Device {
   virtual std::unique_ptr<Comm> comm(Group& group, Axis axis, int stage, int tensor_rank) = 0;
   /// A rank failed: whoever waits for it on the device must not. From any thread.
   virtual void fail() {}
-  /// The stage's weights for that rank; a device that keeps them brings all of `stream` to its memory first. Valid until the next run's.
+  /// The stage's weights for that rank; a device that keeps them brings the rank's parts of all of `stream` to its memory first. Valid until the
+  /// next run's.
   virtual Weights& weights(WeightStream& stream, int stage, int tensor_rank) = 0;
 };
 

@@ -387,10 +387,10 @@ void LanguageModule::head(Weights& weights, const ForwardRequest& request, const
   }
   const auto mine = vocabulary_share();
   for (const auto& [first, count] : head_blocks()) {
-    const auto block = weights.take(head_name(), first);
+    const auto block = weights.take(head_name(), first);  // those of its rows that are this rank's
     const auto lo = std::max(first, mine.lo), hi = std::min(first + count, mine.lo + mine.count);
     if (lo >= hi) continue;
-    const Linear rows{block.row_range(lo - first, hi - lo), {}};
+    const Linear rows{block.row_range(0, hi - lo), {}};
     for (auto& out : outputs) {
       auto logits = on_.make(out.hidden->rows(), hi - lo);
       on_.linear(out.packed, rows, logits);

@@ -3,6 +3,7 @@
 
 #include "libshard/error.h"
 #include "lm/check_config.h"
+#include "lm/gather_report.h"
 
 #include <algorithm>
 #include <chrono>
@@ -20,11 +21,17 @@ Index steps_of_a_layer(const shard::TransformerConfig& config, const ForwardRequ
   return most;
 }
 
-StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const ForwardRequest& request, Index steps) {
-  StagePlan out{module.weight_uses(steps, request.mtp), module.gathered_weights(), 0, request.batch.batch * request.batch.length};
-  for (const auto& use : out.uses) out.weight_bytes += source.bytes_of(use.name, use.lo, use.count);
-  for (const auto& table : out.gathered)
-    if (std::none_of(out.uses.begin(), out.uses.end(), [&](const auto& use) { return use.name == table; })) out.weight_bytes += source.bytes_of(table);
+StagePlan plan_of(const LanguageModule& module, const WeightSource& source, const shard::TransformerConfig& config, const ForwardRequest& request, Index steps, int tensor_ranks) {
+  StagePlan out{module.weight_uses(steps, request.mtp), {}, {}, {}, request.batch.batch * request.batch.length};
+  for (const auto& table : module.gathered_weights())
+    if (std::none_of(out.uses.begin(), out.uses.end(), [&](const auto& use) { return use.name == table; })) out.tables.push_back({table});
+  out.readers = readers_of(source, out.uses, tensor_ranks);
+  const auto more = readers_of(source, out.tables, tensor_ranks);
+  out.readers.insert(out.readers.end(), more.begin(), more.end());
+  for (int t = 0; t < tensor_ranks; ++t) {
+    auto& parts = out.parts.emplace_back(parts_of(config, source, out.uses, {t, tensor_ranks}));
+    parts.merge(parts_of(config, source, out.tables, {t, tensor_ranks}));
+  }
   for (const auto& step : request.steps) out.rows = std::max(out.rows, step.in_hidden.rows());
   return out;
 }
@@ -43,7 +50,9 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   WeightSource source(from, kernels, options.compute);
   RunReport report;
   std::mutex mutex;
-  const Ranks ranks{tp, pp, options.compute, std::max(1u, options.threads / static_cast<unsigned>(tp))};
+  auto* const processes = options.processes;
+  shard::require(!processes || tp * pp == processes->size(), Code::Usage, [&] { return fmt::format("--tp {} --pp {}: are {} ranks; {} processes were started", tp, pp, tp * pp, processes->size()); });
+  const Ranks ranks{tp, pp, options.compute, processes ? options.threads : std::max(1u, options.threads / static_cast<unsigned>(tp)), processes};
 
   // What each stage takes is known from its place alone.
   std::vector<StagePlan> plans;
@@ -55,26 +64,30 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
     std::vector<WeightUse> all;
     for (int p = 0; p < pp; ++p) {
       const LanguageModule stage(config, source, placement_of(config, p, pp), *comm, *comm, nowhere->ops(0, 0));
-      plans.push_back(plan_of(stage, source, request, steps_of_a_layer(config, request)));
+      plans.push_back(plan_of(stage, source, config, request, steps_of_a_layer(config, request), tp));
       all.insert(all.end(), plans.back().uses.begin(), plans.back().uses.end());
     }
     refuse_unused(from.describe(), all);
   }
+  if (processes) agree(*processes, ranks, plans, request);
   device.prepare(ranks, config, plans);
 
   std::vector<std::unique_ptr<Group>> tensor_groups, pipeline_groups;
   for (int p = 0; p < pp; ++p) tensor_groups.push_back(std::make_unique<Group>(tp));
   for (int t = 0; t < tp; ++t) pipeline_groups.push_back(std::make_unique<Group>(pp));
-  std::vector<std::unique_ptr<WeightStream>> streams;
+  std::vector<std::unique_ptr<WeightStream>> streams(static_cast<std::size_t>(pp));
   for (int p = 0; p < pp; ++p)
-    streams.push_back(std::make_unique<WeightStream>(source, device.takes(p), options.memory / static_cast<std::uint64_t>(pp), options.stop, ranks.threads));
+    if (!processes || processes->rank() / tp == p)
+      streams[static_cast<std::size_t>(p)] = std::make_unique<WeightStream>(source, device.takes(p), processes ? options.memory : options.memory / static_cast<std::uint64_t>(pp), options.stop, ranks.threads);
   const auto fail = [&] {
+    if (processes) return;                     // the others must hear why before they find this rank's end of the device's links closed
     for (auto& group : tensor_groups) group->fail();
     for (auto& group : pipeline_groups) group->fail();
     device.fail();
   };
   std::vector<double> brought(static_cast<std::size_t>(tp * pp));  // seconds that a rank's weights took to its device's memory, waiting included
-  run_ranks(tp * pp, fail, [&](int rank) {
+  run_ranks(processes ? 1 : tp * pp, fail, [&](int thread) {
+    const auto rank = processes ? processes->rank() : thread;
     const auto p = rank / tp, t = rank % tp;
     auto& stream = *streams[static_cast<std::size_t>(p)];
     auto& ops = device.ops(p, t);
@@ -85,13 +98,18 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
     auto& weights = device.weights(stream, p, t);
     brought[static_cast<std::size_t>(rank)] = std::chrono::duration<double>(std::chrono::steady_clock::now() - asked).count();
     module.forward(weights, request, report.result, mutex);
-    if (t == 0) stream.drain();
+    if (t == 0 || processes) stream.drain();
   });
-  report.findings = source.findings(options.threads);
-  report.weights = source.stats();
-  report.bytes_read = source.bytes_read();
   report.load_seconds = *std::max_element(brought.begin(), brought.end());
-  for (const auto& stream : streams) report.load_seconds = std::max(report.load_seconds, stream->waited_seconds() / tp);
+  for (const auto& stream : streams)
+    if (stream) report.load_seconds = std::max(report.load_seconds, stream->waited_seconds() / (processes ? 1 : tp));
+  if (processes) {
+    gather_report(*processes, ranks, source, options.threads, report);
+  } else {
+    report.findings = source.findings(options.threads);
+    report.weights = source.stats();
+    report.bytes_read = source.bytes_read();
+  }
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   // Stages finish their notes in any order.
   const auto place = [](const HiddenStats& stats) -> std::pair<int, long> {

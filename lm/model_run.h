@@ -1,4 +1,4 @@
-// A checkpoint's forward pass on ranks that are threads, each with its place on a device: the whole of what `validate` and a resident server ask for.
+// A checkpoint's forward pass on ranks that are threads or processes, each with its place on a device: the whole of what `validate` and a resident server ask for.
 #pragma once
 
 #include "lm/device.h"
@@ -12,6 +12,7 @@ struct RunOptions {
   unsigned threads = 1;                        ///< of all ranks together
   std::uint64_t memory = 256ull << 20;         ///< for weights that are read and not yet let go
   const std::atomic<bool>* stop = nullptr;
+  Processes* processes = nullptr;              ///< that are the ranks; none: ranks are threads of this one
 };
 
 struct RunReport {
@@ -23,7 +24,8 @@ struct RunReport {
 };
 
 /// Throws Mismatch where weights and configuration do not fit, BadLayout for layouts that the model cannot have. Results are
-/// the same for every number of threads, and for one rank the same for every format and layout of the checkpoint.
+/// the same for every number of threads, and for one rank the same for every format and layout of the checkpoint. Ranks that are processes all return
+/// the same report; on_logits sees the logits of this process's rank alone.
 RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, const shard::TransformerConfig& config, const ForwardRequest& request,
                     const RunOptions& options, Device& device);
 

@@ -54,10 +54,6 @@ class Layer {
     return on_.normalize(x, norm_of(config_.layernorm_epsilon), parameters(name));
   }
 
-  /// The rows [lo, lo + count) of a linear.
-  static Linear rows_of(const Linear& p, Index lo, Index count) { return {p.weight.row_range(lo, count), p.bias ? p.bias.column_range(lo, count) : Weight{}}; }
-  /// Columns [lo, lo + count); the bias is the first rank's to add.
-  Linear columns_of(const Linear& p, Index lo, Index count) const { return {p.weight.column_range(lo, count), rank_.tensor.rank() == 0 ? p.bias : Weight{}}; }
   Tensor linear(const Packed& x, const Linear& by) {
     auto out = on_.make(x.tokens, by.weight.rows);
     on_.linear(x, by, out);
@@ -75,10 +71,9 @@ class Layer {
     on_.linears(x, all);
     return out;
   }
-  Tensor column_parallel(const Packed& x, const Linear& p, Index lo, Index count) { return linear(x, rows_of(p, lo, count)); }
-  /// This rank's inputs are columns [lo, lo + x.columns()); the sum over ranks.
-  Tensor row_parallel(const Tensor& x, const Linear& p, Index lo) {
-    auto out = linear(on_.pack(x), columns_of(p, lo, x.columns()));
+  /// The sum over ranks, each of which has some of the inputs.
+  Tensor row_parallel(const Tensor& x, const Linear& p) {
+    auto out = linear(on_.pack(x), p);
     reduce(out);
     return out;
   }
@@ -91,27 +86,24 @@ class Layer {
   Tensor attention(const Tensor& x) {
     const auto heads = config_.num_attention_heads, size = config_.kv_channels, ratio = heads / config_.num_query_groups;
     const auto mine = share_of(heads, rank_.tensor.rank(), rank_.tensor.size());
-    // Where there are more ranks than groups, neighbours compute the same keys and values.
-    const auto group = mine.lo / ratio, groups = (mine.lo + mine.count - 1) / ratio - group + 1;
+    const auto [group, groups] = groups_of(mine, ratio);
     const auto wq = parameters("attention.q"), wk = parameters("attention.k"), wv = parameters("attention.v");
-    expect(wq, "attention.q", heads * size, config_.hidden_size);
-    expect(wk, "attention.k", config_.num_query_groups * size, config_.hidden_size);
-    expect(wv, "attention.v", config_.num_query_groups * size, config_.hidden_size);
-    auto [q, k, v] = linears<3>(on_.pack(x), {rows_of(wq, mine.lo * size, mine.count * size), rows_of(wk, group * size, groups * size),
-                                              rows_of(wv, group * size, groups * size)});
+    expect(wq, "attention.q", mine.count * size, config_.hidden_size);
+    expect(wk, "attention.k", groups * size, config_.hidden_size);
+    expect(wv, "attention.v", groups * size, config_.hidden_size);
+    auto [q, k, v] = linears<3>(on_.pack(x), {wq, wk, wv});
     head_norm("attention.q_norm", q, mine.count, size);
     head_norm("attention.k_norm", k, groups, size);
     if (layer_.rope) {
       on_.apply_rope(rope_, q, 0, mine.count, size, length_);
       on_.apply_rope(rope_, k, 0, groups, size, length_);
     }
-    const auto sinks = take_if("attention.sinks");
     AttentionShape shape{x.rows() / length_, length_, mine.count, ratio, mine.lo - group * ratio, size, size, layer_.softmax_scale,
                          config_.attention_softcap, layer_.window, config_.off_by_one_softmax};
-    const auto values = on_.attention(shape, q, k, v, sinks ? sinks.column_range(mine.lo, mine.count) : Weight{});
+    const auto values = on_.attention(shape, q, k, v, take_if("attention.sinks"));
     const auto out = parameters("attention.out");
-    expect(out, "attention.out", config_.hidden_size, heads * size);
-    return row_parallel(values, out, mine.lo * size);
+    expect(out, "attention.out", config_.hidden_size, mine.count * size);
+    return row_parallel(values, out);
   }
 
   /// Over each head's lanes.
@@ -135,21 +127,21 @@ class Layer {
     const auto mine = share_of(heads, rank_.tensor.rank(), rank_.tensor.size());
     const auto first = config_.q_lora_rank ? "attention.q_down" : "attention.q";
     const auto from = parameters(first), down = parameters("attention.kv_down");
-    expect(from, first, config_.q_lora_rank ? config_.q_lora_rank : heads * width, config_.hidden_size);
+    expect(from, first, config_.q_lora_rank ? config_.q_lora_rank : mine.count * width, config_.hidden_size);
     expect(down, "attention.kv_down", latent + turned, config_.hidden_size);
-    auto [q, compressed] = linears<2>(on_.pack(x), {config_.q_lora_rank ? from : rows_of(from, mine.lo * width, mine.count * width), down});
+    auto [q, compressed] = linears<2>(on_.pack(x), {from, down});
     if (config_.q_lora_rank) {
       latent_norm("attention.q_norm", q, config_.q_lora_rank);
       const auto up = parameters("attention.q_up");
-      expect(up, "attention.q_up", heads * width, config_.q_lora_rank);
-      q = column_parallel(on_.pack(q), up, mine.lo * width, mine.count * width);
+      expect(up, "attention.q_up", mine.count * width, config_.q_lora_rank);
+      q = linear(on_.pack(q), up);
     }
     latent_norm("attention.kv_norm", compressed, latent);
     const auto up = parameters("attention.kv_up");
-    expect(up, "attention.kv_up", heads * (nope + value), latent);
+    expect(up, "attention.kv_up", mine.count * (nope + value), latent);
     auto small = on_.make(x.rows(), latent);
     on_.copy_pieces(compressed, 0, 0, small, 0, 0, 1, latent);
-    const auto kv = column_parallel(on_.pack(small), up, mine.lo * (nope + value), mine.count * (nope + value));
+    const auto kv = linear(on_.pack(small), up);
     if (layer_.rope) {
       on_.apply_rope(rope_, q, nope, mine.count, width, length_);
       on_.apply_rope(rope_, compressed, latent, 1, turned, length_);
@@ -162,8 +154,8 @@ class Layer {
                          config_.off_by_one_softmax};
     const auto values = on_.attention(shape, q, k, v, {});
     const auto out = parameters("attention.out");
-    expect(out, "attention.out", config_.hidden_size, heads * value);
-    return row_parallel(values, out, mine.lo * value);
+    expect(out, "attention.out", config_.hidden_size, mine.count * value);
+    return row_parallel(values, out);
   }
 
   Tensor feed_forward(const Tensor& x) { return layer_.moe ? mixture(x) : dense(x, "mlp."); }
@@ -174,12 +166,11 @@ class Layer {
     if (config_.gated_linear_unit) gate = parameters(name + "gate");
     const auto up = parameters(name + "up");
     const auto width = up.weight.rows;
-    const auto mine = share_of(width, rank_.tensor.rank(), rank_.tensor.size());
     expect(up, name + "up", width, config_.hidden_size);
     if (config_.gated_linear_unit) expect(gate, name + "gate", width, config_.hidden_size);
     const auto down = parameters(name + "down");
     expect(down, name + "down", config_.hidden_size, width);
-    return {config_.gated_linear_unit ? rows_of(gate, mine.lo, mine.count) : Linear{}, rows_of(up, mine.lo, mine.count), columns_of(down, mine.lo, mine.count)};
+    return {gate, up, down};
   }
 
   /// The partial sum: the caller reduces.
@@ -226,11 +217,6 @@ class Layer {
 };
 
 }  // namespace
-
-Share share_of(Index all, int rank, int size) {
-  const auto lo = all * rank / size;
-  return {lo, all * (rank + 1) / size - lo};
-}
 
 std::vector<WeightUse> layer_uses(const WeightSource& source, const TransformerConfig& config, const shard::LayerConfig& layer,
                                   const std::string& prefix, int times) {

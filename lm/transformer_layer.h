@@ -4,7 +4,7 @@
 #include "libshard/transformer_config.h"
 #include "lm/comm.h"
 #include "lm/ops.h"
-#include "lm/weights.h"
+#include "lm/parts.h"
 
 #include <string>
 #include <vector>
@@ -14,7 +14,7 @@ namespace lm {
 /// What the layers of one rank share.
 struct RankContext {
   const shard::TransformerConfig& config;
-  Weights& weights;
+  Weights& weights;                            ///< the rank's parts
   Ops& on;
   Comm& tensor;
 };
@@ -27,11 +27,5 @@ std::vector<WeightUse> layer_uses(const WeightSource& source, const shard::Trans
 /// the angles of positions 0 … length−1, or nothing where no rotation is wanted.
 void layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length,
                    Tensor& hidden);
-
-/// [lo, lo + count) of `all` things cut in `size` nearly equal runs.
-struct Share {
-  Index lo, count;
-};
-Share share_of(Index all, int rank, int size);
 
 }  // namespace lm

@@ -2,6 +2,7 @@
 #include "lm/weights.h"
 
 #include "libshard/error.h"
+#include "lm/message.h"
 
 #include <algorithm>
 #include <chrono>
@@ -28,18 +29,21 @@ const shard::Shape& WeightSource::shape(const std::string& name) const {
   return dict_.at(name).natural;
 }
 
+Sides WeightSource::sides(const std::string& name) const {
+  const auto& natural = shape(name);
+  const auto rows = natural.size() < 2 ? 1 : natural[0];
+  return {rows, rows ? shard::volume(natural) / rows : 0};
+}
+
 shard::DType WeightSource::dtype(const std::string& name) const {
   shape(name);  // refuses a name that is not there
   return dict_.at(name).dtype;
 }
 
 WeightSource::Rows WeightSource::rows_of(const std::string& name, Index lo, Index count) const {
-  const auto& natural = shape(name);
-  const auto all = shard::volume(natural);
-  const auto rows = natural.size() < 2 ? 1 : natural[0];
-  const auto columns = rows ? all / rows : 0;
+  const auto [rows, columns] = sides(name);
   if (count < 0) count = rows - lo;
-  shard::require(lo >= 0 && lo + count <= rows, Code::Mismatch, [&] { return fmt::format("{}: has {} rows; row {} is asked for", name, rows, lo + count - 1); });
+  shard::require(lo >= 0 && lo + count <= rows, Code::Mismatch, [&, rows = rows] { return fmt::format("{}: has {} rows; row {} is asked for", name, rows, lo + count - 1); });
   auto type = dict_.at(name).dtype == DType::BF16 ? DType::BF16 : DType::F32;
   if (compute_ == Compute::Bf16 && !name.ends_with("expert_bias")) type = DType::BF16;
   return {dict_.at(name), lo, count, columns, type};
@@ -131,31 +135,38 @@ void WeightSource::note(const std::string& name, Index lo, const Weight& weight,
   if (count == 0) return;
   const auto bad = sight.nonfinite ? shard::count_nonfinite({weight.data, count * size_of(weight.dtype)}, weight.dtype) : shard::NonFinite{};
   const std::lock_guard lock(mutex_);
-  auto& seen = seen_[name];
-  if (seen.squares.contains(lo)) return;  // several ranks may bring the same rows
-  if (sight.nonfinite && !seen.nonfinite) seen.first = seen.elements + bad.first;
-  if (seen.elements == 0) seen.value = weight.at(0, 0);
-  seen.constant = seen.constant && sight.constant && weight.at(0, 0) == seen.value;
-  seen.matrix = seen.matrix || (weight.columns > 1 && dict_.at(name).natural.size() > 1);
-  seen.max_abs = std::max(seen.max_abs, sight.max_abs);
-  seen.squares[lo] = {sight.squares, count};
-  seen.nonfinite += bad.nan + bad.inf;
-  seen.elements += count;
+  // Several ranks may bring the same rows.
+  seen_[name].try_emplace(lo, Seen{count, bad.nan + bad.inf, static_cast<std::uint64_t>(lo * weight.columns) + bad.first, sight.squares, weight.at(0, 0), sight.max_abs, sight.constant});
+}
+
+bool WeightSource::is_matrix(const std::string& name) const { return sides(name).columns > 1 && dict_.at(name).natural.size() > 1; }
+
+void WeightSource::refuse_torn() const {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [file, mapping] : mapped_)
+    shard::require(!mapping || !mapping->torn(), Code::Io, [&] { return fmt::format("{}: became shorter while it was read", dict_.files[file]); });
 }
 
 std::vector<shard::Finding> WeightSource::findings(unsigned threads) {
-  for (const auto& [file, mapping] : mapped_)
-    shard::require(!mapping || !mapping->torn(), Code::Io, [&] { return fmt::format("{}: became shorter while it was read", dict_.files[file]); });
+  refuse_torn();
   std::vector<shard::Finding> out;
   source_.finish(threads, out);
   using Severity = shard::Finding::Severity;
-  for (const auto& [name, seen] : seen_) {
-    if (seen.nonfinite)
+  for (const auto& [name, rows] : seen_) {
+    std::uint64_t nonfinite = 0, first = 0, elements = 0;
+    bool constant = true;
+    const auto value = rows.begin()->second.value;
+    for (const auto& [lo, seen] : rows) {
+      if (seen.nonfinite && !nonfinite) first = seen.first;
+      nonfinite += seen.nonfinite;
+      elements += seen.elements;
+      constant = constant && seen.constant && seen.value == value;
+    }
+    if (nonfinite)
       out.push_back({"nonfinite", Severity::Error, name,
-                     fmt::format("{} of {} numbers are NaN or infinite, first at {}", seen.nonfinite, seen.elements,
-                                 shard::to_string(shard::unravel(static_cast<Index>(seen.first), dict_.at(name).natural)))});
-    else if (seen.constant && seen.matrix && seen.elements > 1)
-      out.push_back({"constant", Severity::Warning, name, fmt::format("all {} numbers are {}; no trained matrix is like that", seen.elements, seen.value)});
+                     fmt::format("{} of {} numbers are NaN or infinite, first at {}", nonfinite, elements, shard::to_string(shard::unravel(static_cast<Index>(first), dict_.at(name).natural)))});
+    else if (constant && is_matrix(name) && elements > 1)
+      out.push_back({"constant", Severity::Warning, name, fmt::format("all {} numbers are {}; no trained matrix is like that", elements, value)});
   }
   return out;
 }
@@ -163,13 +174,38 @@ std::vector<shard::Finding> WeightSource::findings(unsigned threads) {
 std::vector<WeightStats> WeightSource::stats() const {
   std::vector<WeightStats> out;
   const std::lock_guard lock(mutex_);
-  for (const auto& [name, seen] : seen_) {
+  for (const auto& [name, rows] : seen_) {
     double sum = 0;
     std::uint64_t count = 0;
-    for (const auto& [lo, rows] : seen.squares) sum += rows.first, count += rows.second;
-    out.push_back({name, count, count ? std::sqrt(sum / static_cast<double>(count)) : 0, static_cast<double>(seen.max_abs), seen.matrix});
+    float most = 0;
+    for (const auto& [lo, seen] : rows) sum += seen.squares, count += seen.elements, most = std::max(most, seen.max_abs);
+    out.push_back({name, count, count ? std::sqrt(sum / static_cast<double>(count)) : 0, static_cast<double>(most), is_matrix(name)});
   }
   return out;
+}
+
+std::string WeightSource::tell() const {
+  refuse_torn();
+  std::map<std::uint32_t, std::vector<std::array<std::uint64_t, 3>>> sums;
+  for (std::uint32_t s = 0; s < dict_.streams.size(); ++s)
+    if (source_.summed(s)) sums[s] = source_.sums(s);
+  const std::lock_guard lock(mutex_);
+  MessageWriter out;
+  out(seen_, sums);
+  return out.text();
+}
+
+void WeightSource::hear(std::string_view text) {
+  std::map<std::string, std::map<Index, Seen>> seen;
+  std::map<std::uint32_t, std::vector<std::array<std::uint64_t, 3>>> sums;
+  MessageReader in(text);
+  in(seen, sums);
+  for (const auto& [stream, pieces] : sums)
+    for (const auto& [offset, length, crc] : pieces)
+      if (stream < dict_.streams.size()) source_.add_sum(stream, offset, length, static_cast<std::uint32_t>(crc));
+  const std::lock_guard lock(mutex_);
+  for (auto& [name, rows] : seen)
+    if (has(name)) seen_[name].merge(rows);
 }
 
 std::vector<shard::Finding> norm_outliers(const std::vector<WeightStats>& weights) {

@@ -14,6 +14,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -39,6 +40,11 @@ struct WeightStats {
 /// Only matrices that at least four layers have.
 std::vector<shard::Finding> norm_outliers(const std::vector<WeightStats>& weights);
 
+/// How products see a weight: a vector is one row, what has more dimensions has its last ones in a row.
+struct Sides {
+  Index rows, columns;
+};
+
 /// Weights of one checkpoint, in types that products take.
 class WeightSource {
  public:
@@ -48,6 +54,7 @@ class WeightSource {
   bool has(const std::string& name) const;
   /// Natural shape. Throws Mismatch where there is no such tensor.
   const shard::Shape& shape(const std::string& name) const;
+  Sides sides(const std::string& name) const;
   shard::DType dtype(const std::string& name) const;
   /// What read() gives it as.
   shard::DType type_of(const std::string& name) const { return rows_of(name, 0, -1).type; }
@@ -73,15 +80,19 @@ class WeightSource {
   std::vector<shard::Finding> findings(unsigned threads);
   /// Of everything that was read, by name.
   std::vector<WeightStats> stats() const;
+  /// What was seen and summed here, for a source of the same checkpoint in another process, whose findings and stats will be of both. Throws Io where a
+  /// file became shorter.
+  std::string tell() const;
+  void hear(std::string_view text);
   std::uint64_t bytes_read() const { return source_.bytes_read() + viewed_; }
 
  private:
+  /// Rows that were looked at together.
   struct Seen {
-    std::uint64_t nonfinite = 0, first = 0, elements = 0;
-    float value = 0;
-    bool constant = true, matrix = false;
-    float max_abs = 0;
-    std::map<Index, std::pair<double, std::uint64_t>> squares;  ///< sum and count of the rows from here
+    std::uint64_t elements, nonfinite, first;        ///< `first` that is not finite, counted from the tensor's start
+    double squares;
+    float value, max_abs;
+    bool constant;                                   ///< all are `value`
   };
 
   struct Rows {
@@ -92,38 +103,40 @@ class WeightSource {
   Rows rows_of(const std::string& name, Index lo, Index count) const;
   std::shared_ptr<const MappedFile> mapped(std::uint32_t stream);
   void note(const std::string& name, Index lo, const Weight& weight, const Sight& sight);
+  bool is_matrix(const std::string& name) const;
+  void refuse_torn() const;
 
   const shard::ShardedStateDict& dict_;
   const shard::Kernels& kernels_;
   Compute compute_;
   shard::SummedSource source_;
   mutable std::mutex mutex_;
-  std::map<std::string, Seen> seen_;
+  std::map<std::string, std::map<Index, Seen>> seen_;  ///< by name and first row
   std::map<std::uint32_t, std::shared_ptr<const MappedFile>> mapped_;  ///< by file
   std::atomic<std::uint64_t> viewed_ = 0;
 };
 
-/// A rank's weights as its layers ask for them, in the memory of the rank's ops.
+/// A rank's parts of weights as its layers ask for them, in the memory of the rank's ops.
 class Weights {
  public:
   virtual ~Weights() = default;
   virtual bool has(const std::string& name) const = 0;
-  /// Throws Mismatch where the model holds no such weight.
+  /// The rank's rows of it from `lo` on. None where it needs nothing of them. Throws Mismatch where the model holds no such weight.
   virtual Weight take(const std::string& name, Index lo = 0) = 0;
   /// Rows of a table, one for each id [ids, columns]; ids outside [lo, hi) give zeros.
   virtual Tensor gather(const std::string& name, const Ids& ids, Index lo, Index hi) = 0;
 };
 
-/// Reads `plan` ahead on a thread of its own. Thread safe for several takers.
-class WeightStream : public Weights {
+/// Reads `plan` ahead on a thread of its own, whole weights. Thread safe for several takers.
+class WeightStream {
  public:
   /// `budget`: bytes that may lie read and not let go; one weight is always allowed. `threads`: for looking at weights in files.
   WeightStream(WeightSource& source, std::vector<WeightUse> plan, std::uint64_t budget, const std::atomic<bool>* stop, unsigned threads = 1);
-  ~WeightStream() override;
-  /// Waits for it. Throws what reading threw.
-  Weight take(const std::string& name, Index lo = 0) override;
-  bool has(const std::string& name) const override { return source_.has(name); }
-  Tensor gather(const std::string& name, const Ids& ids, Index lo, Index hi) override { return source_.gather(name, ids.host, lo, hi); }
+  ~WeightStream();
+  /// Waits for it. Throws what reading threw, Mismatch for what is not planned.
+  Weight take(const std::string& name, Index lo = 0);
+  bool has(const std::string& name) const { return source_.has(name); }
+  Tensor gather(const std::string& name, const Ids& ids, Index lo, Index hi) { return source_.gather(name, ids.host, lo, hi); }
   const WeightSource& source() const { return source_; }
   /// Waits until all of the plan was read and looked at.
   void drain();

@@ -1,14 +1,16 @@
-// Ranks of one layout keep their ops; a stage's ranks on one device share its weights.
+// Ranks of one layout keep their ops, their weights' places and their ends of NCCL.
 #include "gpu/model/language_device.h"
 
 #include "gpu/model/device_ops.h"
+#include "gpu/model/load_weights.h"
 #include "gpu/model/memory_plan.h"
 #include "gpu/model/nccl_comm.h"
-#include "gpu/model/resident.h"
 #include "gpu/model/staged_comm.h"
 #include "libshard/error.h"
+#include "lm/message.h"
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -32,7 +34,8 @@ class Devices : public lm::Device {
     return out;
   }
   std::vector<std::string> notes() const override {
-    auto out = ranks_.empty() ? std::vector<std::string>{} : ranks_[0]->notes();
+    const auto here = std::find_if(ranks_.begin(), ranks_.end(), [](const auto& rank) { return rank != nullptr; });
+    auto out = here == ranks_.end() ? std::vector<std::string>{} : (*here)->notes();
     if (!transport_.empty()) out.push_back(transport_);
     return out;
   }
@@ -40,57 +43,56 @@ class Devices : public lm::Device {
   void prepare(const lm::Ranks& layout, const shard::TransformerConfig& config, const std::vector<lm::StagePlan>& stages) override {
     const bool same = layout.tensor == layout_.tensor && layout.pipeline == layout_.pipeline && layout.compute == layout_.compute && !ranks_.empty();
     if (!same) {
-      of_ranks_.clear();
       weights_.clear();
+      held_.clear();
       ranks_.clear();
     }
     // What was recorded holds the old model's numbers: epsilons, scales, angles.
     if (config != config_)
-      for (auto& rank : ranks_) rank->forget_recorded();
+      for (auto& rank : ranks_)
+        if (rank) rank->forget_recorded();
     config_ = config;
     layout_ = layout;
     plans_ = stages;
-    for (auto& plan : plans_)
-      for (const auto& name : plan.gathered)
-        if (std::none_of(plan.uses.begin(), plan.uses.end(), [&](const auto& use) { return use.name == name; })) plan.uses.push_back({name});
+    for (auto& plan : plans_) plan.uses.insert(plan.uses.end(), plan.tables.begin(), plan.tables.end());
+    if (const bool failed = std::exchange(failed_, false); failed || !same) meet();
     for (const auto device : std::set(options_.devices.begin(), options_.devices.end())) {
       Demand demand;
       std::uint64_t mine = 0;  // taken already, and about to be used again
-      std::set<int> stages_here;
+      bool used = false;
       for (int rank = 0; rank < layout.tensor * layout.pipeline; ++rank) {
-        if (device_of(rank) != device) continue;
-        stages_here.insert(rank / layout.tensor);
-        demand.activations += activation_bytes(config, layout, stages[static_cast<std::size_t>(rank / layout.tensor)].rows);
+        if (!layout.here(rank) || device_of(rank) != device) continue;
+        used = true;
+        const auto& stage = stages[static_cast<std::size_t>(rank / layout.tensor)];
+        for (const auto& [name, part] : stage.parts[static_cast<std::size_t>(rank % layout.tensor)]) demand.weights += part.bytes();
+        demand.activations += activation_bytes(config, layout, stage.rows);
         demand.least_activations += activation_bytes(config, layout, 1);
         demand.libraries += Matmul::kWorkspace;
-        if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + Matmul::kWorkspace;
+        if (by_nccl(Axis::Tensor, rank / layout.tensor)) demand.libraries += 2 * kLoadBatch;
+        if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + Matmul::kWorkspace + held_[static_cast<std::size_t>(rank)].size();
       }
-      for (const auto stage : stages_here) {
-        demand.weights += stages[static_cast<std::size_t>(stage)].weight_bytes;
-        if (const auto held = weights_.find({stage, device}); held != weights_.end()) mine += held->second.size();
-      }
-      if (stages_here.empty()) continue;
+      if (!used) continue;
       const auto info = device_info(device);
       require_fits(demand, (options_.memory ? options_.memory : info.free / 10 * 9 + mine), fmt::format("cuda:{} ({})", device, info.name), layout);
     }
     for (int rank = static_cast<int>(ranks_.size()); rank < layout.tensor * layout.pipeline; ++rank) {
       // What goes through the host in between cannot be recorded.
       const OpsOptions ops{device_of(rank), layout.compute, options_.attention, false, options_.graphs && layout.tensor == 1, options_.cublaslt, options_.cudnn};
-      ranks_.push_back(std::make_unique<DeviceOps>(ops));
-    }
-    loaded_.clear();
-    if (!same || std::exchange(failed_, false)) {
-      communicators_.clear();
-      ids_.clear();
+      ranks_.push_back(layout.here(rank) ? std::make_unique<DeviceOps>(ops) : nullptr);
+      auto& held = held_.emplace_back();
+      if (ranks_.back()) weights_.emplace(rank, RankWeights(held, *ranks_.back()));
     }
   }
 
   std::vector<lm::WeightUse> takes(int stage) const override {
-    std::set<int> devices;
-    for (int t = 0; t < layout_.tensor; ++t) devices.insert(device_of(stage * layout_.tensor + t));
-    auto uses = plans_[static_cast<std::size_t>(stage)].uses;
-    for (auto& use : uses) use.times = static_cast<int>(devices.size());
-    return uses;
+    const auto& plan = plans_[static_cast<std::size_t>(stage)];
+    std::vector<lm::WeightUse> out;
+    for (std::size_t u = 0; u < plan.uses.size(); ++u) {
+      auto use = plan.uses[u];
+      use.times = by_nccl(Axis::Tensor, stage) ? 1 : static_cast<int>(std::count_if(plan.parts.begin(), plan.parts.end(), [&](const auto& parts) { return needs(parts, use); }));
+      if (layout_.here(stage * layout_.tensor + plan.readers[u]) || layout_.tensor == 1) out.push_back(use);
+    }
+    return out;
   }
 
   lm::Ops& ops(int stage, int tensor_rank) override {
@@ -101,10 +103,8 @@ class Devices : public lm::Device {
 
   std::unique_ptr<lm::Comm> comm(lm::Group& group, Axis axis, int stage, int tensor_rank) override {
     auto& mine = of(stage, tensor_rank);
-    const int member = axis == Axis::Tensor ? tensor_rank : stage;
-    if (group.size() > 1)
-      if (auto* peers = communicator(axis, group.size(), stage, tensor_rank)) return std::make_unique<NcclComm>(group, member, mine, *peers);
-    return std::make_unique<StagedComm>(group, member, mine);
+    if (auto* peers = communicator(axis, stage, tensor_rank)) return std::make_unique<NcclComm>(mine, *peers);
+    return std::make_unique<StagedComm>(group, group.size() == 1 ? 0 : axis == Axis::Tensor ? tensor_rank : stage, mine);
   }
 
   void fail() override {
@@ -116,52 +116,97 @@ class Devices : public lm::Device {
 
   lm::Weights& weights(lm::WeightStream& stream, int stage, int tensor_rank) override {
     auto& mine = of(stage, tensor_rank);
-    const std::pair key{stage, mine.device()};
-    const std::lock_guard lock(mutex_of(stage));
-    auto& held = weights_of(key);
-    if (first_of(key) && !held.load(stream, plans_[static_cast<std::size_t>(stage)].uses, mine.stream()))
-      for (int t = 0; t < layout_.tensor; ++t)
-        if (device_of(stage * layout_.tensor + t) == mine.device()) of(stage, t).forget_recorded();
-    const std::lock_guard all(mutex_);
-    auto& out = of_ranks_[stage * layout_.tensor + tensor_rank];
-    out = std::make_unique<RankWeights>(held, mine);
-    return *out;
+    const auto& plan = plans_[static_cast<std::size_t>(stage)];
+    const auto rank = static_cast<std::size_t>(stage * layout_.tensor + tensor_rank);
+    if (!held_[rank].hold(plan.parts[static_cast<std::size_t>(tensor_rank)], mine.stream())) mine.forget_recorded();
+    load_weights(stream, plan, tensor_rank, held_[rank], communicator(Axis::Tensor, stage, tensor_rank), mine.stream());
+    return weights_.at(static_cast<int>(rank));
   }
 
  private:
   int device_of(int rank) const { return options_.devices[static_cast<std::size_t>(rank) % options_.devices.size()]; }
   DeviceOps& of(int stage, int tensor_rank) const { return *ranks_[static_cast<std::size_t>(stage * layout_.tensor + tensor_rank)]; }
-  /// Stages load side by side, ranks of one stage after each other.
-  std::mutex& mutex_of(int stage) {
-    const std::lock_guard lock(mutex_);
-    return stage_mutexes_[stage];
+
+  /// The members of a group along `axis`, which all have that number along the other one.
+  std::vector<int> members(Axis axis, int group) const {
+    std::vector<int> out;
+    for (int m = 0; m < (axis == Axis::Tensor ? layout_.tensor : layout_.pipeline); ++m) out.push_back(axis == Axis::Tensor ? group * layout_.tensor + m : m * layout_.tensor + group);
+    return out;
+  }
+  bool by_nccl(Axis axis, int group) const { return ids_.contains({axis, group}); }
+
+  /// What each rank works on. Those of other processes tell.
+  std::vector<RankDevice> boards() {
+    load_nccl();
+    std::vector<RankDevice> out;
+    for (int rank = 0; rank < layout_.tensor * layout_.pipeline; ++rank)
+      out.push_back(layout_.here(rank) ? RankDevice{device_info(device_of(rank)).id, nccl_ ? nccl_->version() : "", no_nccl_} : RankDevice{});
+    if (!layout_.processes) return out;
+    const auto& mine = out[static_cast<std::size_t>(layout_.processes->rank())];
+    lm::MessageWriter told;
+    told(mine.board, mine.nccl, mine.why_no_nccl);
+    const auto all = layout_.processes->all_gather(told.text());
+    for (std::size_t r = 0; r < out.size(); ++r) {
+      lm::MessageReader from(all[r]);
+      from(out[r].board, out[r].nccl, out[r].why_no_nccl);
+    }
+    return out;
   }
 
-  /// This rank's end of NCCL along `axis`, made when first asked for, in all ranks at once; null where they talk through the host.
-  Communicator* communicator(Axis axis, int size, int stage, int tensor_rank) {
-    const std::tuple key{axis, axis == Axis::Tensor ? stage : tensor_rank, axis == Axis::Tensor ? tensor_rank : stage};
-    Nccl::Id id;
+  /// An id for each of these groups, made by the process of its first rank.
+  void make_ids(const std::vector<std::pair<Axis, int>>& groups) {
+    std::string told;
+    for (const auto& [axis, group] : groups)
+      if (layout_.here(members(axis, group)[0])) {
+        const auto id = ids_[{axis, group}] = nccl_->make_id();
+        told.append(id.begin(), id.end());
+      }
+    if (!layout_.processes) return;
+    const auto all = layout_.processes->all_gather(told);
+    std::vector<std::size_t> at(all.size());
+    for (const auto& [axis, group] : groups) {
+      const auto from = static_cast<std::size_t>(members(axis, group)[0]);
+      auto& id = ids_[{axis, group}];
+      shard::require(all[from].size() >= at[from] + id.size(), shard::Code::Io, [&] { return fmt::format("rank {}: sent no id; do all run the same program?", from); });
+      std::copy_n(all[from].begin() + static_cast<std::ptrdiff_t>(std::exchange(at[from], at[from] + id.size())), id.size(), id.begin());
+    }
+  }
+
+  /// How each group's ranks talk.
+  void meet() {
+    communicators_.clear();
+    ids_.clear();
+    transport_.clear();
+    if (layout_.tensor * layout_.pipeline == 1) return;
+    const auto ranks_on = boards();
+    std::vector<std::pair<Axis, int>> groups;
+    for (const auto axis : {Axis::Pipeline, Axis::Tensor})
+      for (int group = 0; group < (axis == Axis::Tensor ? layout_.pipeline : layout_.tensor); ++group) {
+        std::vector<RankDevice> ranks;
+        for (const auto rank : members(axis, group)) ranks.push_back(ranks_on[static_cast<std::size_t>(rank)]);
+        if (ranks.size() == 1) continue;
+        const auto transport = choose_transport(ranks);
+        transport_ = fmt::format("ranks talk {}: {}", transport.nccl ? "by NCCL " + nccl_->version() : "through the host", transport.why);
+        if (transport.nccl) groups.emplace_back(axis, group);
+        shard::require(transport.nccl || !layout_.processes, shard::Code::Device,
+                       [&] { return fmt::format("several processes talk by NCCL: {}; one process alone runs all ranks on what there is", transport.why); });
+      }
+    make_ids(groups);
+  }
+
+  /// This rank's end of NCCL along `axis`, made when first asked for, in all ranks at once; null where it is alone or they talk through the host.
+  Communicator* communicator(Axis axis, int stage, int tensor_rank) {
+    const int group = axis == Axis::Tensor ? stage : tensor_rank, member = axis == Axis::Tensor ? tensor_rank : stage;
+    if (!by_nccl(axis, group)) return nullptr;
+    const std::tuple key{axis, group, member};
     {
       const std::lock_guard lock(mutex_);
       if (const auto known = communicators_.find(key); known != communicators_.end()) return known->second.get();
-      load_nccl();
-      std::vector<RankDevice> members;
-      for (int m = 0; m < size; ++m) {
-        const auto& ops = axis == Axis::Tensor ? of(stage, m) : of(m, tensor_rank);
-        members.push_back({device_info(ops.device()).id, nccl_ ? nccl_->version() : "", no_nccl_});
-      }
-      const auto transport = choose_transport(members);
-      transport_ = fmt::format("ranks talk {}: {}", transport.nccl ? "by NCCL " + nccl_->version() : "through the host", transport.why);
-      if (!transport.nccl) {
-        communicators_[key] = nullptr;
-        return nullptr;
-      }
-      const auto group = std::pair{axis, std::get<1>(key)};
-      if (!ids_.contains(group)) ids_[group] = nccl_->make_id();
-      id = ids_[group];
     }
-    auto made = std::make_unique<Communicator>(*nccl_, id, std::get<2>(key), size, of(stage, tensor_rank).device());  // waits for the others
+    const int size = static_cast<int>(members(axis, group).size());
+    auto made = std::make_unique<Communicator>(*nccl_, ids_.at({axis, group}), member, size, of(stage, tensor_rank).device());  // waits for the others
     const std::lock_guard lock(mutex_);
+    if (failed_) made->fail();
     return (communicators_[key] = std::move(made)).get();
   }
   void load_nccl() {
@@ -173,30 +218,19 @@ class Devices : public lm::Device {
     }
   }
 
-  Resident& weights_of(std::pair<int, int> key) {
-    const std::lock_guard lock(mutex_);
-    return weights_[key];
-  }
-  bool first_of(std::pair<int, int> key) {
-    const std::lock_guard lock(mutex_);
-    return loaded_.insert(key).second;
-  }
-
   LanguageDeviceOptions options_;
   std::vector<std::string> names_;
   lm::Ranks layout_;
   shard::TransformerConfig config_;                                   ///< of the last run
   std::vector<lm::StagePlan> plans_;
-  std::vector<std::unique_ptr<DeviceOps>> ranks_;
-  std::map<std::pair<int, int>, Resident> weights_;                   ///< by stage and device
-  std::map<int, std::unique_ptr<RankWeights>> of_ranks_;
-  std::set<std::pair<int, int>> loaded_;                              ///< for this run
+  std::vector<std::unique_ptr<DeviceOps>> ranks_;                     ///< none of those that other processes are
+  std::deque<Resident> held_;                                         ///< by rank
+  std::map<int, RankWeights> weights_;
   std::optional<Nccl> nccl_;
   std::string no_nccl_, transport_;
   std::map<std::tuple<Axis, int, int>, std::unique_ptr<Communicator>> communicators_;  ///< by axis, group and member
-  std::map<std::pair<Axis, int>, Nccl::Id> ids_;
+  std::map<std::pair<Axis, int>, Nccl::Id> ids_;                      ///< of the groups that talk by NCCL
   bool failed_ = false;
-  std::map<int, std::mutex> stage_mutexes_;
   std::mutex mutex_;
 };
 

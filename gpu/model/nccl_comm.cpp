@@ -3,12 +3,41 @@
 
 #include "gpu/ops/elementwise.h"
 
+#include <algorithm>
+
 namespace gpu {
 namespace {
 
 std::size_t bytes_of(const lm::Tensor& x) { return static_cast<std::size_t>(x.rows() * x.columns()) * size_of(x.dtype()); }
 
 }  // namespace
+
+std::vector<float> NcclComm::all_gather(std::span<const float> host) {
+  std::vector<float> out(host.size() * static_cast<std::size_t>(size()));
+  const auto memory = ops_.scratch(host.size_bytes() * static_cast<std::size_t>(size() + 1));
+  auto* const all = memory.get() + host.size_bytes();
+  to_device(memory.get(), host.data(), host.size_bytes(), ops_.stream());
+  peers_.all_gather(memory.get(), all, host.size_bytes(), ops_.stream());
+  to_host(out.data(), all, host.size_bytes() * static_cast<std::size_t>(size()), ops_.stream());
+  peers_.wait(ops_.stream());
+  return out;
+}
+
+void NcclComm::all_reduce_sum(std::span<float> host) {
+  const auto all = all_gather(host);
+  for (std::size_t i = 0; i < host.size(); ++i) {
+    host[i] = all[i];
+    for (auto at = i + host.size(); at < all.size(); at += host.size()) host[i] += all[at];
+  }
+}
+
+void NcclComm::all_reduce_max(std::span<float> host) {
+  const auto all = all_gather(host);
+  for (std::size_t i = 0; i < host.size(); ++i) {
+    host[i] = all[i];
+    for (auto at = i + host.size(); at < all.size(); at += host.size()) host[i] = std::max(host[i], all[at]);
+  }
+}
 
 void NcclComm::all_reduce_sum(lm::Tensor& x) {
   if (size() == 1) return;

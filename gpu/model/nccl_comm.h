@@ -1,4 +1,4 @@
-// Ranks of one process on devices of their own: tensors travel by NCCL, the few numbers of losses through the host.
+// Ranks on devices of their own, of one process or of many: all that they tell each other travels by NCCL.
 #pragma once
 
 #include "gpu/libs/nccl.h"
@@ -9,18 +9,19 @@ namespace gpu {
 
 class NcclComm : public lm::Comm {
  public:
-  /// Keeps references to all of them.
-  NcclComm(lm::Group& group, int rank, DeviceOps& ops, Communicator& peers) : local_(group, rank), ops_(ops), peers_(peers) {}
-  int rank() const override { return local_.rank(); }
-  int size() const override { return local_.size(); }
-  void all_reduce_sum(std::span<float> host) override { local_.all_reduce_sum(host); }
-  void all_reduce_max(std::span<float> host) override { local_.all_reduce_max(host); }
+  /// Keeps references to both.
+  NcclComm(DeviceOps& ops, Communicator& peers) : ops_(ops), peers_(peers) {}
+  int rank() const override { return peers_.rank(); }
+  int size() const override { return peers_.size(); }
+  void all_reduce_sum(std::span<float> host) override;
+  void all_reduce_max(std::span<float> host) override;
   void all_reduce_sum(lm::Tensor& x) override;
   void send(int to, lm::Tensor x) override;
   void receive(int from, lm::Tensor& into) override;
 
  private:
-  lm::LocalComm local_;
+  /// Every rank's numbers, by rank.
+  std::vector<float> all_gather(std::span<const float> host);
   DeviceOps& ops_;
   Communicator& peers_;
 };

@@ -1,7 +1,7 @@
 // The language module on a device against the host: choices, memory, recorded steps.
 #include "gpu/model/device_ops.h"
+#include "gpu/model/load_weights.h"
 #include "gpu/model/memory_plan.h"
-#include "gpu/model/resident.h"
 #include "gpu/ops/rows.h"
 #include "libshard/error.h"
 #include "tests/gpu/model.h"
@@ -41,7 +41,9 @@ TEST_CASE("activations stay within what the memory plan says") {
       for (auto& use : uses) use.times = 1;
       WeightStream stream(source, uses, 64 << 20, nullptr);
       gpu::Resident held;
-      held.load(stream, uses, ops.stream());
+      const StagePlan plan{uses, {}, {parts_of(model.config, source, uses, {})}, {}};
+      held.hold(plan.parts[0], ops.stream());
+      gpu::load_weights(stream, plan, 0, held, nullptr, ops.stream());
       gpu::RankWeights weights(held, ops);
       ForwardResult result;
       std::mutex mutex;
