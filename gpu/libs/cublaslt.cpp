@@ -80,10 +80,11 @@ std::uint32_t alignment_of(const void* address) {
   return address ? 1u << std::min(8, std::countr_zero(reinterpret_cast<std::uintptr_t>(address))) : 256;
 }
 
-/// What an algorithm may rely on.
+/// What an algorithm may rely on: alignments, and whether fp8's factors are given.
 struct Key {
   MatmulShape shape;
   std::uint32_t x, w, out, bias;
+  bool x_scaled, w_scaled;
   auto operator<=>(const Key&) const = default;
 };
 
@@ -153,7 +154,12 @@ struct Matmul::State {
     return out;
   }
 
-  void choose(const Key& key, Plan& plan) const {
+  void set_scales(cublasLtMatmulDesc_t desc, const MatmulOperands& operands) const {
+    set(desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(operands.w_scale));
+    set(desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(operands.x_scale));
+  }
+
+  void choose(const Key& key, const MatmulOperands& operands, Plan& plan) const {
     const auto& shape = key.shape;
     const auto compute = shape.tf32 && shape.type == DType::F32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     check(api.desc_create(&plan.desc, compute, CUDA_R_32F), "describing a product");
@@ -165,6 +171,7 @@ struct Matmul::State {
       const void* aligned_so = reinterpret_cast<const void*>(std::uintptr_t{key.bias});  // the search reads no more of it
       set(plan.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, aligned_so);
     }
+    if (is_fp8(shape.type)) set_scales(plan.desc, operands);
     const auto w_rows = shape.w_by_inner ? shape.columns : shape.inner, w_columns = shape.w_by_inner ? shape.inner : shape.columns;
     plan.a = layout(shape.w_type, w_rows, w_columns, shape.w_pitch, shape, shape.w_step);
     plan.b = layout(shape.type, shape.inner, shape.rows, shape.x_pitch, shape, shape.x_step);
@@ -189,13 +196,13 @@ struct Matmul::State {
     plan.algorithm = found.algo;
   }
 
-  const Plan& plan_of(const Key& key) {
+  const Plan& plan_of(const Key& key, const MatmulOperands& operands) {
     const auto known = plans.find(key);
     if (known != plans.end()) return known->second;
     refuse(key.shape);
     Plan fresh;
     try {
-      choose(key, fresh);
+      choose(key, operands, fresh);
     } catch (...) {
       drop(fresh);
       throw;
@@ -216,12 +223,11 @@ Matmul::Matmul(int device, const std::string& path) : state_(std::make_unique<St
 
 void Matmul::operator()(const MatmulShape& shape, const MatmulOperands& operands, StreamView on) {
   auto& state = *state_;
-  const auto& plan = state.plan_of({shape, alignment_of(operands.x), alignment_of(operands.w), alignment_of(operands.out), alignment_of(shape.bias ? operands.bias : nullptr)});
+  const Key key{shape, alignment_of(operands.x), alignment_of(operands.w), alignment_of(operands.out), alignment_of(shape.bias ? operands.bias : nullptr),
+                operands.x_scale != nullptr, operands.w_scale != nullptr};
+  const auto& plan = state.plan_of(key, operands);
   if (shape.bias) state.set(plan.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(operands.bias));
-  if (is_fp8(shape.type)) {
-    state.set(plan.desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(operands.w_scale));
-    state.set(plan.desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(operands.x_scale));
-  }
+  if (is_fp8(shape.type)) state.set_scales(plan.desc, operands);
   state.check(state.api.matmul(state.handle, plan.desc, &operands.alpha, operands.w, plan.a, operands.x, plan.b, &operands.beta, operands.out, plan.d, operands.out, plan.d,
                                &plan.algorithm, state.workspace.data(), kWorkspace, static_cast<cudaStream_t>(on.handle)),
               text_of(shape));

@@ -153,7 +153,7 @@ inline double worst(const Tensor& a, const Tensor& b) {
   return most / size;
 }
 
-/// The bound of an op that rounds once: f32's is given; a bf16 result may fall to the other side of a tie, 2^−8 of its own size.
-inline double bound(const Mode& mode, double f32) { return mode.bf16() ? 1.0 / 256 : f32; }
+/// The bound of an op that rounds once: f32's is given; a bf16 result may fall to the other side of a tie, at most 2^−7 of its own size.
+inline double bound(const Mode& mode, double f32) { return mode.bf16() ? 1.0 / 128 : f32; }
 
 }  // namespace meaning

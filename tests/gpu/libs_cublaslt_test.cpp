@@ -132,11 +132,11 @@ TEST_CASE("fp8 products take a scale of each operand; what fp8 cannot do is refu
   auto s = dense(16, 32, 64, DType::F8E4M3, DType::BF16);
   check_product(matmul, s);
   const Matrix x(16 * 64, s.type, 1), w(32 * 64, s.w_type, 2);
-  Matrix out(16 * 32, DType::BF16, 4), scales(2, DType::F32, 5);
-  scales.values = {0.5f, 4};
-  scales.put();
-  const auto* scale = reinterpret_cast<const float*>(scales.memory.data());
-  matmul(s, {.x = x.memory.data(), .w = w.memory.data(), .out = out.memory.data(), .x_scale = scale, .w_scale = scale + 1}, stream);
+  Matrix out(16 * 32, DType::BF16, 4), half(1, DType::F32, 5), four(1, DType::F32, 5);
+  half.values = {0.5f}, four.values = {4};
+  half.put(), four.put();
+  const auto factor = [](const Matrix& one) { return reinterpret_cast<const float*>(one.memory.data()); };
+  matmul(s, {.x = x.memory.data(), .w = w.memory.data(), .out = out.memory.data(), .x_scale = factor(half), .w_scale = factor(four)}, stream);
   CHECK(out.get(stream) == wanted(s, x, w, nullptr, out, 2, 0));
   matmul(s, {.x = x.memory.data(), .w = w.memory.data(), .out = out.memory.data()}, stream);  // and no scale is left behind
   CHECK(out.get(stream) == wanted(s, x, w, nullptr, out, 1, 0));
