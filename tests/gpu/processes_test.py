@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -122,6 +123,22 @@ class Processes(Case):
         self.assertEqual([x[0] for x in done], [status] * 4, done)
         self.assertEqual(status, 1)
         self.assertEqual(json.loads(done[0][1])["findings"], json.loads(out)["findings"])
+
+    def test_a_checksum_of_what_several_ranks_read(self):
+        """Each sums what it read; together they find what one process finds, and read no more."""
+        here = self.here(LLAMA)
+        file = max(here.rglob("*.distcp"), key=lambda one: one.stat().st_size)
+        content = bytearray(file.read_bytes())
+        header = content.rindex(b"PK\x03\x04", 0, content.index(b"archive/data/0"))
+        name, extra = struct.unpack_from("<HH", content, header + 26)
+        content[header + 30 + name + extra] ^= 1  # the record's first byte
+        file.write_bytes(content)
+        args = [here, *self.layout(2, 2)]
+        (status, _, err), = finish([start(args)])
+        self.assertEqual(status, 4, err)
+        self.assertIn("CRC-32", err)
+        done = self.together(args, 4)
+        self.fails(done, 4, err.strip().removeprefix("shardkit: error: "))
 
     def test_a_rank_that_is_killed_ends_all(self):
         here = self.here(LLAMA)
