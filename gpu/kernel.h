@@ -23,6 +23,7 @@
 //     sum(&Own::f), max(&Own::f)            over the block; every thread gets the result; a barrier
 //     warp_sum(&Own::f), warp_max(&Own::f)  over each 32 neighbours; no barrier
 //   launch(stream, grid, kernel)
+//   load_once(from)     Words: 16 bytes, aligned so, that nobody reads again and nobody writes; they displace nothing in near caches
 //   atomic_add(double*/float*/unsigned*/unsigned long long*, value), atomic_max(unsigned*/unsigned long long*, value)
 #pragma once
 
@@ -36,6 +37,10 @@ namespace gpu {
 /// Blocks of a launch.
 struct Grid {
   std::uint64_t x = 1, y = 1, z = 1;
+};
+
+struct alignas(16) Words {
+  std::uint32_t item[4];
 };
 
 constexpr std::size_t kMaxShared = 227 << 10;      ///< what compute capability 9.0 gives a block; 8.0 gives 163 KiB
@@ -52,6 +57,7 @@ template <typename Kernel>
 constexpr void check_kernel() {
   static_assert(Kernel::kThreads >= 32 && Kernel::kThreads <= 1024 && Kernel::kThreads % 32 == 0, "whole warps, at most 1024 threads");
   static_assert(sizeof(typename Kernel::Shared) <= kPortableShared, "shared memory of a block");
+  static_assert(alignof(typename Kernel::Shared) <= 1024, "how a block's shared memory is aligned");
   static_assert(std::is_trivially_copyable_v<Kernel> && sizeof(Kernel) <= 4096, "kernels travel as parameters");
 }
 

@@ -28,10 +28,13 @@ void use_if(const WeightSource& source, std::vector<WeightUse>& out, const std::
     if (source.has(name + part)) out.push_back({name + part, 0, -1, times});
 }
 
-Tensor final_norm(Ops& on, const shard::TransformerConfig& config, Weights& weights, const std::string& name, const Tensor& x) {
+Norm norm_of(const shard::TransformerConfig& config) { return {config.normalization, config.layernorm_epsilon, config.layernorm_zero_centered_gamma}; }
+Linear parameters(Weights& weights, const std::string& name) {
   auto weight = weights.take(name + ".weight");
-  auto bias = weights.has(name + ".bias") ? weights.take(name + ".bias") : Weight{};
-  return on.normalize(x, {config.normalization, config.layernorm_epsilon, config.layernorm_zero_centered_gamma}, {std::move(weight), std::move(bias)});
+  return {std::move(weight), weights.has(name + ".bias") ? weights.take(name + ".bias") : Weight{}};
+}
+Tensor final_norm(Ops& on, const shard::TransformerConfig& config, Weights& weights, const std::string& name, const Tensor& x) {
+  return on.normalize(x, norm_of(config), parameters(weights, name));
 }
 
 /// FNV-1a over a table's shape, its type in products, and the bits of 64 of its rows (all, where there are no more), evenly spread, the
@@ -256,11 +259,10 @@ std::vector<float> LanguageModule::compute_language_model_loss(const std::vector
 Tensor LanguageModule::mtp_layer(Weights& weights, Index depth, const Ids& ids, const Ids& positions, const Rope& rope, Index length, const Tensor& hidden) {
   const auto prefix = mtp_prefix(config_.mtp_repeated_layer ? 0 : depth);
   const auto embedded = embed(weights, ids, positions);
-  const auto e = final_norm(on_, config_, weights, prefix + "enorm", embedded), h = final_norm(on_, config_, weights, prefix + "hnorm", hidden);
   const auto size = config_.hidden_size;
   auto both = on_.make(hidden.rows(), 2 * size);
-  on_.copy_pieces(e, 0, 0, both, 0, 0, 1, size);
-  on_.copy_pieces(h, 0, 0, both, size, 0, 1, size);
+  on_.normalize_into(embedded, norm_of(config_), parameters(weights, prefix + "enorm"), both, 0);
+  on_.normalize_into(hidden, norm_of(config_), parameters(weights, prefix + "hnorm"), both, size);
   // Megatron gathers a column-parallel product here; every rank computes all of it instead.
   auto joined = on_.make(hidden.rows(), size);
   on_.linear(on_.pack(both), {weights.take(prefix + "eh_proj.weight"), {}}, joined);
@@ -275,7 +277,7 @@ Tensor LanguageModule::compute_mtp_single_step(Weights& weights, const MtpStep& 
   const auto rows = step.in_hidden.rows();
   // The method passes no rotary table; latent attention builds its own for rows 0 … N−1.
   const auto rope = config_.multi_latent_attention ? on_.rope(config_.rope, rows) : Rope{};
-  return on_.recorded(fmt::format("mtp {} × {}", step.depth, rows), on_.to_device(step.in_hidden), on_.ids(step.next_token_ids), on_.ids(step.position_ids),
+  return on_.recorded(fmt::format("mtp {} × {}", step.depth, rows), step.in_hidden, step.next_token_ids, step.position_ids,
                       [&](const Tensor& hidden, const Ids& ids, const Ids& positions) { return mtp_layer(weights, step.depth, ids, positions, rope, rows, hidden); });
 }
 

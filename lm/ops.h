@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,12 @@ struct AttentionShape {
 /// A linear's weight [outputs, inputs] and its bias [outputs], or none.
 struct Linear {
   Weight weight, bias;
+};
+
+/// One of several linears of the same input.
+struct LinearInto {
+  const Linear& by;
+  Tensor& out;
 };
 
 /// A rank's part of a feed-forward: rows of gate (none where it is not gated) and up, columns of down.
@@ -101,12 +108,20 @@ class Ops {
   virtual Packed pack(const Tensor& x) = 0;
   /// out[t, n] = Σ_k x[t, k]·w[n, k] + bias[n].
   virtual void linear(const Packed& x, const Linear& by, Tensor& out) = 0;
-  /// The same with both sides in f32 and an f32 result, whatever compute() says.
+  /// Several of one input, which a device may compute together.
+  virtual void linears(const Packed& x, std::span<const LinearInto> all) {
+    for (const auto& one : all) linear(x, one.by, one.out);
+  }
+  /// linear() with both sides in f32 and an f32 result, whatever compute() says.
   virtual Tensor linear_f32(const Tensor& x, const Linear& by) = 0;
 
   // Rows and lanes.
   /// norm(x) over rows, statistics in f32; weight and bias [columns] may be none.
   virtual Tensor normalize(const Tensor& x, const Norm& norm, const Linear& by) = 0;
+  /// norm(x) into columns [first, first + x.columns()) of `out`.
+  virtual void normalize_into(const Tensor& x, const Norm& norm, const Linear& by, Tensor& out, Index first) {
+    copy_pieces(normalize(x, norm, by), 0, 0, out, first, 0, 1, x.columns());
+  }
   /// x += branch; norm(x).
   virtual Tensor add_normalize(Tensor& x, const Tensor& branch, const Norm& norm, const Linear& by) {
     add(x, branch);
@@ -146,11 +161,12 @@ class Ops {
   virtual std::unique_ptr<LossSum> cross_entropy(const Ids& labels, Index limit) = 0;
   virtual std::function<TensorStats()> stats(const Tensor& x) = 0;
 
-  /// `step` of these inputs. A device may record the work under `key` and replay it with other inputs and other numbers in the same weights.
+  /// `step` of these inputs, which lie on the host. A device may record the work under `key` and replay it with other inputs and other numbers
+  /// in the same weights.
   using Step = std::function<Tensor(const Tensor& hidden, const Ids& ids, const Ids& positions)>;
-  virtual Tensor recorded(const std::string& key, const Tensor& hidden, const Ids& ids, const Ids& positions, const Step& step) {
+  virtual Tensor recorded(const std::string& key, const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step) {
     (void)key;
-    return step(hidden, ids, positions);
+    return step(to_device(hidden), this->ids(ids), this->ids(positions));
   }
 };
 

@@ -3,6 +3,8 @@
 
 #include "libshard/error.h"
 
+#include <array>
+
 namespace lm {
 namespace {
 
@@ -57,6 +59,18 @@ class Layer {
     on_.linear(x, by, out);
     return out;
   }
+  /// Several linears of one input, each into a tensor of its own.
+  template <std::size_t N>
+  std::array<Tensor, N> linears(const Packed& x, const std::array<Linear, N>& by) {
+    std::array<Tensor, N> out;
+    std::vector<LinearInto> all;
+    for (std::size_t i = 0; i < N; ++i) {
+      out[i] = on_.make(x.tokens, by[i].weight.rows);
+      all.push_back({by[i], out[i]});
+    }
+    on_.linears(x, all);
+    return out;
+  }
   /// The sum over ranks, each of which has some of the inputs.
   Tensor row_parallel(const Tensor& x, const Linear& p) {
     auto out = linear(on_.pack(x), p);
@@ -77,9 +91,7 @@ class Layer {
     expect(wq, "attention.q", mine.count * size, config_.hidden_size);
     expect(wk, "attention.k", groups * size, config_.hidden_size);
     expect(wv, "attention.v", groups * size, config_.hidden_size);
-    const auto packed = on_.pack(x);
-    auto q = linear(packed, wq), k = linear(packed, wk);
-    const auto v = linear(packed, wv);
+    auto [q, k, v] = linears<3>(on_.pack(x), {wq, wk, wv});
     head_norm("attention.q_norm", q, mine.count, size);
     head_norm("attention.k_norm", k, groups, size);
     if (layer_.rope) {
@@ -113,24 +125,17 @@ class Layer {
     const auto heads = config_.num_attention_heads, nope = config_.qk_head_dim, turned = config_.qk_pos_emb_head_dim, width = nope + turned,
                value = config_.v_head_dim, latent = config_.kv_lora_rank;
     const auto mine = share_of(heads, rank_.tensor.rank(), rank_.tensor.size());
-    const auto packed = on_.pack(x);
-    Tensor q;
+    const auto first = config_.q_lora_rank ? "attention.q_down" : "attention.q";
+    const auto from = parameters(first), down = parameters("attention.kv_down");
+    expect(from, first, config_.q_lora_rank ? config_.q_lora_rank : mine.count * width, config_.hidden_size);
+    expect(down, "attention.kv_down", latent + turned, config_.hidden_size);
+    auto [q, compressed] = linears<2>(on_.pack(x), {from, down});
     if (config_.q_lora_rank) {
-      const auto down = parameters("attention.q_down");
-      expect(down, "attention.q_down", config_.q_lora_rank, config_.hidden_size);
-      auto small = linear(packed, down);
-      latent_norm("attention.q_norm", small, config_.q_lora_rank);
+      latent_norm("attention.q_norm", q, config_.q_lora_rank);
       const auto up = parameters("attention.q_up");
       expect(up, "attention.q_up", mine.count * width, config_.q_lora_rank);
-      q = linear(on_.pack(small), up);
-    } else {
-      const auto wq = parameters("attention.q");
-      expect(wq, "attention.q", mine.count * width, config_.hidden_size);
-      q = linear(packed, wq);
+      q = linear(on_.pack(q), up);
     }
-    const auto down = parameters("attention.kv_down");
-    expect(down, "attention.kv_down", latent + turned, config_.hidden_size);
-    auto compressed = linear(packed, down);
     latent_norm("attention.kv_norm", compressed, latent);
     const auto up = parameters("attention.kv_up");
     expect(up, "attention.kv_up", mine.count * (nope + value), latent);
@@ -170,9 +175,13 @@ class Layer {
 
   /// The partial sum: the caller reduces.
   Tensor partial_mlp(const Packed& x, const FeedForward& by) {
-    auto up = linear(x, by.up);
-    const auto gate = by.gate.weight ? linear(x, by.gate) : Tensor();
-    on_.activate(config_, by.gate.weight ? &gate : nullptr, up);
+    if (!by.gate.weight) {
+      auto up = linear(x, by.up);
+      on_.activate(config_, nullptr, up);
+      return linear(on_.pack(up), by.down);
+    }
+    auto [gate, up] = linears<2>(x, {by.gate, by.up});
+    on_.activate(config_, &gate, up);
     return linear(on_.pack(up), by.down);
   }
 
@@ -221,14 +230,12 @@ std::vector<WeightUse> layer_uses(const WeightSource& source, const TransformerC
   };
   use("attention.norm");
   if (config.multi_latent_attention) {
+    use(config.q_lora_rank ? "attention.q_down" : "attention.q");
+    use("attention.kv_down");
     if (config.q_lora_rank) {
-      use("attention.q_down");
       use("attention.q_norm");
       use("attention.q_up");
-    } else {
-      use("attention.q");
     }
-    use("attention.kv_down");
     use("attention.kv_norm");
     use("attention.kv_up");
   } else {

@@ -72,9 +72,16 @@ class Block {
   Own own_;
 };
 
+/// Blocks that should find room on a multiprocessor, where a kernel says so.
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run_block(const __grid_constant__ Kernel kernel) {
-  extern __shared__ __align__(128) unsigned char memory[];
+constexpr unsigned blocks_together() {
+  if constexpr (requires { Kernel::kTogether; }) return Kernel::kTogether;
+  else return 1;
+}
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, blocks_together<Kernel>()) run_block(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(1024) unsigned char memory[];
   Block<Kernel> block(*reinterpret_cast<typename Kernel::Shared*>(memory));
   kernel(block);
 }
@@ -91,6 +98,13 @@ void launch(StreamView on, const Grid& grid, const Kernel& kernel) {
   check(cudaGetLastError(), "launch");
 }
 
+GPU_CODE Words load_once(const void* from) {
+  Words out;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out.item[0]), "=r"(out.item[1]), "=r"(out.item[2]), "=r"(out.item[3])
+               : "l"(from));
+  return out;
+}
 template <typename T>
 GPU_CODE void atomic_add(T* to, T value) {
   atomicAdd(to, value);

@@ -4,6 +4,8 @@
 #include "gpu/architectures.h"
 #include "gpu/cuda/check.h"
 
+#include <string_view>
+
 namespace gpu {
 namespace {
 
@@ -68,6 +70,15 @@ Probe probe() {
 }
 
 bool is_emulated() { return false; }
+
+bool has_warpgroups() {
+  static const bool built = std::string_view(SHARDKIT_CUDA_ARCHITECTURES).find("90a") != std::string_view::npos;
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "asking for a device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for a device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for a device");
+  return built && major == 9 && minor == 0;
+}
 
 void use_device(int index) { check(cudaSetDevice(index), "choosing a device"); }
 

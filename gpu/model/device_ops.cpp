@@ -33,6 +33,11 @@ struct DeviceRouting {
   float* weight = nullptr;
 };
 
+void check_features(const View& x, const lm::Linear& by, const View& out) {
+  shard::require(by.weight.columns == x.columns && by.weight.rows == out.columns, shard::Code::Mismatch,
+                 [&] { return fmt::format("model: a weight takes {} features; its input has {}", by.weight.columns, x.columns); });
+}
+
 /// Parts of one piece of memory, each aligned.
 class Parts {
  public:
@@ -71,7 +76,8 @@ DeviceOps::~DeviceOps() = default;
 
 std::uint64_t DeviceOps::held() const {
   auto out = arena_.held();
-  for (const auto& [key, work] : recorded_) out += work.arena.held();
+  for (const auto& [key, work] : recorded_)
+    for (const auto& one : work.turns) out += one.arena.held();
   return out;
 }
 
@@ -126,8 +132,6 @@ lm::Packed DeviceOps::pack(const Tensor& x) { return {x.rows(), x.columns(), std
 
 void DeviceOps::product(const View& x, const Linear& by, const View& out) {
   const auto w = view_of(by.weight), bias = view_of(by.bias);
-  shard::require(w.columns == x.columns && w.rows == out.columns, shard::Code::Mismatch,
-                 [&] { return fmt::format("model: a weight takes {} features; its input has {}", w.columns, x.columns); });
   if (!matmul_) return gpu::linear(stream_, x, w, bias, out);
   Tensor w_keep, bias_keep;
   const auto same = as(x.type, w, w_keep), added = as(out.type, bias, bias_keep);
@@ -140,10 +144,25 @@ void DeviceOps::product(const View& x, const Linear& by, const View& out) {
   (*matmul_)(shape, {x.data, same.data, added.data, out.data}, stream_);
 }
 
-void DeviceOps::linear(const lm::Packed& x, const Linear& by, Tensor& out) { product(*static_cast<const View*>(x.form.get()), by, view_of(out)); }
+void DeviceOps::linear(const lm::Packed& x, const Linear& by, Tensor& out) {
+  const lm::LinearInto one{by, out};
+  linears(x, {&one, 1});
+}
+
+void DeviceOps::linears(const lm::Packed& packed, std::span<const lm::LinearInto> all) {
+  const auto& x = *static_cast<const View*>(packed.form.get());
+  std::vector<LinearViews> thin;
+  for (const auto& [by, out] : all) {
+    check_features(x, by, view_of(out));
+    if (is_thin(x, view_of(by.weight))) thin.push_back({view_of(by.weight), view_of(by.bias), view_of(out)});
+    else product(x, by, view_of(out));
+  }
+  thin_linears(stream_, x, thin);
+}
 
 lm::Tensor DeviceOps::linear_f32(const Tensor& x, const Linear& by) {
   auto out = make(DType::F32, x.rows(), by.weight.rows);
+  check_features(view_of(x), by, view_of(out));
   Tensor wide;
   product(as(DType::F32, view_of(x), wide), by, view_of(out));
   return out;
@@ -153,6 +172,10 @@ lm::Tensor DeviceOps::normalize(const Tensor& x, const lm::Norm& norm, const Lin
   auto out = make(x.rows(), x.columns());
   gpu::normalize(stream_, config_of(norm), view_of(x), view_of(by.weight), view_of(by.bias), view_of(out));
   return out;
+}
+
+void DeviceOps::normalize_into(const Tensor& x, const lm::Norm& norm, const Linear& by, Tensor& out, Index first) {
+  gpu::normalize(stream_, config_of(norm), view_of(x), view_of(by.weight), view_of(by.bias), view_of(out).column_range(first, x.columns()));
 }
 
 lm::Tensor DeviceOps::add_normalize(Tensor& x, const Tensor& branch, const lm::Norm& norm, const Linear& by) {
@@ -289,36 +312,49 @@ lm::Tensor DeviceOps::experts(const shard::TransformerConfig& config, const Tens
   return out;
 }
 
-lm::Tensor DeviceOps::recorded(const std::string& key, const Tensor& hidden, const lm::Ids& ids, const lm::Ids& positions, const Step& step) {
-  if (!options_.graphs) return step(hidden, ids, positions);
-  auto& work = recorded_[key];
-  if (work.runs++ == 0) return step(hidden, ids, positions);  // tables are made, algorithms searched, code loaded
-  const auto bytes = [](const Tensor& x) { return static_cast<std::size_t>(x.rows() * x.columns()) * size_of(x.dtype()); };
-  if (!work.graph) {
-    std::swap(arena_, work.arena);
-    struct Back {
-      DeviceOps& ops;
-      Recorded& work;
-      ~Back() { std::swap(ops.arena_, work.arena); }
-    } back{*this, work};
-    work.hidden = make(hidden.dtype(), hidden.rows(), hidden.columns());
-    for (auto* mine : {&work.ids, &work.positions}) *mine = {ids.host, scratch(ids.host.size() * sizeof(Index))};
+StepInputs DeviceOps::places(const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions) {
+  return {make(hidden.rows(), hidden.columns()), {ids, scratch(ids.size() * sizeof(Index))}, {positions, scratch(positions.size() * sizeof(Index))}};
+}
+
+lm::Tensor DeviceOps::recorded(const std::string& key, const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step) {
+  constexpr std::size_t kTurns = 2;                  // a caller holds one result while it asks for the next
+  auto& known = recorded_[key];
+  auto& turns = known.turns;
+  auto free = std::find_if(turns.begin(), turns.end(), [](const Recording& one) { return one.out.use_count() == 1; });
+  const bool first = known.runs++ == 0;              // tables are made, algorithms searched, code loaded
+  if (!options_.graphs || first || (free == turns.end() && turns.size() == kTurns)) {
+    const auto inputs = places(hidden, ids, positions);
+    uploads_.send(hidden, ids, positions, inputs, stream_);
+    uploads_.sent(stream_);
+    return step(inputs.hidden, inputs.ids, inputs.positions);
+  }
+  if (free == turns.end()) free = turns.insert(free, record(hidden, ids, positions, step));
+  uploads_.send(hidden, ids, positions, free->inputs, stream_);
+  free->graph.launch(stream_);
+  uploads_.sent(stream_);                            // behind the graph, which need not wait for the host to say so
+  auto& out = free->out;
+  return {std::shared_ptr<std::byte>(out, out->data()), out->dtype(), out->rows(), out->columns()};
+}
+
+DeviceOps::Recording DeviceOps::record(const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step) {
+  Recording out;
+  {
+    struct Lend {
+      Arena &mine, &its;
+      Lend(Arena& a, Arena& b) : mine(a), its(b) { std::swap(mine, its); }
+      ~Lend() { std::swap(mine, its); }
+    } lend{arena_, out.arena};
+    out.inputs = places(hidden, ids, positions);
     Graph::begin(stream_);
     try {
-      work.out = step(work.hidden, work.ids, work.positions);
+      out.out = std::make_shared<Tensor>(step(out.inputs.hidden, out.inputs.ids, out.inputs.positions));
     } catch (...) {
       Graph::end(stream_);
       throw;
     }
-    work.graph = Graph::end(stream_);
+    out.graph = Graph::end(stream_);
   }
-  shard::require(bytes(work.hidden) == bytes(hidden) && work.ids.host.size() == ids.host.size(), shard::Code::Device,
-                 [&] { return fmt::format("device: '{}' was recorded for another shape", key); });
-  on_device(work.hidden.data(), hidden.data(), bytes(hidden), stream_);
-  on_device(work.ids.device.get(), ids.device.get(), ids.host.size() * sizeof(Index), stream_);
-  on_device(work.positions.device.get(), positions.device.get(), positions.host.size() * sizeof(Index), stream_);
-  work.graph.launch(stream_);
-  return clone(work.out);
+  return out;
 }
 
 }  // namespace gpu

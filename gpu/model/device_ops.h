@@ -4,6 +4,7 @@
 #include "gpu/libs/cublaslt.h"
 #include "gpu/libs/cudnn.h"
 #include "gpu/model/arena.h"
+#include "gpu/model/step_inputs.h"
 #include "gpu/runtime.h"
 #include "gpu/view.h"
 #include "lm/attention_backend.h"
@@ -62,8 +63,10 @@ class DeviceOps : public lm::Ops {
   void finish() override { gpu::wait(stream_); }
   lm::Packed pack(const Tensor& x) override;
   void linear(const lm::Packed& x, const Linear& by, Tensor& out) override;
+  void linears(const lm::Packed& x, std::span<const lm::LinearInto> all) override;
   Tensor linear_f32(const Tensor& x, const Linear& by) override;
   Tensor normalize(const Tensor& x, const lm::Norm& norm, const Linear& by) override;
+  void normalize_into(const Tensor& x, const lm::Norm& norm, const Linear& by, Tensor& out, Index first) override;
   Tensor add_normalize(Tensor& x, const Tensor& branch, const lm::Norm& norm, const Linear& by) override;
   void normalize_pieces(Tensor& x, Index pieces, Index width, const lm::Norm& norm, const Linear& by) override;
   lm::Rope rope(const shard::RopeConfig& config, Index length) override;
@@ -81,7 +84,7 @@ class DeviceOps : public lm::Ops {
                  const std::function<lm::FeedForward(Index expert)>& weights) override;
   std::unique_ptr<lm::LossSum> cross_entropy(const lm::Ids& labels, Index limit) override;
   std::function<lm::TensorStats()> stats(const Tensor& x) override;
-  Tensor recorded(const std::string& key, const Tensor& hidden, const lm::Ids& ids, const lm::Ids& positions, const Step& step) override;
+  Tensor recorded(const std::string& key, const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step) override;
 
   Tensor make(shard::DType type, Index rows, Index columns);
   /// Scratch that lives as long as what is returned.
@@ -90,12 +93,15 @@ class DeviceOps : public lm::Ops {
   void store(Tensor& x, const Tensor& f32);
 
  private:
+  struct Recording {
+    Arena arena;
+    StepInputs inputs;
+    std::shared_ptr<Tensor> out;                     ///< lent as it is; busy while somebody holds it
+    Graph graph;
+  };
   struct Recorded {
     int runs = 0;
-    Arena arena;
-    Tensor hidden, out;
-    lm::Ids ids, positions;
-    Graph graph;
+    std::vector<Recording> turns;
   };
   struct Angles {
     shard::RopeConfig config;
@@ -106,6 +112,8 @@ class DeviceOps : public lm::Ops {
   void fused(const lm::AttentionShape& shape, const View& q, const View& k, const View& v, bool sinks, const View& out);
   void unfused(lm::AttentionShape shape, const View& q, const View& k, const View& v, const View& sinks, const View& out);
   void product(const View& x, const Linear& by, const View& out);
+  StepInputs places(const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions);
+  Recording record(const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step);
   /// `view`, or a copy of it as `type` in `keep`.
   View as(shard::DType type, const View& view, Tensor& keep);
   /// Addresses in device memory; the same list gets the same memory.
@@ -120,6 +128,7 @@ class DeviceOps : public lm::Ops {
   std::string products_;                             ///< by what, and why
   std::vector<Angles> ropes_;                        ///< recorded work reads them
   std::map<std::vector<const std::byte*>, DeviceBuffer> pointers_;
+  StepUploads uploads_;
   std::map<std::string, Recorded> recorded_;
 };
 

@@ -91,10 +91,14 @@ void check_shapes(const View& x, Index outputs, Index inputs, const View& out) {
 
 }  // namespace
 
-void linear(StreamView on, const View& x, const View& w, const View& bias, const View& out) {
+void check_linear(const View& x, const View& w, const View& bias, const View& out) {
   check_shapes(x, w.rows, w.columns, out);
   shard::require(!bias || bias.rows * bias.columns == w.rows, shard::Code::Device,
                  [&] { return fmt::format("device: {} biases for {} outputs", bias.rows * bias.columns, w.rows); });
+}
+
+void linear(StreamView on, const View& x, const View& w, const View& bias, const View& out) {
+  check_linear(x, w, bias, out);
   with_tile(x.type, w.type, [&]<typename Tile>(Tile) {
     const auto rows = blocks_for(static_cast<std::uint64_t>(x.rows), Tile::kRows),
                columns = blocks_for(static_cast<std::uint64_t>(w.rows), Tile::kColumns);

@@ -5,11 +5,26 @@
 #include "gpu/runtime.h"
 #include "gpu/view.h"
 
+#include <span>
+
 namespace gpu {
 
 /// out[t, n] = Σ_k x[t, k]·w[n, k] + bias[n], summed in f32 and rounded once; `bias` [n] or none. A part of a wider output is
 /// out.column_range(…).
 void linear(StreamView on, const View& x, const View& w, const View& bias, const View& out);
+
+/// Refuses what linear() cannot be of these shapes.
+void check_linear(const View& x, const View& w, const View& bias, const View& out);
+
+/// A linear of at most kThinRows rows is bound by the reading of its weights.
+constexpr std::int64_t kThinRows = 16;
+/// Whether thin_linears() takes it: both are bf16, in rows of whole packs.
+bool is_thin(const View& x, const View& w);
+/// What linear() makes, for several linears of one x at once; the same bits from run to run.
+struct LinearViews {
+  View w, bias, out;
+};
+void thin_linears(StreamView on, const View& x, std::span<const LinearViews> all);
 
 /// Weights of experts, each [outputs, inputs] in memory of its own; the pointers lie on the device.
 struct ExpertWeights {

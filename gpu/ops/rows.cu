@@ -95,6 +95,31 @@ struct CopyPieces {
   }
 };
 
+template <typename T, int N>
+struct TakeInputs {
+  static constexpr unsigned kThreads = 128;
+  struct Shared {};
+  struct Own {};
+  T* to;
+  const float* from;
+  RowNumbers numbers[2];
+  Index count;
+
+  template <typename Block>
+  GPU_CODE void operator()(Block& block) const {
+    block.each_apart([&](unsigned thread, Own&) {
+      const auto task = static_cast<Index>(block.x()) * kThreads + thread;
+      for (const auto& some : numbers)
+        if (task < some.count) some.to[task] = some.from[task];
+      if (task * N >= count) return;
+      const auto given = load_pack<N>(from + task * N);
+      Pack<T, N> made;
+      for (int j = 0; j < N; ++j) made.item[j] = narrow<T>(given.item[j]);
+      store_pack<N>(to + task * N, made);
+    });
+  }
+};
+
 }  // namespace
 
 void gather(StreamView on, const View& out, const View& table, std::int64_t lo, const std::int64_t* ids, double multiplier) {
@@ -102,6 +127,20 @@ void gather(StreamView on, const View& out, const View& table, std::int64_t lo, 
 }
 void gather_rows(StreamView on, const View& out, const View& x, const std::int32_t* rows, const float* weights) {
   start_gather(on, out, x, 0, rows, weights, 1);
+}
+
+void take_inputs(StreamView on, const View& to, const View& from, const RowNumbers& ids, const RowNumbers& positions) {
+  shard::require(from.type == shard::DType::F32 && from.rows == to.rows && from.columns == to.columns && from.stride == from.columns && to.stride == to.columns,
+                 shard::Code::Device, [&] { return fmt::format("device: inputs [{}, {}] into [{}, {}]", from.rows, from.columns, to.rows, to.columns); });
+  with_activation_type(to.type, [&]<typename T>(T) {
+    const auto run = [&]<int N>() {
+      const TakeInputs<T, N> kernel{elements<T>(to), elements<const float>(from), {ids, positions}, to.rows * to.columns};
+      const auto tasks = std::max({kernel.count / N, ids.count, positions.count});
+      launch(on, {blocks_for(static_cast<std::uint64_t>(tasks), kernel.kThreads)}, kernel);
+    };
+    constexpr int n = kPack<float>;
+    in_packs(from, n) && in_packs(to, n) ? run.template operator()<n>() : run.template operator()<1>();
+  });
 }
 
 void copy_pieces(StreamView on, std::span<const Piece> pieces) {

@@ -24,4 +24,12 @@ struct Piece {
 /// At most four pieces of one type in one launch.
 void copy_pieces(StreamView on, std::span<const Piece> pieces);
 
+/// What a step reads, from pinned memory of the host: to = from (f32) in to's type, both without gaps; and `count` numbers each.
+struct RowNumbers {
+  const std::int64_t* from;
+  std::int64_t* to;
+  std::int64_t count;
+};
+void take_inputs(StreamView on, const View& to, const View& from, const RowNumbers& ids, const RowNumbers& positions);
+
 }  // namespace gpu

@@ -45,6 +45,9 @@ void record(shard::DType type, Index batch, Index length) {
   const gpu::Piece piece{at(rows, 128 * 256).column_range(0, 128), at(rows, 128 * 192).column_range(0, 128), 128, 256, 192};
   gpu::copy_pieces(on, {&piece, 1});
   gpu::linear(on, at(rows, hidden), at(vocabulary, hidden), {}, at(rows, vocabulary));
+  const auto few = at(std::min(rows, gpu::kThinRows), hidden), every = at(vocabulary, hidden);
+  const gpu::LinearViews thin{every, {}, at(few.rows, vocabulary)};
+  if (gpu::is_thin(few, every)) gpu::thin_linears(on, few, {&thin, 1});
   shard::RouterConfig router;
   router.topk = topk;
   gpu::route(on, router, view(shard::DType::F32, rows, experts), {}, false, nowhere<std::int32_t>(), nowhere<float>());

@@ -26,6 +26,64 @@ TEST_CASE("linear is the CPU's within 2e-6 of f32 or one rounding of bf16, into 
         }
 }
 
+TEST_CASE("linears of few rows are the CPU's within one rounding, several at once, and the same each time") {
+  const auto& mode = kModes[1];
+  for (const Index tokens : {1, 2, 3, 7, 8, 9, 15, 16})
+    for (const Index features : {8, 40, 256, 264, 2080})  // less than a warp's step; with an odd end; more than two turns
+      for (const auto type : {shard::DType::BF16, shard::DType::F32}) {
+        CAPTURE(tokens);
+        CAPTURE(features);
+        const auto x = random_tensor(mode, tokens, features);
+        const OnDevice in(x, mode.type, features + 8);
+        struct One {
+          Tensor w, b;
+          OnDevice weight, bias, out;
+          bool biased;
+          One(const Tensor& like, Index outputs, Index columns, shard::DType type, bool with)
+              : w(random_tensor(kModes[1], outputs, columns, 0.3f)), b(random_tensor(kModes[1], 1, outputs)), weight(w, kModes[1].type, columns + 16),
+                bias(b, outputs % 2 ? shard::DType::F32 : shard::DType::BF16), out(like.rows(), outputs + 5, type), biased(with) {}
+          gpu::LinearViews views() const {
+            return {weight.view(), biased ? bias.view() : gpu::View{}, out.view().column_range(5, weight.view().rows)};
+          }
+        };
+        std::vector<One> all;
+        for (const Index outputs : {70, 1, 16, 33, 17}) all.emplace_back(x, outputs, features, type, outputs != 16);  // more than one launch
+        std::vector<gpu::LinearViews> views;
+        for (const auto& one : all) views.push_back(one.views());
+        gpu::thin_linears(stream(), in.view(), views);
+        for (const auto& one : all) {
+          const auto outputs = one.w.rows();
+          Tensor expected(tokens, outputs), mine(tokens, outputs);
+          lm::cpu::linear(type == shard::DType::F32 ? kModes[0].on() : mode.on(), lm::cpu::Packed(kModes[type != shard::DType::F32].on(), x), weight_of(one.w, mode.type),
+                          one.biased ? weight_of(one.b, mode.type) : lm::Weight{}, expected);
+          const auto found = one.out.get();
+          for (Index r = 0; r < tokens; ++r) {
+            std::copy(found.row(r) + 5, found.row(r) + 5 + outputs, mine.row(r));
+            for (Index c = 0; c < 5; ++c) CHECK(std::isnan(found.row(r)[c]));
+          }
+          CHECK(worst(mine, expected) <= (type == shard::DType::F32 ? 2e-6 : bound(mode, 0)));
+        }
+        const auto first = all[0].out.get();
+        gpu::thin_linears(stream(), in.view(), {views.data(), 1});  // alone as among others
+        CHECK(std::memcmp(all[0].out.get().row(0), first.row(0), first.values().size_bytes()) == 0);
+      }
+}
+
+TEST_CASE("linears that no thin launch takes are refused") {
+  const OnDevice x(17, 8, shard::DType::BF16), odd(2, 9, shard::DType::BF16), w(4, 8, shard::DType::BF16), odd_w(4, 9, shard::DType::BF16), wide(4, 8, shard::DType::F32),
+      out(17, 4, shard::DType::BF16), few(2, 4, shard::DType::BF16);
+  const auto run = [](const OnDevice& x, const OnDevice& w, const OnDevice& out) {
+    const gpu::LinearViews one{w.view(), {}, out.view()};
+    gpu::thin_linears(stream(), x.view(), {&one, 1});
+  };
+  CHECK_THROWS_AS(run(x, w, out), shard::Error);
+  CHECK_THROWS_AS(run(odd, odd_w, few), shard::Error);
+  const OnDevice two(2, 8, shard::DType::BF16);
+  CHECK_THROWS_AS(run(two, wide, few), shard::Error);
+  CHECK_THROWS_AS(run(two, w, out), shard::Error);
+  run(two, w, few);
+}
+
 TEST_CASE("bf16 operands give f32 logits of a router, widened") {
   const auto& mode = kModes[1];
   const auto x = random_tensor(mode, 7, 65), w = random_tensor(mode, 9, 65);

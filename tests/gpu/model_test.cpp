@@ -2,8 +2,11 @@
 #include "gpu/model/device_ops.h"
 #include "gpu/model/load_weights.h"
 #include "gpu/model/memory_plan.h"
+#include "gpu/ops/rows.h"
 #include "libshard/error.h"
 #include "tests/gpu/model.h"
+
+#include <array>
 
 using namespace lm;
 using namespace models;
@@ -72,6 +75,44 @@ TEST_CASE("steps are recorded the second time, replayed the third, and follow we
     CHECK(same_bits(again.result.step_hidden[s], eager.result.step_hidden[s]));
     CHECK(furthest({host.result.step_hidden[s].values().begin(), host.result.step_hidden[s].values().end()},
                    {first.result.step_hidden[s].values().begin(), first.result.step_hidden[s].values().end()}) < 1e-4);
+  }
+}
+
+TEST_CASE("steps under way together take their own inputs, though the caller writes over its memory, and results that are held stay") {
+  for (const bool graphs : {true, false}) {
+    gpu::DeviceOps ops({.graphs = graphs});
+    Tensor table(10, 8), hidden(2, 8);
+    for (Index r = 0; r < 10; ++r) std::fill(table.row(r), table.row(r) + 8, static_cast<float>(r));
+    const auto rows = ops.to_device(table);
+    const auto pick = [&](const Ids& ids) {
+      auto out = ops.make(2, 8);
+      gpu::gather(ops.stream(), gpu::view_of(out), gpu::view_of(rows), 0, gpu::on_device(ids));
+      return out;
+    };
+    const auto step = [&](const Tensor& x, const Ids& ids, const Ids& positions) {  // 100·id + 10·position + x
+      auto out = pick(ids);
+      ops.scale(out, 10);
+      ops.add(out, pick(positions));
+      ops.scale(out, 10);
+      ops.add(out, x);
+      return out;
+    };
+    std::vector<Tensor> held;
+    for (Index i = 0; i < 12; ++i) {
+      std::fill(hidden.values().begin(), hidden.values().end(), static_cast<float>(i) / 16);
+      const std::vector<Index> ids{i % 9, i % 9 + 1}, positions{i % 5, i % 3};
+      auto out = ops.recorded("step", hidden, ids, positions, step);
+      if (i % 4 != 3) held.push_back(std::move(out));  // the fourth of each is dropped, where it may lie in another's place
+      if (i == 6) held.clear();
+      std::fill(hidden.values().begin(), hidden.values().end(), std::nanf(""));
+    }
+    for (std::size_t n = 0; n < held.size(); ++n) {
+      const Index i = std::array{8, 9, 10}[n];
+      const auto out = ops.to_host(held[n]);
+      for (Index r = 0; r < 2; ++r)
+        for (Index c = 0; c < 8; ++c) CHECK(out.row(r)[c] == 100.0f * static_cast<float>(i % 9 + r) + 10.0f * static_cast<float>(r ? i % 3 : i % 5) + static_cast<float>(i) / 16);
+    }
+    CHECK(held.size() == 3);
   }
 }
 

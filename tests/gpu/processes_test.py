@@ -3,9 +3,9 @@
 SHARDKIT is the binary whose devices are emulated; NCCL's double, found beside it, works among processes."""
 import json
 import pathlib
+import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -129,9 +129,9 @@ class Processes(Case):
         here = self.here(LLAMA)
         file = max(here.rglob("*.distcp"), key=lambda one: one.stat().st_size)
         content = bytearray(file.read_bytes())
-        header = content.rindex(b"PK\x03\x04", 0, content.index(b"archive/data/0"))
-        name, extra = struct.unpack_from("<HH", content, header + 26)
-        content[header + 30 + name + extra] ^= 1  # the record's first byte
+        records = [(content.index(b"PK\x07\x08", found.end()) - found.end(), found.end()) for found in re.finditer(rb"archive/data/0FB..Z*", content, re.DOTALL)]
+        size, first = max(records)
+        content[first + size // 2] ^= 1
         file.write_bytes(content)
         args = [here, *self.layout(2, 2)]
         (status, _, err), = finish([start(args)])
