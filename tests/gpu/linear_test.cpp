@@ -61,7 +61,7 @@ TEST_CASE("linears of few rows are the CPU's within one rounding, several at onc
             std::copy(found.row(r) + 5, found.row(r) + 5 + outputs, mine.row(r));
             for (Index c = 0; c < 5; ++c) CHECK(std::isnan(found.row(r)[c]));
           }
-          CHECK(worst(mine, expected) <= (type == shard::DType::F32 ? 2e-6 : bound(mode, 0)));
+          CHECK(worst(mine, expected) <= (type == shard::DType::F32 ? 4e-6 : bound(mode, 0)));
         }
         const auto first = all[0].out.get();
         gpu::thin_linears(stream(), in.view(), {views.data(), 1});  // alone as among others
