@@ -3,6 +3,7 @@
 SHARDKIT is the binary whose devices are emulated; NCCL's double, found beside it, works among processes."""
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -29,21 +30,12 @@ def start(args, rank=None, size=1, launcher="by hand", **more):
     return subprocess.Popen([SHARDKIT, "validate", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(variables))
 
 
-def meetings():
-    """What the double leaves in shared memory while ranks have not all come."""
-    return set(pathlib.Path("/dev/shm").glob("fake_nccl_*"))
+def meetings(processes):
+    """What the double keeps in shared memory while a group's ranks have not all come."""
+    return [path for process in processes for path in pathlib.Path("/dev/shm").glob(f"fake_nccl_{process.pid}_*")]
 
 
 class Processes(Case):
-    def setUp(self):
-        super().setUp()
-        self.before = meetings()
-
-    def tearDown(self):
-        for left in meetings() - self.before:
-            left.unlink(missing_ok=True)  # a rank was killed before all had come
-        super().tearDown()
-
     def here(self, checkpoint):
         """A copy whose folder the ranks may meet in."""
         out = self.tmp / checkpoint.parent.name
@@ -132,25 +124,40 @@ class Processes(Case):
         self.assertEqual(status, 1)
         self.assertEqual(json.loads(done[0][1])["findings"], json.loads(out)["findings"])
 
+    def test_a_checksum_of_what_several_ranks_read(self):
+        """Each sums what it read; together they find what one process finds, and read no more."""
+        here = self.here(LLAMA)
+        file = max(here.rglob("*.distcp"), key=lambda one: one.stat().st_size)
+        content = bytearray(file.read_bytes())
+        records = [(content.index(b"PK\x07\x08", found.end()) - found.end(), found.end()) for found in re.finditer(rb"archive/data/0FB..Z*", content, re.DOTALL)]
+        size, first = max(records)
+        content[first + size // 2] ^= 1
+        file.write_bytes(content)
+        args = [here, *self.layout(2, 2)]
+        (status, _, err), = finish([start(args)])
+        self.assertEqual(status, 4, err)
+        self.assertIn("CRC-32", err)
+        done = self.together(args, 4)
+        self.fails(done, 4, err.strip().removeprefix("shardkit: error: "))
+
     def test_a_rank_that_is_killed_ends_all(self):
         here = self.here(LLAMA)
         for victim in (3, 0):
             for late in (False, True):  # before links are made; while weights travel or after
                 with self.subTest(victim=victim, late=late):
-                    pause = {"SHARDKIT_EMULATED_PAUSE_US": 20000} if late else {}
-                    known = meetings()
-                    processes = [start([here, *self.layout(2, 2)], rank, 4, **pause) for rank in range(4)]
+                    processes = [start([here, *self.layout(2, 2)], rank, 4, SHARDKIT_EMULATED_PAUSE_US=20000) for rank in range(4)]
                     until = time.monotonic() + 30
-                    while not meetings() - known and time.monotonic() < until:
+                    while not meetings(processes) and time.monotonic() < until:
                         time.sleep(0.0002)
-                    if late:
-                        while meetings() - known and time.monotonic() < until:
-                            time.sleep(0.001)
-                        time.sleep(0.1)
+                    while late and meetings(processes) and time.monotonic() < until:
+                        time.sleep(0.001)
+                    time.sleep(0.1 if late else 0)
                     processes[victim].send_signal(signal.SIGSTOP)
                     time.sleep(0.3)
                     processes[victim].kill()
                     done = finish(processes)
+                    for left in meetings(processes):
+                        left.unlink()
                     self.assertEqual(done.pop(victim)[0], -signal.SIGKILL, done)
                     self.fails(done, 7, f"rank {victim}: is gone")
 
