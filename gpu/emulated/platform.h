@@ -96,6 +96,7 @@ void launch(StreamView on, const Grid& grid, const Kernel& kernel) {
           std::memset(memory->bytes, 0xff, sizeof memory->bytes);  // what nobody wrote is NaN
           Block<Kernel> block(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z),
                               *reinterpret_cast<typename Kernel::Shared*>(memory->bytes), own);
+          if constexpr (requires { kernel.prepare(block); }) kernel.prepare(block);
           kernel(block);
         }
   });
