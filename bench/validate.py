@@ -2,6 +2,7 @@
 usage: validate.py [--rounds N] HF_FOLDER ONEDNN_RATE     prints a table in Markdown; bench/validate.sh prepares both"""
 import argparse
 import json
+import math
 import os
 import pathlib
 import random
@@ -19,10 +20,10 @@ def timed(command):
     """Wall seconds, peak resident MiB, peak anonymous MiB (mapped files apart), standard output."""
     start = time.perf_counter()
     child = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    peak = [0]
+    peak, ended = [0], threading.Event()
 
     def watch():
-        while child.poll() is None:
+        while not ended.is_set():
             try:
                 text = pathlib.Path(f"/proc/{child.pid}/status").read_text()
                 peak[0] = max(peak[0], int(text.split("RssAnon:")[1].split()[0]))
@@ -36,10 +37,15 @@ def timed(command):
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - start
     child.returncode = status
+    ended.set()
     watcher.join()
     if status:
         raise SystemExit(f"failed: {command}")
     return seconds, usage.ru_maxrss / 1024, peak[0] / 1024, out
+
+
+def none_or(value, text):
+    return "none" if math.isnan(value) else text.format(value)
 
 
 def main():
@@ -68,10 +74,10 @@ def main():
                 keep("ours", seconds), keep("forward", json.loads(out)["seconds"]["forward"]), keep("peak", peak), keep("anonymous", anonymous)
                 seconds, peak, _, out = timed([python, ROOT / "bench/transformers_forward.py", ask.folder, dtype, tokens])
                 keep("theirs", seconds - json.loads(out)["second"]), keep("their forward", json.loads(out)["forward"]), keep("their peak", peak)
-                keep("onednn", float(timed([ask.onednn, dtype, *shape])[3]))
+                keep("onednn", float(timed([ask.onednn, dtype, *shape])[3]))  # NaN: it has no such products on this processor
             b = best
-            print(f"| {dtype} | {b['ours']:.2f} s | {b['theirs']:.2f} s | {b['ours'] / b['theirs']:.2f} × | {b['forward']:.2f} s | {b['their forward']:.2f} s | {b['onednn']:.2f} s | "
-                  f"{100 * b['onednn'] / b['forward']:.0f} % | {b['peak']:.0f} MiB | {b['anonymous']:.0f} MiB | {b['their peak']:.0f} MiB |", flush=True)
+            print(f"| {dtype} | {b['ours']:.2f} s | {b['theirs']:.2f} s | {b['ours'] / b['theirs']:.2f} × | {b['forward']:.2f} s | {b['their forward']:.2f} s | {none_or(b['onednn'], '{:.2f} s')} | "
+                  f"{none_or(100 * b['onednn'] / b['forward'], '{:.0f} %')} | {b['peak']:.0f} MiB | {b['anonymous']:.0f} MiB | {b['their peak']:.0f} MiB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ template <typename Kernel>
 constexpr void check_kernel() {
   static_assert(Kernel::kThreads >= 32 && Kernel::kThreads <= 1024 && Kernel::kThreads % 32 == 0, "whole warps, at most 1024 threads");
   static_assert(sizeof(typename Kernel::Shared) <= kPortableShared, "shared memory of a block");
+  static_assert(alignof(typename Kernel::Shared) <= 1024, "how a block's shared memory is aligned");
   static_assert(std::is_trivially_copyable_v<Kernel> && sizeof(Kernel) <= 4096, "kernels travel as parameters");
 }
 

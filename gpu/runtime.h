@@ -33,6 +33,8 @@ bool is_emulated();
 /// Makes a device the calling thread's: everything below happens there.
 void use_device(int index);
 DeviceInfo device_info(int index);
+/// Whether the current device has the products of gpu/warpgroup.h, and this build the code for them.
+bool has_warpgroups();
 
 /// An in-order queue of work. A view neither owns nor ends it.
 struct StreamView {

@@ -79,9 +79,16 @@ GPU_CODE void take_turn() {
 #endif
 }
 
+/// Blocks that should find room on a multiprocessor, where a kernel says so.
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run_block(const __grid_constant__ Kernel kernel) {
-  extern __shared__ __align__(128) unsigned char memory[];
+constexpr unsigned blocks_together() {
+  if constexpr (requires { Kernel::kTogether; }) return Kernel::kTogether;
+  else return 1;
+}
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, blocks_together<Kernel>()) run_block(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(1024) unsigned char memory[];
   Block<Kernel> block(*reinterpret_cast<typename Kernel::Shared*>(memory));
   if constexpr (requires { kernel.prepare(block); }) kernel.prepare(block);
   take_turn();

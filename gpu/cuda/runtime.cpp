@@ -4,6 +4,8 @@
 #include "gpu/architectures.h"
 #include "gpu/cuda/check.h"
 
+#include <string_view>
+
 namespace gpu {
 namespace {
 
@@ -87,6 +89,15 @@ bool launches_overlap() {
   int device = 0;
   check(cudaGetDevice(&device), "asking for the device");
   return able[static_cast<std::size_t>(device)];
+}
+
+bool has_warpgroups() {
+  static const bool built = std::string_view(SHARDKIT_CUDA_ARCHITECTURES).find("90a") != std::string_view::npos;
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "asking for a device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for a device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for a device");
+  return built && major == 9 && minor == 0;
 }
 
 void use_device(int index) { check(cudaSetDevice(index), "choosing a device"); }

@@ -185,6 +185,7 @@ Probe probe() {
   return out;
 }
 bool is_emulated() { return true; }
+bool has_warpgroups() { return true; }
 void use_device(int index) { device_info(index); }
 
 Stream::Stream() : handle_(new Queue) {}

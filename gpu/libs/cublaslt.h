@@ -13,7 +13,7 @@ namespace gpu {
 /// What a product is, without its addresses. Counts, pitches (from row to row) and steps (from one of the batch to the next) are elements.
 struct MatmulShape {
   std::int64_t rows = 0, columns = 0, inner = 0;       ///< t, n, k
-  shard::DType type = shard::DType::BF16;              ///< of x and w: bf16, f16, f32, f8_e4m3; f8_e5m2 for one of them (see w_type)
+  shard::DType type = shard::DType::BF16;              ///< of x and w: bf16, f16, f32, f8_e4m3
   shard::DType out_type = shard::DType::BF16;          ///< and of the bias: bf16, f16, f32
   std::int64_t x_pitch = 0, w_pitch = 0, out_pitch = 0;
   bool w_by_inner = false;                             ///< w is stored [k, n], as the values of attention are; weights are [n, k]

@@ -57,7 +57,8 @@ struct Flash {
       });
       block.each([&](unsigned thread, Own& own) {
         own.next = own.top;
-        for (const float score : s.p[thread / kTeam]) own.next = larger(own.next, score);
+        const auto* const scores = s.p[thread / kTeam];
+        for (int j = 0; j < kKeys; ++j) own.next = larger(own.next, scores[j]);
       });
       block.each([&](unsigned thread, Own& own) {
         const float shift = own.next == lowest() ? 0.0f : own.next;
@@ -111,7 +112,7 @@ void flash_attention(StreamView on, const lm::AttentionShape& shape, const View&
   shard::require(widest <= kMaxFlashHead, shard::Code::Device,
                  [&] { return fmt::format("device: heads of {}; flash attention takes at most {}", widest, kMaxFlashHead); });
   const auto scalars = attention_scalars(shape, sinks);
-  if (flash_on_tensor_cores(on, scalars, q, k, v, out)) return;
+  if (flash_by_warpgroups(on, scalars, q, k, v, out) || flash_on_tensor_cores(on, scalars, q, k, v, out)) return;
   const auto run = [&]<int kHead>() {
     using Kernel = Flash<kHead>;
     const auto tiles = blocks_for(static_cast<std::uint64_t>(shape.length), Kernel::kQueries);

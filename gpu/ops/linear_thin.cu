@@ -20,7 +20,7 @@ template <int kTokens>
 struct ThinLinear {
   static constexpr int kWarps = 8, kStep = 32,  // of the depth, in a warp's two products
                        kSteps = kTokens == 8 ? 3 : 2;  // loaded together: as many as leave registers for two blocks
-  static constexpr unsigned kThreads = kWarps * 32;
+  static constexpr unsigned kThreads = kWarps * 32, kTogether = 2;
   struct Shared {
     float part[kWarps][kTokens][kOutputs + 1];
   };

@@ -29,6 +29,9 @@ std::vector<Case> cases() {
   out.push_back({"several tiles", shape(1, 150, 2, 2, 80, 80)});
   out.push_back({"latent", shape(1, 70, 2, 1, 136, 96)});
   out.push_back({"wide", shape(1, 65, 1, 1, 256, 200)});
+  out.push_back({"more blocks than a device runs at once", shape(1, 256, 32, 8, 64, 64)});
+  out.push_back({"whole panels", shape(2, 300, 4, 2, 128, 128)});
+  out.push_back({"three panels and two", shape(1, 130, 2, 1, 192, 128)});
   out.push_back({"odd sizes", shape(1, 33, 2, 1, 33, 21)});
   out.push_back({"window", shape(1, 140, 2, 1, 16, 16)});
   out.back().shape.window = 20;
@@ -63,15 +66,16 @@ TEST_CASE("attention: local, flash and unfused are the CPU's within 3e-6 of f32 
       const auto rounding = meant(mode), exact = meant(kModes[0]);
       const OnDevice a(q, mode.type, s.heads * s.key_size + 8), b(k, mode.type), c(v, mode.type), offsets(sinks, shard::DType::F32);
       const auto added = one.sinks ? offsets.view() : gpu::View{};
-      for (const int way : {0, 1, 2}) {
+      for (const int way : {0, 1, 2, 3}) {
         CAPTURE(mode.bf16());
         CAPTURE(one.name);
         CAPTURE(way);
         const OnDevice out(rows, s.heads * s.value_size, mode.type), scores(way == 2 ? s.batch * s.heads * s.length : 1, s.length, mode.type);
         if (way == 0) gpu::local_attention(stream(), s, a.view(), b.view(), c.view(), added, out.view());
         if (way == 1) gpu::flash_attention(stream(), s, a.view(), b.view(), c.view(), added, out.view());
+        if (way == 3 && !gpu::flash_on_tensor_cores(stream(), gpu::attention_scalars(s, added), a.view(), b.view(), c.view(), out.view())) continue;
         if (way == 2) gpu::unfused_attention(stream(), s, a.view(), b.view(), c.view(), added, scores.view(), out.view());
-        CHECK(worst(out.get(), way == 1 ? exact : rounding) <= (mode.bf16() ? 0.006 : 3e-6));
+        CHECK(worst(out.get(), way % 2 ? exact : rounding) <= (mode.bf16() ? 0.006 : 3e-6));
       }
     }
 }

@@ -131,8 +131,6 @@ TEST_CASE("fp8 products take a scale of each operand; what fp8 cannot do is refu
   gpu::Stream stream;
   auto s = dense(16, 32, 64, DType::F8E4M3, DType::BF16);
   check_product(matmul, s);
-  s.w_type = DType::F8E5M2;
-  check_product(matmul, s);
   const Matrix x(16 * 64, s.type, 1), w(32 * 64, s.w_type, 2);
   Matrix out(16 * 32, DType::BF16, 4), scales(2, DType::F32, 5);
   scales.values = {0.5f, 4};
@@ -149,7 +147,7 @@ TEST_CASE("fp8 products take a scale of each operand; what fp8 cannot do is refu
   };
   auto bad = s;
   bad.type = DType::F8E5M2;
-  refused(bad, "two f8_e5m2 operands");
+  refused(bad, "f8_e5m2 operands");
   bad = s, bad.type = DType::BF16;
   refused(bad, "fp8 multiplies only with fp8");
   bad = s, bad.inner = 24, refused(bad, "16 divides");

@@ -1,0 +1,123 @@
+// Flash attention in bf16 by warpgroups' products (gpu/warpgroup.h): two warpgroups have 64 queries each and share the keys and values, which are read from
+// shared memory by the products themselves. While a tile of keys is worked on the next arrives.
+#include "gpu/ops/attention_flash_rows.h"
+#include "gpu/warpgroup.h"
+
+namespace gpu {
+namespace {
+
+using Index = std::int64_t;
+
+/// kKey, kValue: lanes of a head, filled up with zeros to a multiple of 64. kBlocks: how many of these share a multiprocessor.
+template <int kKey, int kValue, unsigned kBlocks>
+struct FlashGroup {
+  static constexpr int kQueries = 128, kKeys = 64;
+  static constexpr unsigned kThreads = 256, kTogether = kBlocks;
+  using Rows = FlashRows<kKeys, kValue>;
+  template <int kRows, int kWidth>
+  using Panels = Bf16[kWidth / 64][kRows][64];
+  struct Shared {
+    alignas(1024) Panels<kQueries, kKey> q;
+    alignas(1024) Panels<kKeys, kKey> k[2];
+    alignas(1024) Panels<kKeys, kValue> v[2];
+  };
+  struct Own : Rows::Own {
+    std::uint32_t p[kKeys / 16][4];
+  };
+  AttentionScalars a;
+  const Bf16* q;
+  const Bf16* k;
+  const Bf16* v;
+  Bf16* out;
+  Index q_stride, k_stride, v_stride, out_stride;
+
+  template <typename Block>
+  GPU_CODE void operator()(Block& block) const {
+    auto& s = block.shared();
+    const FlashBlock mine(a, block.x(), kQueries);
+    const Rows rows{a, mine.start};
+    const Index key_head = a.key_head(mine.head), row = mine.sequence * a.length;
+    const auto* const keys = k + row * k_stride + key_head * a.key_size;
+    const auto* const values = v + row * v_stride + key_head * a.value_size;
+    const int key_size = static_cast<int>(a.key_size), value_size = static_cast<int>(a.value_size);
+    const auto load_tile = [&](unsigned thread, int at, int slot) {
+      load(thread, keys, k_stride, at, key_size, s.k[slot]);
+      load(thread, values, v_stride, at, value_size, s.v[slot]);
+    };
+    const int first = static_cast<int>(a.first_key(mine.start)) / kKeys * kKeys;
+    block.each_apart([&](unsigned thread, Own& own) {
+      load(thread, q + row * q_stride + mine.head * a.key_size, q_stride, mine.start, key_size, s.q);
+      load_tile(thread, first, 0);
+      Rows::begin(own);
+    });
+    int slot = 0;
+    for (int at = first; at < mine.stop; at += kKeys, slot ^= 1) {
+      block.each([&](unsigned, Own&) {  // this tile is there, and nobody reads the one before
+        copy_async_wait();
+        show_copies();
+      });
+      block.each_apart([&](unsigned thread, Own&) {
+        if (at + kKeys < mine.stop) load_tile(thread, at + kKeys, slot ^ 1);
+      });
+      make_scores(block, s.q, s.k[slot]);
+      rows.soften(block, at);
+      add_values(block, s.v[slot]);
+    }
+    rows.finish(block, mine.head, out + row * out_stride, out_stride);
+  }
+
+ private:
+  template <std::size_t kPanels, std::size_t kRows>
+  GPU_CODE void load(unsigned thread, const Bf16* from, Index stride, int first, int width, Bf16 (&to)[kPanels][kRows][64]) const {
+    load_rows<static_cast<int>(kRows), static_cast<int>(kPanels) * 8, static_cast<int>(kThreads)>(
+        thread, from, stride, first, static_cast<int>(a.length), width, [&](int row, int chunk) { return &to[chunk / 8][row][chunk_place(row, chunk % 8) * 8]; });
+  }
+
+  template <typename Block>
+  GPU_CODE static void make_scores(Block& block, const Panels<kQueries, kKey>& queries, const Panels<kKeys, kKey>& keys) {
+    const auto registers = [](Own& own) -> GroupRegisters { return {own.s, nullptr}; };
+    group_begin<kKeys, 0>(block, registers);
+    GPU_UNROLL for (int d = 0; d < kKey; d += 16)
+      group_product<kKeys>(block, [&](Own& own, unsigned group) -> GroupShares {
+        return {own.s, &queries[d / 64][group * 64][d % 64], &keys[d / 64][0][d % 64], d == 0};
+      });
+    group_commit(block);
+    group_wait<kKeys, 0>(block, registers);
+  }
+
+  template <typename Block>
+  GPU_CODE static void add_values(Block& block, const Panels<kKeys, kValue>& values) {
+    const auto registers = [](Own& own) -> GroupRegisters { return {own.o, own.p}; };
+    block.each_apart([](unsigned, Own& own) {
+      GPU_UNROLL for (int key = 0; key < kKeys; key += 16) Rows::pack(own, key, own.p[key / 16]);
+    });
+    group_begin<kValue, kKeys / 16>(block, registers);
+    GPU_UNROLL for (int key = 0; key < kKeys; key += 16)
+      group_product_turned<kValue>(block, [&](Own& own) -> GroupTurnedShares { return {own.o, own.p[key / 16], &values[0][key][0], sizeof values[0]}; });
+    group_commit(block);
+    group_wait<kValue, kKeys / 16>(block, registers);
+  }
+};
+
+template <int kKey, int kValue, unsigned kBlocks>
+bool run(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
+  using Kernel = FlashGroup<kKey, kValue, kBlocks>;
+  const auto tiles = blocks_for(static_cast<std::uint64_t>(a.length), Kernel::kQueries);
+  launch(on, {tiles * static_cast<std::uint64_t>(a.batch * a.heads)},
+         Kernel{a, elements<const Bf16>(q), elements<const Bf16>(k), elements<const Bf16>(v), elements<Bf16>(out), q.stride, k.stride, v.stride,
+                out.stride});
+  return true;
+}
+
+}  // namespace
+
+bool flash_by_warpgroups(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
+  if (!has_warpgroups() || !tensor_cores_take(a, q, k, v, out)) return false;
+  const auto fits = [&](std::int64_t key, std::int64_t value) { return a.key_size <= key && a.value_size <= value; };
+  if (fits(64, 64)) return run<64, 64, 2>(on, a, q, k, v, out);
+  if (fits(128, 128)) return run<128, 128, 1>(on, a, q, k, v, out);
+  if (fits(192, 128)) return run<192, 128, 1>(on, a, q, k, v, out);
+  return false;
+}
+
+}  // namespace gpu
