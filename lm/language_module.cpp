@@ -267,8 +267,8 @@ Tensor LanguageModule::mtp_layer(Weights& weights, Index depth, const Ids& ids, 
   auto joined = on_.make(hidden.rows(), size);
   on_.linear(on_.pack(both), {weights.take(prefix + "eh_proj.weight"), {}}, joined);
   auto here = rank(weights);
-  layer_forward(here, config_.mtp_layer(depth), prefix + "layer.", rope, length, joined);
-  return final_norm(on_, config_, weights, prefix + "final_norm", joined);
+  const auto branch = layer_forward(here, config_.mtp_layer(depth), prefix + "layer.", rope, length, joined);
+  return on_.add_normalize(joined, branch, norm_of(config_), parameters(weights, prefix + "final_norm"));
 }
 
 Tensor LanguageModule::compute_mtp_single_step(Weights& weights, const MtpStep& step) {
@@ -319,7 +319,7 @@ void LanguageModule::forward(Weights& weights, const ForwardRequest& request, Fo
   for (Index l = placement_.first_layer; l < placement_.first_layer + placement_.layers; ++l) {
     const auto& layer = config_.layers[static_cast<std::size_t>(l)];
     auto here = rank(weights);
-    layer_forward(here, layer, layer_prefix(l), layer.local_rope ? local : rope, batch.length, hidden);
+    on_.add(hidden, layer_forward(here, layer, layer_prefix(l), layer.local_rope ? local : rope, batch.length, hidden));
     note(fmt::format("layer {}", l), hidden, notes);
   }
   if (placement_.post_process) {

@@ -16,7 +16,7 @@ class Layer {
   Layer(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length)
       : rank_(rank), config_(rank.config), on_(rank.on), layer_(layer), prefix_(prefix), rope_(rope), length_(length) {}
 
-  void run(Tensor& hidden) {
+  Tensor run(Tensor& hidden) {
     auto normed = norm("attention.norm", hidden);
     auto attended = config_.multi_latent_attention ? latent_attention(normed) : attention(normed);
     if (has("attention.post_norm.weight")) attended = norm("attention.post_norm", attended);
@@ -24,15 +24,14 @@ class Layer {
       // Both branches start from the same residual; NeoX adds them to each other first.
       auto fed = feed_forward(norm("mlp.norm", hidden));
       on_.add(fed, attended);
-      on_.add(hidden, fed);
-      return;
+      return fed;
     }
     if (config_.residual_post_layernorm) hidden = std::move(normed);
     auto between = on_.add_normalize(hidden, attended, norm_of(config_.layernorm_epsilon), parameters("mlp.norm"));
     auto fed = feed_forward(between);
     if (has("mlp.post_norm.weight")) fed = norm("mlp.post_norm", fed);
     if (config_.residual_post_layernorm) hidden = std::move(between);
-    on_.add(hidden, fed);
+    return fed;
   }
 
  private:
@@ -263,9 +262,9 @@ std::vector<WeightUse> layer_uses(const WeightSource& source, const TransformerC
   return out;
 }
 
-void layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length,
+Tensor layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length,
                    Tensor& hidden) {
-  Layer(rank, layer, prefix, rope, length).run(hidden);
+  return Layer(rank, layer, prefix, rope, length).run(hidden);
 }
 
 }  // namespace lm

@@ -23,9 +23,9 @@ struct RankContext {
 std::vector<WeightUse> layer_uses(const WeightSource& source, const shard::TransformerConfig& config, const shard::LayerConfig& layer,
                                   const std::string& prefix, int times);
 
-/// `hidden` [batch·length, hidden] becomes the layer's output; rows are sequences of `length` after one another. `rope` has
-/// the angles of positions 0 … length−1, or nothing where no rotation is wanted.
-void layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length,
+/// The layer's last branch: `hidden` [batch·length, hidden] plus it is the layer's output, a sum that may be one with the norm behind it. Rows
+/// are sequences of `length` after one another. `rope` has the angles of positions 0 … length−1, or nothing where no rotation is wanted.
+[[nodiscard]] Tensor layer_forward(RankContext& rank, const shard::LayerConfig& layer, const std::string& prefix, const Rope& rope, Index length,
                    Tensor& hidden);
 
 }  // namespace lm
