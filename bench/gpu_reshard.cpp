@@ -67,11 +67,11 @@ class Bench {
     const auto down = rate(bytes_, [&] { gpu::to_host(host_.data(), from_.data(), bytes_, stream_); });
     fmt::print("{{\"device\": \"{}\", \"bytes\": {}, \"copy\": {:.0f}, \"up\": {:.0f}, \"down\": {:.0f}, \"kernels\": {{", device, bytes_, copy, up, down);
     bool first = true;
-    const auto told = [&](const char* name, double found) {
+    const auto told = [&](const std::string& name, double found) {
       fmt::print("{}\"{}\": {{\"rate\": {:.0f}, \"of_copy\": {:.3f}}}", first ? "" : ", ", name, found, found / copy);
       first = false;
     };
-    const auto boxes = [&](const char* name, const std::vector<Box>& list) { told(name, boxes_rate(list)); };
+    const auto boxes = [&](const std::string& name, const std::vector<Box>& list) { told(name, boxes_rate(list)); };
     // A weight of `columns` bf16 columns; as many rows as fit.
     const Index columns = std::min<Index>(4096, static_cast<Index>(bytes_ / 2 / 64)), rows = static_cast<Index>(bytes_) / 2 / columns / 64 * 64, ways = 8;
     std::vector<Box> split, joined;
@@ -87,15 +87,23 @@ class Bench {
       by_rows.push_back({static_cast<std::uint64_t>(2 * columns * (rows / ways) * t), static_cast<std::uint64_t>(2 * columns * (rows / ways) * (ways - 1 - t)), {{rows / ways * columns, 2, 2}}, DType::BF16, DType::BF16});
     boxes("rows split in 8", by_rows);
     boxes("q, k, v interleaved", interleaved(rows / 6 / 8 * 8, columns));
-    boxes("transpose of bf16", {{0, 0, {{columns, 2, 2 * rows}, {rows, 2 * columns, 2}}, DType::BF16, DType::BF16}});
-    const auto cast = [&](const char* name, DType from, DType to) {
-      const auto count = bytes_ / std::max(size_of(from), size_of(to));
-      boxes(name, {{0, 0, {{static_cast<Index>(count), static_cast<Index>(size_of(from)), static_cast<Index>(size_of(to))}}, from, to}});
+    const auto transpose = [&](DType from, DType to) {
+      const auto item = static_cast<Index>(size_of(from)), wide = static_cast<Index>(size_of(to)), count = rows * 2 / std::max(item, wide) / 64 * 64;
+      boxes(from == to ? fmt::format("transpose of {}", name(from)) : fmt::format("transpose of {} to {}", name(from), name(to)),
+            {{0, 0, {{columns, item, wide * count}, {count, item * columns, wide}}, from, to}});
     };
-    cast("f32 to bf16", DType::F32, DType::BF16);
-    cast("bf16 to f32", DType::BF16, DType::F32);
-    cast("bf16 to f16", DType::BF16, DType::F16);
-    cast("bf16 to f8_e4m3", DType::BF16, DType::F8E4M3);
+    transpose(DType::BF16, DType::BF16);
+    transpose(DType::F32, DType::F32);
+    transpose(DType::F8E4M3, DType::F8E4M3);
+    const auto cast = [&](DType from, DType to) {
+      const auto item = static_cast<Index>(size_of(from)), wide = static_cast<Index>(size_of(to));
+      boxes(fmt::format("{} to {}", name(from), name(to)), {{0, 0, {{static_cast<Index>(bytes_) / std::max(item, wide), item, wide}}, from, to}});
+    };
+    for (const auto& [from, to] : {std::pair{DType::F32, DType::BF16}, {DType::BF16, DType::F32}, {DType::BF16, DType::F16}, {DType::F16, DType::BF16}, {DType::F32, DType::F16},
+                                   {DType::F32, DType::F8E4M3}, {DType::F8E4M3, DType::F32}, {DType::BF16, DType::F8E4M3}, {DType::F8E4M3, DType::BF16}, {DType::F8E4M3, DType::F8E5M2}})
+      cast(from, to);
+    transpose(DType::F32, DType::BF16);
+    transpose(DType::BF16, DType::F8E4M3);
     boxes("one row repeated", {{0, 0, {{rows, 0, 2 * columns}, {columns, 2, 2}}, DType::BF16, DType::BF16}});
     told("crc32", sums_rate());
     told("scan for what is not finite", scan_rate());

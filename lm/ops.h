@@ -60,7 +60,7 @@ struct FeedForward {
   Linear gate, up, down;
 };
 
-/// What a tensor's numbers look like. The digest is the sum over elements of a mix of place and bits, modulo 2^64.
+/// What a tensor's numbers look like. The digest is that of lm/digest.h.
 struct TensorStats {
   double rms = 0, max_abs = 0;
   std::uint64_t nonfinite = 0, digest = 0;

@@ -20,7 +20,7 @@ void look_at_weight(StreamView on, const View& weight, std::byte* scratch, Weigh
 struct ActivationLook {
   double squares = 0;
   std::uint64_t nonfinite = 0;
-  std::uint64_t digest = 0;  ///< Σ mix64(bits of element i as f32 + i·0x9E3779B97F4A7C15) mod 2^64, i over rows × columns
+  std::uint64_t digest = 0;  ///< that of lm/digest.h
   float max_abs = 0;
   std::uint32_t pad = 0;
 };

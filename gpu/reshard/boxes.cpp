@@ -64,10 +64,10 @@ constexpr Index kWorthTiles = 4;  ///< shorter sides are moved element by elemen
 
 bool worth_tiles(const Dims& dims, int source) { return source >= 0 && dims[static_cast<std::size_t>(source)].count >= kWorthTiles && dims.back().count >= kWorthTiles; }
 
-/// The source's fastest dimension goes before the target's.
-std::uint64_t tile_order(Dims& dims, int source) {
+/// The source's fastest dimension goes before the target's. How many tiles that makes.
+std::uint64_t tile_order(Dims& dims, int source, std::uint64_t side) {
   std::rotate(dims.begin() + source, dims.begin() + source + 1, dims.end() - 1);
-  const auto across = [](Index count) { return (static_cast<std::uint64_t>(count) + kTile - 1) / kTile; };
+  const auto across = [&](Index count) { return (static_cast<std::uint64_t>(count) + side - 1) / side; };
   return units_of({dims.begin(), dims.end() - 2}) * across(dims[dims.size() - 2].count) * across(dims.back().count);
 }
 
@@ -102,7 +102,7 @@ void BoxList::add_copy(const Box& box) {
   const bool dense = dims.back().from == unit && dims.back().to == unit;
   const auto source = source_fastest(dims, unit);
   if (!dense && unit <= 8 && dims.back().to == unit && worth_tiles(dims, source)) {
-    const auto blocks = tile_order(dims, source);
+    const auto blocks = tile_order(dims, source, tile_side(unit, unit));
     return push(tiles_, tile_blocks_, blocks, entry_of(box, dims, unit));
   }
   const auto entry = entry_of(box, dims, unit);
@@ -118,12 +118,13 @@ void BoxList::add_cast(const Box& box) {
     const auto from = std::min<std::uint32_t>(16, group * static_cast<std::uint32_t>(item)), to = std::min<std::uint32_t>(16, group * static_cast<std::uint32_t>(wide));
     return common_unit(from, {box.from}, dims, &TileDim::from) == from && common_unit(to, {box.to}, dims, &TileDim::to) == to;
   };
-  if (!dims.empty() && dims.back().from == item && dims.back().to == wide && dims.back().count % kCastUnit == 0) {
+  const auto group = cast_unit(static_cast<unsigned>(item), static_cast<unsigned>(wide));
+  if (!dims.empty() && dims.back().from == item && dims.back().to == wide && dims.back().count % group == 0) {
     auto grouped = dims;
     std::swap(dims, grouped);
-    dims.back() = {dims.back().count / kCastUnit, item * kCastUnit, wide * kCastUnit};
-    if (aligned(kCastUnit)) {
-      const auto entry = entry_of(box, dims, kCastUnit);
+    dims.back() = {dims.back().count / group, item * group, wide * group};
+    if (aligned(group)) {
+      const auto entry = entry_of(box, dims, group);
       return push(casts_, cast_blocks_, (entry.units + kUnitsPerBlock - 1) / kUnitsPerBlock, entry);
     }
     std::swap(dims, grouped);
@@ -131,7 +132,7 @@ void BoxList::add_cast(const Box& box) {
   const auto unit = aligned(1) ? 1u : 0u;  // 0: one element, byte by byte
   const auto source = source_fastest(dims, item);
   if (unit && !dims.empty() && dims.back().to == wide && dims.back().from != item && worth_tiles(dims, source)) {
-    const auto blocks = tile_order(dims, source);
+    const auto blocks = tile_order(dims, source, tile_side(static_cast<unsigned>(item), static_cast<unsigned>(wide)));
     return push(tiles_, tile_blocks_, blocks, entry_of(box, dims, unit));
   }
   const auto entry = entry_of(box, dims, unit);

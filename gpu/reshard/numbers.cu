@@ -26,11 +26,36 @@ GPU_CODE Look look_of(DType part) {
   }
 }
 
-/// The `size` bytes at `at` of sixteen.
-GPU_CODE std::uint64_t part_at(const Wide& sixteen, unsigned at, unsigned size) {
-  if (size == 8) return sixteen.word[at / 4] | std::uint64_t{sixteen.word[at / 4 + 1]} << 32;
-  const auto word = sixteen.word[at / 4] >> 8 * (at % 4);
-  return size == 4 ? word : word & ((1u << 8 * size) - 1);
+/// Finds parts from `special` on in a word at once: their sums carry into the top bit. Of f64 the words at odd places tell.
+struct Marks {
+  std::uint32_t magnitude[2], add[2], top[2];
+
+  GPU_CODE explicit Marks(const Look& look) {
+    const auto half = std::uint64_t{1} << (8 * look.size - 1);
+    const auto ones = look.size == 1 ? 0x01010101u : look.size == 2 ? 0x00010001u : 1u;
+    const auto word = [&](std::uint64_t part) { return static_cast<std::uint32_t>(look.size == 8 ? part >> 32 : part) * ones; };
+    for (unsigned odd = 0; odd < 2; ++odd) {
+      const bool tells = odd || look.size < 8;
+      magnitude[odd] = tells ? word(look.magnitude) : 0;
+      add[odd] = tells ? word(half - look.special) : 0;
+      top[odd] = tells ? word(half) : 0;
+    }
+  }
+  GPU_CODE bool in(const Wide& sixteen) const {
+    std::uint32_t carried = 0;
+    GPU_UNROLL
+    for (unsigned i = 0; i < 4; ++i) carried |= ((sixteen.word[i] & magnitude[i % 2]) + add[i % 2]) & top[i % 2];
+    return carried != 0;
+  }
+};
+
+GPU_CODE std::uint64_t load_part(const std::byte* from, unsigned size) {
+  switch (size) {
+    case 1: return load_as<std::uint8_t>(from);
+    case 2: return load_as<std::uint16_t>(from);
+    case 4: return load_as<std::uint32_t>(from);
+    default: return load_as<std::uint64_t>(from);
+  }
 }
 
 GPU_CODE unsigned parts_of(DType dtype) { return dtype == DType::C64 || dtype == DType::C128 ? 2 : 1; }
@@ -52,7 +77,7 @@ GPU_CODE unsigned size_of_part(DType part) {
 }
 
 struct Scan {
-  static constexpr unsigned kThreads = 256;
+  static constexpr unsigned kThreads = 256, kEach = 4;
   struct Shared {};
   struct Own {
     unsigned long long nan, inf, before;
@@ -66,30 +91,36 @@ struct Scan {
     const auto piece = pieces[block.x()];
     const auto part = shard::part_of(piece.dtype);
     const auto look = look_of(part);
+    const Marks marks(look);
     const auto per_element = look.size * parts_of(piece.dtype);
+    const auto count = [&](std::uint32_t at, Own& own) {
+      for (unsigned i = 0; i < 16 && at + i < piece.bytes; i += look.size) {
+        const auto magnitude = load_part(base + piece.at + at + i, look.size) & look.magnitude;
+        if (magnitude < look.special) continue;
+        const bool nan = magnitude > look.special || part == DType::F8E4M3;
+        (nan ? own.nan : own.inf) += 1;
+        const auto before = ~(piece.first + (at + i) / per_element);
+        own.before = before > own.before ? before : own.before;
+      }
+    };
     block.each_apart([&](unsigned thread, Own& own) {
       own = {0, 0, 0};
-      for (auto at = 16 * thread; at < piece.bytes; at += 16 * kThreads) {
-        const auto left = piece.bytes - at;
-        Wide sixteen{};
-        if (left >= 16) sixteen = load_as<Wide>(base + piece.at + at);
-        else
-          for (unsigned i = 0; i < left; ++i) sixteen.word[i / 4] |= std::uint32_t{static_cast<std::uint8_t>(base[piece.at + at + i])} << 8 * (i % 4);
-        for (unsigned i = 0; i < 16 && i < left; i += look.size) {
-          const auto magnitude = part_at(sixteen, i, look.size) & look.magnitude;
-          if (magnitude < look.special) continue;
-          const bool nan = magnitude > look.special || part == DType::F8E4M3;
-          (nan ? own.nan : own.inf) += 1;
-          const auto before = ~(piece.first + (at + i) / per_element);
-          own.before = before > own.before ? before : own.before;
-        }
+      for (auto at = 16 * thread; at < piece.bytes; at += 16 * kThreads * kEach) {
+        const auto place = [&](unsigned i) { return at + i * 16 * kThreads; };
+        Wide held[kEach]{};
+        GPU_UNROLL
+        for (unsigned i = 0; i < kEach; ++i)
+          if (place(i) + 16 <= piece.bytes) held[i] = load_as<Wide>(base + piece.at + place(i));
+        GPU_UNROLL
+        for (unsigned i = 0; i < kEach; ++i)
+          if (place(i) + 16 <= piece.bytes ? marks.in(held[i]) : place(i) < piece.bytes) count(place(i), own);
       }
     });
-    block.sum(&Own::nan);
-    block.sum(&Own::inf);
-    block.max(&Own::before);
+    block.warp_sum(&Own::nan);
+    block.warp_sum(&Own::inf);
+    block.warp_max(&Own::before);
     block.each_apart([&](unsigned thread, Own& own) {
-      if (thread != 0 || own.before == 0) return;
+      if (thread % 32 != 0 || own.before == 0) return;
       auto& result = results[piece.result];
       atomic_add(&result.nan, own.nan);
       atomic_add(&result.inf, own.inf);
@@ -126,7 +157,7 @@ struct Compare {
         for (unsigned i = 0; i < end; i += per_element) {
           bool differs = false;
           for (unsigned p = 0; p < per_element; p += size) {
-            if (load_bits(x + i + p, size, true) == load_bits(y + i + p, size, true)) continue;
+            if (load_part(x + i + p, size) == load_part(y + i + p, size)) continue;
             differs = true;
             shard::add_difference(x + i + p, y + i + p, part, sum);
           }

@@ -1,8 +1,10 @@
 // How large a tensor's numbers are, and a digest of their bits that parts can be added up to.
 #include "lm/cpu/numbers.h"
 #include "lm/cpu/ops.h"
+#include "lm/digest.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -10,23 +12,30 @@
 namespace lm::cpu {
 namespace {
 
+constexpr auto kFactors = [] {
+  std::array<std::uint64_t, kDigestGroup> out{};
+  for (int j = 0; j < kDigestGroup; ++j) out[static_cast<std::size_t>(j)] = digest_factor(j);
+  return out;
+}();
+
 struct Row {
   double squares = 0;
   float max_abs = 0;
   std::uint64_t nonfinite = 0, digest = 0;
 };
 
-/// The finaliser of splitmix64.
-constexpr std::uint64_t mix(std::uint64_t z) {
-  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-  return z ^ z >> 31;
-}
-
-SHARD_CLONES Row look_at(const float* x, Index n, std::uint64_t first) {
+/// A row whose first group of the digest is number `group`.
+SHARD_CLONES Row look_at(const float* x, Index n, std::uint64_t group) {
   Row out;
+  const auto add_group = [&](Index first, Index count) {
+    std::uint64_t sum = 0;
+    for (Index j = 0; j < count; ++j) sum += std::bit_cast<std::uint32_t>(x[first + j]) * kFactors[static_cast<std::size_t>(j)];
+    out.digest += group_digest(sum, group++);
+  };
+  const auto even = n / kDigestGroup * kDigestGroup;
+  for (Index i = 0; i < even; i += kDigestGroup) add_group(i, kDigestGroup);
+  if (even < n) add_group(even, n - even);
   for (Index i = 0; i < n; ++i) {
-    out.digest += mix(std::bit_cast<std::uint32_t>(x[i]) + (first + static_cast<std::uint64_t>(i)) * 0x9e3779b97f4a7c15ull);
     const auto size = std::abs(x[i]);
     const bool finite = size <= std::numeric_limits<float>::max();
     out.nonfinite += !finite;
@@ -46,8 +55,9 @@ SHARD_CLONES Row look_at(const float* x, Index n, std::uint64_t first) {
 
 TensorStats stats(const Context& on, const Tensor& x) {
   std::vector<Row> rows(static_cast<std::size_t>(x.rows()));
+  const auto groups = (x.columns() + kDigestGroup - 1) / kDigestGroup;
   parallel_ranges(on, x.rows(), 16, [&](Index lo, Index hi) {
-    for (Index r = lo; r < hi; ++r) rows[static_cast<std::size_t>(r)] = look_at(x.row(r), x.columns(), static_cast<std::uint64_t>(r * x.columns()));
+    for (Index r = lo; r < hi; ++r) rows[static_cast<std::size_t>(r)] = look_at(x.row(r), x.columns(), static_cast<std::uint64_t>(r * groups));
   });
   TensorStats out;
   double squares = 0;
