@@ -14,9 +14,6 @@
 //   };
 //   launch(stream, {rows}, RowSum{x, out, columns});
 //
-// A kernel may also have prepare(block), of the same form and done before: work given earlier may still run then, so that it reads only what
-// the host knows to be there (weights) and writes only to the block's own.
-//
 // platform.h is gpu/cuda's where nvcc compiles this and gpu/emulated's where the host's compiler does; both define
 //   GPU_CODE      what a function that kernels call is declared with
 //   GPU_UNROLL    before a loop over an array that should lie in registers

@@ -13,7 +13,4 @@ inline void check(cudaError_t status, const char* doing) {
                  [&] { return fmt::format("device: {}: {} ({})", doing, cudaGetErrorString(status), cudaGetErrorName(status)); });
 }
 
-/// Whether the current device runs kernels that wait for the launch before themselves, and so may start while it ends (platform.h).
-bool launches_overlap();
-
 }  // namespace gpu

@@ -72,13 +72,6 @@ class Block {
   Own own_;
 };
 
-/// Until the launch before is done and seen. Every kernel does so, hence all before that one are done, too; then the next launch may start.
-GPU_CODE void take_turn() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 /// Blocks that should find room on a multiprocessor, where a kernel says so.
 template <typename Kernel>
 constexpr unsigned blocks_together() {
@@ -90,8 +83,6 @@ template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, blocks_together<Kernel>()) run_block(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(1024) unsigned char memory[];
   Block<Kernel> block(*reinterpret_cast<typename Kernel::Shared*>(memory));
-  if constexpr (requires { kernel.prepare(block); }) kernel.prepare(block);
-  take_turn();
   kernel(block);
 }
 
@@ -102,22 +93,14 @@ void launch(StreamView on, const Grid& grid, const Kernel& kernel) {
   constexpr auto shared = std::is_empty_v<typename Kernel::Shared> ? 0 : sizeof(typename Kernel::Shared);
   if constexpr (shared > (48 << 10))
     check(cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "shared memory");
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  config.blockDim = dim3(Kernel::kThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(on.handle);
-  config.attrs = &early;
-  config.numAttrs = launches_overlap() ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, run_block<Kernel>, kernel), "launch");
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  run_block<Kernel><<<blocks, Kernel::kThreads, shared, static_cast<cudaStream_t>(on.handle)>>>(kernel);
+  check(cudaGetLastError(), "launch");
 }
 
 GPU_CODE Words load_once(const void* from) {
-  Words out;  // not by .nc: the assembler would put it off behind take_turn()
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  Words out;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(out.item[0]), "=r"(out.item[1]), "=r"(out.item[2]), "=r"(out.item[3])
                : "l"(from));
   return out;

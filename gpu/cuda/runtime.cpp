@@ -71,26 +71,6 @@ Probe probe() {
 
 bool is_emulated() { return false; }
 
-bool launches_overlap() {
-  static const auto able = [] {
-    int driver = 0, count = 0;
-    check(cudaDriverGetVersion(&driver), "asking for the driver");
-    check(cudaGetDeviceCount(&count), "asking for devices");
-    std::vector<bool> out;
-    for (int i = 0; i < count; ++i) {
-      int major = 0, minor = 0;
-      check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i), "asking for a device");
-      check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i), "asking for a device");
-      // Graphs know such launches since 12.3; code for less than 9.0 would not wait.
-      out.push_back(CUDART_VERSION >= 12030 && driver >= 12030 && major >= 9 && has_code(SHARDKIT_CUDA_ARCHITECTURES, major, minor, 90));
-    }
-    return out;
-  }();
-  int device = 0;
-  check(cudaGetDevice(&device), "asking for the device");
-  return able[static_cast<std::size_t>(device)];
-}
-
 bool has_warpgroups() {
   static const bool built = std::string_view(SHARDKIT_CUDA_ARCHITECTURES).find("90a") != std::string_view::npos;
   int device = 0, major = 0, minor = 0;

@@ -100,7 +100,6 @@ void launch(StreamView on, const Grid& grid, const Kernel& kernel) {
           std::memset(memory->bytes, blocks_run++ % 2 ? 0x7f : 0xff, sizeof memory->bytes);
           Block<Kernel> block(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z),
                               *reinterpret_cast<typename Kernel::Shared*>(memory->bytes), own);
-          if constexpr (requires { kernel.prepare(block); }) kernel.prepare(block);
           kernel(block);
         }
   });

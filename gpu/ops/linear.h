@@ -20,8 +20,7 @@ void check_linear(const View& x, const View& w, const View& bias, const View& ou
 constexpr std::int64_t kThinRows = 16;
 /// Whether thin_linears() takes it: both are bf16, in rows of whole packs.
 bool is_thin(const View& x, const View& w);
-/// What linear() makes, for several linears of one x at once; the same bits from run to run. Weights are read while work given before still
-/// runs: the host must know them to be there.
+/// What linear() makes, for several linears of one x at once; the same bits from run to run.
 struct LinearViews {
   View w, bias, out;
 };

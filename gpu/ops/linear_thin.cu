@@ -1,6 +1,6 @@
 // Products of few rows: their time is that of reading the weights. A block has sixteen outputs, its warps parts of the depth; a thread loads
 // weights by sixteen bytes straight into its shares of tensor-core fragments – along the depth any order will do that both operands keep – and
-// has up to twelve such loads under way, the first of them before the work that makes x is done. What warps summed is added in their order.
+// has up to twelve such loads under way. What warps summed is added in their order.
 #include "gpu/ops/linear.h"
 
 #include "gpu/ops/numbers.h"
@@ -40,21 +40,16 @@ struct ThinLinear {
   int count;
 
   template <typename Block>
-  GPU_CODE void prepare(Block& block) const {
-    const auto& piece = piece_of(block);
-    const auto first = first_output(block, piece);
-    block.each_apart([&](unsigned thread, Own& own) {
-      load_weights<0>(thread, own, piece, first, 0);
-      load_weights<1>(thread, own, piece, first, kSteps * kStep);
-    });
-  }
-  template <typename Block>
   GPU_CODE void operator()(Block& block) const {
     const auto& piece = piece_of(block);
-    const auto first = first_output(block, piece);
+    const Index first = (static_cast<Index>(block.x()) - piece.first) * kOutputs;
     block.each_apart([&](unsigned thread, Own& own) {
       GPU_UNROLL for (auto& half : own.sum)
         GPU_UNROLL for (auto& sum : half) sum = 0;
+      load_weights<0>(thread, own, piece, first, 0);
+      load_weights<1>(thread, own, piece, first, kSteps * kStep);
+    });
+    block.each_apart([&](unsigned thread, Own& own) {
       load_inputs<0>(thread, own, 0);
       load_inputs<1>(thread, own, kSteps * kStep);
     });
@@ -82,11 +77,6 @@ struct ThinLinear {
     int p = 0;
     while (p + 1 < count && block.x() >= pieces[p + 1].first) ++p;
     return pieces[p];
-  }
-
-  template <typename Block>
-  GPU_CODE static Index first_output(Block& block, const Piece& piece) {
-    return (static_cast<Index>(block.x()) - piece.first) * kOutputs;
   }
 
   /// Multiplies what slot kSlot has and fills it again, while the other's loads are under way.

@@ -4,9 +4,7 @@
 
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <numeric>
-#include <vector>
 
 namespace {
 
@@ -30,30 +28,6 @@ struct RowSum {
     block.sum(&Own::sum);
     block.each([&](unsigned thread, Own& own) {
       if (thread == 0) out[block.x()] = own.sum;
-    });
-  }
-};
-
-/// to[i] = from[n − 1 − i] + step[i], where `step` was there before anything was launched.
-struct Relay {
-  static constexpr unsigned kThreads = 64;
-  struct Shared {};
-  struct Own {
-    float step;
-  };
-  const float* from;
-  const float* step;
-  float* to;
-  std::int64_t n;
-  template <typename Block>
-  GPU_CODE void prepare(Block& block) const {
-    block.each_apart([&](unsigned thread, Own& own) { own.step = step[block.x() * kThreads + thread]; });
-  }
-  template <typename Block>
-  GPU_CODE void operator()(Block& block) const {
-    block.each_apart([&](unsigned thread, Own& own) {
-      const std::int64_t i = block.x() * kThreads + thread;
-      to[i] = from[n - 1 - i] + own.step;
     });
   }
 };
@@ -123,31 +97,4 @@ TEST_CASE("which devices a list of architectures has code for") {
   CHECK_FALSE(gpu::has_code("80-real,90-real", 10, 0));
   CHECK(gpu::has_code("75", 12, 0));           // both code and what the driver takes
   CHECK_FALSE(gpu::has_code("", 9, 0));
-  CHECK(gpu::has_code("80,90a-real", 9, 0, 90));
-  CHECK_FALSE(gpu::has_code("80,90a-real", 10, 0, 90));  // the driver makes it from 8.0's
-}
-
-TEST_CASE("launches that follow one another closely see what those before wrote, recorded or not") {
-  constexpr std::int64_t n = 64 * 4096;
-  const gpu::Stream stream;
-  std::vector<float> zeros(n), ones(n, 1), found(n);
-  const gpu::DeviceBuffer a(n * sizeof(float)), b(n * sizeof(float)), step(n * sizeof(float));
-  gpu::to_device(a.data(), zeros.data(), a.size(), stream);
-  gpu::to_device(step.data(), ones.data(), step.size(), stream);
-  stream.wait();
-  const auto relay = [&] {
-    for (int i = 0; i < 20; ++i) {
-      gpu::launch(stream, {n / 64}, Relay{floats(a), floats(step), floats(b), n});
-      gpu::launch(stream, {n / 64}, Relay{floats(b), floats(step), floats(a), n});
-    }
-  };
-  relay();
-  gpu::Graph::begin(stream);
-  relay();
-  const auto graph = gpu::Graph::end(stream);
-  graph.launch(stream);
-  graph.launch(stream);
-  gpu::to_host(found.data(), a.data(), a.size(), stream);
-  stream.wait();
-  CHECK(std::all_of(found.begin(), found.end(), [](float x) { return x == 120; }));
 }
