@@ -72,11 +72,11 @@ class Block {
   Own own_;
 };
 
-/// Blocks that should find room on a multiprocessor, where a kernel says so.
+/// Blocks that should find room on a multiprocessor, where a kernel says so; 0 leaves it to the compiler, where 1 would let it take all registers.
 template <typename Kernel>
 constexpr unsigned blocks_together() {
   if constexpr (requires { Kernel::kTogether; }) return Kernel::kTogether;
-  else return 1;
+  else return 0;
 }
 
 template <typename Kernel>

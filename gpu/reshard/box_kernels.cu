@@ -80,7 +80,7 @@ struct Runs {
 };
 
 struct Casts {
-  static constexpr unsigned kThreads = kBlockThreads, kEach = kUnitsPerBlock / kThreads;
+  static constexpr unsigned kThreads = kBlockThreads, kTogether = 5, kEach = 2;  // units whose reads are under way at once
   struct Shared {};
   struct Own {};
   Launch boxes;
@@ -89,22 +89,24 @@ struct Casts {
   template <DType kFrom, DType kTo, unsigned kCount>
   GPU_CODE void move(const BoxEntry& box, std::uint32_t first, bool aligned) const {
     using In = Bytes<kCount * size_in_kernel(kFrom)>;
-    In held[kEach]{};
-    std::uint64_t to[kEach];
-    GPU_UNROLL
-    for (unsigned i = 0; i < kEach; ++i)
-      if (const auto at = first + i * kThreads; at < box.units) {
-        const auto place = places(box, at, box.dims);
-        held[i] = aligned ? load_as<In>(boxes.from + place.from) : load_unaligned<In>(boxes.from + place.from);
-        to[i] = place.to;
-      }
-    GPU_UNROLL
-    for (unsigned i = 0; i < kEach; ++i)
-      if (first + i * kThreads < box.units) {
-        const auto made = cast_elements<kFrom, kTo, kCount>(held[i]);
-        if (aligned) store_as(boxes.to + to[i], made);
-        else store_unaligned(boxes.to + to[i], made);
-      }
+    for (std::uint32_t turn = 0; turn < kUnitsPerBlock / kThreads; turn += kEach) {
+      In held[kEach]{};
+      std::uint64_t to[kEach];
+      GPU_UNROLL
+      for (unsigned i = 0; i < kEach; ++i)
+        if (const auto at = first + (turn + i) * kThreads; at < box.units) {
+          const auto place = places(box, at, box.dims);
+          held[i] = aligned ? load_as<In>(boxes.from + place.from) : load_unaligned<In>(boxes.from + place.from);
+          to[i] = place.to;
+        }
+      GPU_UNROLL
+      for (unsigned i = 0; i < kEach; ++i)
+        if (first + (turn + i) * kThreads < box.units) {
+          const auto made = cast_elements<kFrom, kTo, kCount>(held[i]);
+          if (aligned) store_as(boxes.to + to[i], made);
+          else store_unaligned(boxes.to + to[i], made);
+        }
+    }
   }
 
   template <typename Block>
