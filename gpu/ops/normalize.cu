@@ -1,4 +1,4 @@
-// A warp for rows that its registers hold, a block for longer ones. Squares of a thread's pack are summed in f32, packs and threads in f64.
+// A warp for rows that its registers hold, a block for longer ones and where there are few. Squares of a thread's pack are summed in f32, packs and threads in f64.
 #include "gpu/ops/normalize.h"
 
 #include "gpu/ops/numbers.h"
@@ -7,6 +7,8 @@ namespace gpu {
 namespace {
 
 using Index = std::int64_t;
+
+constexpr Index kManyRows = 512;  ///< a device's multiprocessors have work in warps then
 
 /// The first kHeld packs of a thread stay in its registers; only what a longer row has beyond them is read again.
 template <typename T, int N, unsigned kGroup, int kHeld>
@@ -152,7 +154,8 @@ void start(StreamView on, const NormConfig& config, const View& x, const View& b
                        in_packs(out.column_range(0, pieces * width), n) && in_packs(weight, n) && in_packs(bias, n);
     if (!packs) return width <= 512 ? run.template operator()<1, 32, 8>() : run.template operator()<1, 256, 8>();
     if (width <= 32 * n) return run.template operator()<n, 32, 1>();  // a head's lanes
-    if (width <= 32 * n * 8) return run.template operator()<n, 32, 8>();
+    // Few rows take as long as one does: in a block's hands it waits for memory once, in a warp's several times.
+    if (width <= 32 * n * 8 && x.rows * pieces >= kManyRows) return run.template operator()<n, 32, 8>();
     run.template operator()<n, 256, 4>();
   });
 }

@@ -18,15 +18,16 @@ TEST_CASE("norms are the CPU's within 1e-6 of f32 or one rounding of bf16") {
   for (const auto& mode : kModes)
     for (const auto kind : {RMSNorm, LayerNorm})
       for (const bool centered : {false, true})
-        for (const Index columns : {33, 80, 640, 1031})
+        for (const auto& [rows, columns] : {std::pair<Index, Index>{7, 33}, {7, 80}, {7, 640}, {7, 1031}, {513, 640}})  // many rows go to warps
           for (const int parameters : {0, 1, 2}) {
             CAPTURE(mode.bf16());
             CAPTURE(static_cast<int>(kind));
             CAPTURE(centered);
             CAPTURE(columns);
             CAPTURE(parameters);
-            const auto x = random_tensor(mode, 7, columns, 3), w = random_tensor(mode, 1, columns), b = random_tensor(mode, 1, columns);
-            const OnDevice in(x, mode.type, columns + 8), weight(w, mode.type), bias(b, mode.type), out(7, columns, mode.type);
+            CAPTURE(rows);
+            const auto x = random_tensor(mode, rows, columns, 3), w = random_tensor(mode, 1, columns), b = random_tensor(mode, 1, columns);
+            const OnDevice in(x, mode.type, columns + 8), weight(w, mode.type), bias(b, mode.type), out(rows, columns, mode.type);
             gpu::normalize(stream(), {kind, 1e-5, centered}, in.view(), parameters > 0 ? weight.view() : none, parameters > 1 ? bias.view() : none,
                            out.view());
             const auto expected = lm::cpu::normalize(mode.on(), x, kind, 1e-5, centered, parameters > 0 ? weight_of(w, mode.type) : lm::Weight{},
@@ -37,10 +38,10 @@ TEST_CASE("norms are the CPU's within 1e-6 of f32 or one rounding of bf16") {
 
 TEST_CASE("a sum and its norm in one op are what two ops make") {
   for (const auto& mode : kModes)
-    for (const Index columns : {40, 600}) {
-      auto hidden = random_tensor(mode, 33, columns);
-      const auto branch = random_tensor(mode, 33, columns), w = random_tensor(mode, 1, columns);
-      const OnDevice x(hidden, mode.type), more(branch, mode.type), weight(w, shard::DType::F32), out(33, columns, mode.type);
+    for (const auto& [rows, columns] : {std::pair<Index, Index>{33, 40}, {33, 600}, {513, 600}}) {
+      auto hidden = random_tensor(mode, rows, columns);
+      const auto branch = random_tensor(mode, rows, columns), w = random_tensor(mode, 1, columns);
+      const OnDevice x(hidden, mode.type), more(branch, mode.type), weight(w, shard::DType::F32), out(rows, columns, mode.type);
       gpu::add_normalize(stream(), {}, x.view(), more.view(), weight.view(), none, out.view());
       lm::cpu::add(mode.on(), hidden, branch);
       CHECK(worst(x.get(), hidden) == 0);
