@@ -163,6 +163,9 @@ TEST_CASE("columns cut from rows and back, a transpose, and a repeated row move 
   const Box narrowed{0, 0, {{70, 4, 130}, {65, 280, 2}}, DType::F32, DType::BF16};
   CHECK(kinds(narrowed) == std::array<std::size_t, 3>{0, 0, 1});
   check({narrowed}, 70 * 65 * 4, 70 * 130);
+  check({{0, 0, {{1100, 2, 132}, {66, 2200, 2}}, DType::BF16, DType::BF16}}, 145'200, 145'200);  // more tiles along the source than are in work together
+  check({{0, 0, {{260, 1, 132}, {132, 260, 1}}, DType::F8E4M3, DType::F8E4M3}}, 260 * 132, 260 * 132);  // whole squares, as are those of the next
+  check({{0, 0, {{260, 2, 132}, {132, 520, 1}}, DType::BF16, DType::F8E5M2}}, 260 * 264, 260 * 132);
   check({{8, 16, {{10, 0, 64}, {16, 4, 4}}, DType::F32, DType::F32}}, 8 + 64, 16 + 640);
   check({{0, 0, {{33, 0, 2}}, DType::F32, DType::BF16}}, 4, 66);
 }
