@@ -2,6 +2,7 @@
 #include "formats/torch_save.h"
 #include "formats/torch_storage.h"
 #include "libshard/error.h"
+#include "libshard/fnv1a.h"
 
 namespace formats {
 namespace {
@@ -26,17 +27,12 @@ Ref storage_node(Graph& graph, DType dtype, std::string_view key, std::int64_t e
       {graph.word("storage"), type, graph.text(key), graph.word("cpu"), graph.integer(elements * unit)}));
 }
 
-/// FNV-1a, 64 bits, continued.
-std::uint64_t hashed(std::uint64_t hash, std::string_view bytes) {
-  for (const char c : bytes) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  return hash;
-}
-
 /// 40 digits, the same for the same pickle and storage sizes; torch's own says no more.
 std::string serialization_id(std::string_view pickle_bytes, std::span<const std::uint64_t> sizes) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  for (const std::uint64_t size : sizes) hash = hashed(hash, std::to_string(size) + ",");
-  return fmt::format("{:020}{:020}", hash, hashed(hash, pickle_bytes));
+  std::string listed;
+  for (const std::uint64_t size : sizes) listed += std::to_string(size) + ",";
+  const auto hash = shard::fnv1a(std::as_bytes(std::span(listed)));
+  return fmt::format("{:020}{:020}", hash, shard::fnv1a(std::as_bytes(std::span(pickle_bytes)), hash));
 }
 
 }  // namespace

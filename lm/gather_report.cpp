@@ -1,6 +1,7 @@
 // Two rounds: everyone's parts, then rank 0's findings.
 #include "lm/gather_report.h"
 
+#include "libshard/fnv1a.h"
 #include "lm/message.h"
 
 #include <algorithm>
@@ -55,10 +56,7 @@ void agree(Processes& processes, const Ranks& ranks, const std::vector<StagePlan
       for (const auto& parts : plan.parts)
         if (const auto part = parts.find(use.name); part != parts.end()) mine(part->second.type, part->second.box.lo, part->second.box.size);
     }
-  // FNV-1a: ranks are no adversaries of each other.
-  std::uint64_t print = 0xcbf29ce484222325;
-  for (const char c : mine.text()) print = (print ^ static_cast<unsigned char>(c)) * 0x100000001b3;
-  const auto all = processes.all_gather(std::to_string(print));
+  const auto all = processes.all_gather(std::to_string(shard::fnv1a(std::as_bytes(std::span(mine.text())))));
   for (std::size_t r = 1; r < all.size(); ++r)
     shard::require(all[r] == all[0], shard::Code::Mismatch, [&] { return fmt::format("rank {}: would compute something else than rank 0; arguments or checkpoints differ", r); });
 }
@@ -80,16 +78,14 @@ void gather_report(Processes& processes, const Ranks& ranks, WeightSource& sourc
     if (r != processes.rank()) source.hear(seen), others_read += bytes_read;
     report.load_seconds = std::max(report.load_seconds, load_seconds);
     auto& whole = report.result;
-    part.hidden.insert(part.hidden.begin(), whole.hidden.begin(), whole.hidden.end());
-    part.peak_logit = std::max(part.peak_logit, whole.peak_logit);
-    part.nonfinite_logits += whole.nonfinite_logits;
-    if (r == (ranks.pipeline - 1) * ranks.tensor) {
-      whole = std::move(part);                 // the first rank of the last stage has the losses
-    } else {
-      whole.hidden = std::move(part.hidden);
-      whole.peak_logit = part.peak_logit;
-      whole.nonfinite_logits = part.nonfinite_logits;
-    }
+    whole.hidden.insert(whole.hidden.end(), part.hidden.begin(), part.hidden.end());
+    whole.peak_logit = std::max(whole.peak_logit, part.peak_logit);
+    whole.nonfinite_logits += part.nonfinite_logits;
+    if (r != (ranks.pipeline - 1) * ranks.tensor) continue;
+    whole.main = std::move(part.main);           // the first rank of the last stage has the losses
+    whole.mtp = std::move(part.mtp);
+    whole.mtp_labels = std::move(part.mtp_labels);
+    whole.step_hidden = std::move(part.step_hidden);
   }
   MessageWriter found;
   if (processes.rank() == 0) {

@@ -2,6 +2,7 @@
 #include "lm/language_module.h"
 
 #include "libshard/error.h"
+#include "libshard/fnv1a.h"
 #include "lm/cpu/numbers.h"
 #include "lm/saved_model.h"
 
@@ -37,13 +38,11 @@ Tensor final_norm(Ops& on, const shard::TransformerConfig& config, Weights& weig
   return on.normalize(x, norm_of(config), parameters(weights, name));
 }
 
-/// FNV-1a over a table's shape, its type in products, and the bits of 64 of its rows (all, where there are no more), evenly spread, the
+/// A name for a table's shape, its type in products, and the bits of 64 of its rows (all, where there are no more), evenly spread, the
 /// first and the last among them: a table of another checkpoint, iteration, shift or padding differs; one changed row between them may not.
 std::uint64_t fingerprint(WeightSource& source, const std::string& name) {
-  std::uint64_t out = 0xcbf29ce484222325;
-  const auto take = [&](std::span<const std::byte> bytes) {
-    for (const auto byte : bytes) out = (out ^ std::to_integer<std::uint64_t>(byte)) * 0x100000001b3;
-  };
+  auto out = shard::kFnv1aStart;
+  const auto take = [&](std::span<const std::byte> bytes) { out = shard::fnv1a(bytes, out); };
   const auto& shape = source.shape(name);
   take(std::as_bytes(std::span(shape)));
   const auto rows = shape[0], looked = std::min<Index>(rows, 64);

@@ -2,6 +2,8 @@
 // doing nothing never explains anything.
 #include "libshard/hints/rows.h"
 
+#include "libshard/fnv1a.h"
+
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -302,23 +304,18 @@ std::string explain_row_order(const Both& both, const Subject& subject, const Wi
   const auto [rows, width] = extent(subject.a);
   if (width < 8 || rows < 2 || rows > kMostRows || !both.may_search() || width != extent(subject.b).width || look.rows.empty()) return {};
   const auto prefix = std::min(look.columns, kPrefix);
-  const auto name_of = [](std::span<const std::byte> bytes) {
-    std::uint64_t out = 0xcbf29ce484222325ull;  // FNV-1a
-    for (const auto byte : bytes) out = (out ^ static_cast<std::uint64_t>(byte)) * 0x100000001b3ull;
-    return out;
-  };
   if (subject.a.dtype != subject.b.dtype) return {};
   // Most differences are no permutation: the row where they begin must be somewhere before all rows are indexed.
   const auto right = both.b.read(subject.b, look.rows.front() * width + look.column, prefix);
-  const auto wanted = name_of(right);
+  const auto wanted = fnv1a(right);
   std::unordered_map<std::uint64_t, Index> at;
   at.reserve(static_cast<std::size_t>(rows));
   for (Index row = 0; row < rows; ++row) {
-    const auto [entry, fresh] = at.emplace(name_of(both.a.read(subject.a, row * width + look.column, prefix)), row);
+    const auto [entry, fresh] = at.emplace(fnv1a(both.a.read(subject.a, row * width + look.column, prefix)), row);
     if (!fresh) entry->second = -1;  // not told apart
   }
   const auto from_of = [&, width = width](Index row) -> std::optional<RowOf> {
-    const auto found = at.find(name_of(both.b.read(subject.b, row * width + look.column, prefix)));
+    const auto found = at.find(fnv1a(both.b.read(subject.b, row * width + look.column, prefix)));
     if (found == at.end() || found->second < 0) return std::nullopt;
     return RowOf{&subject.a, found->second};
   };
