@@ -10,7 +10,7 @@ using Index = std::int64_t;
 
 /// kKey, kValue: lanes of a head, filled up with zeros to a multiple of 64. kBlocks: how many of these share a multiprocessor.
 template <int kKey, int kValue, unsigned kBlocks>
-struct FlashGroup {
+struct FlashGroup : FlashOperands {
   static constexpr int kQueries = 128, kKeys = 64;
   static constexpr unsigned kThreads = 256, kTogether = kBlocks;
   using Rows = FlashRows<kKeys, kValue>;
@@ -24,34 +24,23 @@ struct FlashGroup {
   struct Own : Rows::Own {
     std::uint32_t p[kKeys / 16][4];
   };
-  AttentionScalars a;
-  const Bf16* q;
-  const Bf16* k;
-  const Bf16* v;
-  Bf16* out;
-  Index q_stride, k_stride, v_stride, out_stride;
-
   template <typename Block>
   GPU_CODE void operator()(Block& block) const {
     auto& s = block.shared();
-    const FlashBlock mine(a, block.x(), kQueries);
+    const FlashBlock mine(*this, block.x(), kQueries, kKeys);
     const Rows rows{a, mine.start};
-    const Index key_head = a.key_head(mine.head), row = mine.sequence * a.length;
-    const auto* const keys = k + row * k_stride + key_head * a.key_size;
-    const auto* const values = v + row * v_stride + key_head * a.value_size;
     const int key_size = static_cast<int>(a.key_size), value_size = static_cast<int>(a.value_size);
     const auto load_tile = [&](unsigned thread, int at, int slot) {
-      load(thread, keys, k_stride, at, key_size, s.k[slot]);
-      load(thread, values, v_stride, at, value_size, s.v[slot]);
+      load(thread, mine.k, k_stride, at, key_size, s.k[slot]);
+      load(thread, mine.v, v_stride, at, value_size, s.v[slot]);
     };
-    const int first = static_cast<int>(a.first_key(mine.start)) / kKeys * kKeys;
     block.each_apart([&](unsigned thread, Own& own) {
-      load(thread, q + row * q_stride + mine.head * a.key_size, q_stride, mine.start, key_size, s.q);
-      load_tile(thread, first, 0);
+      load(thread, mine.q, q_stride, mine.start, key_size, s.q);
+      load_tile(thread, mine.first_key, 0);
       Rows::begin(own);
     });
     int slot = 0;
-    for (int at = first; at < mine.stop; at += kKeys, slot ^= 1) {
+    for (int at = mine.first_key; at < mine.stop; at += kKeys, slot ^= 1) {
       block.each([&](unsigned, Own&) {  // this tile is there, and nobody reads the one before
         copy_async_wait();
         show_copies();
@@ -63,7 +52,7 @@ struct FlashGroup {
       rows.soften(block, at);
       add_values(block, s.v[slot]);
     }
-    rows.finish(block, mine.head, out + row * out_stride, out_stride);
+    rows.finish(block, mine.head, mine.out, out_stride);
   }
 
  private:
@@ -99,24 +88,14 @@ struct FlashGroup {
   }
 };
 
-template <int kKey, int kValue, unsigned kBlocks>
-bool run(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
-  using Kernel = FlashGroup<kKey, kValue, kBlocks>;
-  const auto tiles = blocks_for(static_cast<std::uint64_t>(a.length), Kernel::kQueries);
-  launch(on, {tiles * static_cast<std::uint64_t>(a.batch * a.heads)},
-         Kernel{a, elements<const Bf16>(q), elements<const Bf16>(k), elements<const Bf16>(v), elements<Bf16>(out), q.stride, k.stride, v.stride,
-                out.stride});
-  return true;
-}
-
 }  // namespace
 
 bool flash_by_warpgroups(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
   if (!has_warpgroups() || !tensor_cores_take(a, q, k, v, out)) return false;
   const auto fits = [&](std::int64_t key, std::int64_t value) { return a.key_size <= key && a.value_size <= value; };
-  if (fits(64, 64)) return run<64, 64, 2>(on, a, q, k, v, out);
-  if (fits(128, 128)) return run<128, 128, 1>(on, a, q, k, v, out);
-  if (fits(192, 128)) return run<192, 128, 1>(on, a, q, k, v, out);
+  if (fits(64, 64)) return launch_flash<FlashGroup<64, 64, 2>>(on, a, q, k, v, out), true;
+  if (fits(128, 128)) return launch_flash<FlashGroup<128, 128, 1>>(on, a, q, k, v, out), true;
+  if (fits(192, 128)) return launch_flash<FlashGroup<192, 128, 1>>(on, a, q, k, v, out), true;
   return false;
 }
 

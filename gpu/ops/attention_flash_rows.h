@@ -93,18 +93,44 @@ struct FlashRows {
   GPU_CODE float unit() const { return a.softcap != 0 ? 1.0f : a.scale; }
 };
 
-/// The longest tile of queries first, since it has the most keys.
+/// What the kernels on tensor cores are made of.
+struct FlashOperands {
+  AttentionScalars a;
+  const Bf16* q;
+  const Bf16* k;
+  const Bf16* v;
+  Bf16* out;
+  std::int64_t q_stride, k_stride, v_stride, out_stride;
+};
+
+/// A block's head and tile of queries: the longest tile first, since it has the most keys.
 struct FlashBlock {
-  std::int64_t sequence, head;
+  std::int64_t head;
   int start, stop;  ///< queries
-  GPU_CODE FlashBlock(const AttentionScalars& a, unsigned block, int queries) {
-    const std::int64_t pairs = a.batch * a.heads, tiles = (a.length + queries - 1) / queries;
-    sequence = block % pairs / a.heads;
+  int first_key;    ///< of the first tile of kKeys
+  const Bf16 *q, *k, *v;  ///< the head's lanes of the sequence's first row
+  Bf16* out;        ///< the sequence's first row
+  GPU_CODE FlashBlock(const FlashOperands& of, unsigned block, int queries, int keys) {
+    const auto& a = of.a;
+    const std::int64_t pairs = a.batch * a.heads, tiles = (a.length + queries - 1) / queries, row = block % pairs / a.heads * a.length;
     head = block % pairs % a.heads;
     start = static_cast<int>(tiles - 1 - block / pairs) * queries;
     stop = start + queries < a.length ? start + queries : static_cast<int>(a.length);
+    first_key = static_cast<int>(a.first_key(start)) / keys * keys;
+    const auto key_head = a.key_head(head);
+    q = of.q + row * of.q_stride + head * a.key_size;
+    k = of.k + row * of.k_stride + key_head * a.key_size;
+    v = of.v + row * of.v_stride + key_head * a.value_size;
+    out = of.out + row * of.out_stride;
   }
 };
+
+template <typename Kernel>
+void launch_flash(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
+  const auto tiles = blocks_for(static_cast<std::uint64_t>(a.length), Kernel::kQueries);
+  launch(on, {tiles * static_cast<std::uint64_t>(a.batch * a.heads)},
+         Kernel{{a, elements<const Bf16>(q), elements<const Bf16>(k), elements<const Bf16>(v), elements<Bf16>(out), q.stride, k.stride, v.stride, out.stride}});
+}
 
 /// Copies of 16 bytes by kThreads threads: rows of a sequence from `first`, zeros behind its end and behind `width`; place(row, chunk) is where a chunk goes.
 template <int kRows, int kChunks, int kThreads, typename Place>

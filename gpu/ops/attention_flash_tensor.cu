@@ -9,7 +9,7 @@ using Index = std::int64_t;
 
 /// kKey, kValue: lanes of a head, filled up with zeros to a multiple of 16.
 template <int kKey, int kValue>
-struct FlashTensor {
+struct FlashTensor : FlashOperands {
   static constexpr int kQueries = 64, kKeys = 64;
   static constexpr unsigned kThreads = 128;
   static constexpr int kKeyPitch = kKey + 8, kValuePitch = kValue + 8;  // an odd number of 16 bytes: eight rows lie in all banks
@@ -22,37 +22,26 @@ struct FlashTensor {
   struct Own : Rows::Own {
     std::uint32_t a[4], b[4];
   };
-  AttentionScalars a;
-  const Bf16* q;
-  const Bf16* k;
-  const Bf16* v;
-  Bf16* out;
-  Index q_stride, k_stride, v_stride, out_stride;
-
   template <typename Block>
   GPU_CODE void operator()(Block& block) const {
     auto& s = block.shared();
-    const FlashBlock mine(a, block.x(), kQueries);
+    const FlashBlock mine(*this, block.x(), kQueries, kKeys);
     const Rows rows{a, mine.start};
-    const Index key_head = a.key_head(mine.head), row = mine.sequence * a.length;
-    const auto* const keys = k + row * k_stride + key_head * a.key_size;
-    const auto* const values = v + row * v_stride + key_head * a.value_size;
-    const int first = static_cast<int>(a.first_key(mine.start)) / kKeys * kKeys;
     block.each_apart([&](unsigned thread, Own& own) {
-      load(thread, q + row * q_stride + mine.head * a.key_size, q_stride, mine.start, a.key_size, s.q);
-      load(thread, keys, k_stride, first, a.key_size, s.k);
+      load(thread, mine.q, q_stride, mine.start, a.key_size, s.q);
+      load(thread, mine.k, k_stride, mine.first_key, a.key_size, s.k);
       Rows::begin(own);
     });
-    for (int at = first; at < mine.stop; at += kKeys) {
+    for (int at = mine.first_key; at < mine.stop; at += kKeys) {
       block.each([&](unsigned, Own&) { copy_async_wait(); });  // the keys are there, and nobody needs the values before
-      block.each_apart([&](unsigned thread, Own&) { load(thread, values, v_stride, at, a.value_size, s.v); });
+      block.each_apart([&](unsigned thread, Own&) { load(thread, mine.v, v_stride, at, a.value_size, s.v); });
       make_scores(block);
       rows.soften(block, at);
       block.each([&](unsigned, Own&) { copy_async_wait(); });
-      if (at + kKeys < mine.stop) block.each_apart([&](unsigned thread, Own&) { load(thread, keys, k_stride, at + kKeys, a.key_size, s.k); });
+      if (at + kKeys < mine.stop) block.each_apart([&](unsigned thread, Own&) { load(thread, mine.k, k_stride, at + kKeys, a.key_size, s.k); });
       add_values(block);
     }
-    rows.finish(block, mine.head, out + row * out_stride, out_stride);
+    rows.finish(block, mine.head, mine.out, out_stride);
   }
 
  private:
@@ -101,26 +90,16 @@ struct FlashTensor {
   }
 };
 
-template <int kKey, int kValue>
-bool run(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
-  using Kernel = FlashTensor<kKey, kValue>;
-  const auto tiles = blocks_for(static_cast<std::uint64_t>(a.length), Kernel::kQueries);
-  launch(on, {tiles * static_cast<std::uint64_t>(a.batch * a.heads)},
-         Kernel{a, elements<const Bf16>(q), elements<const Bf16>(k), elements<const Bf16>(v), elements<Bf16>(out), q.stride, k.stride, v.stride,
-                out.stride});
-  return true;
-}
-
 }  // namespace
 
 bool flash_on_tensor_cores(StreamView on, const AttentionScalars& a, const View& q, const View& k, const View& v, const View& out) {
   if (!tensor_cores_take(a, q, k, v, out)) return false;
   const auto fits = [&](std::int64_t key, std::int64_t value) { return a.key_size <= key && a.value_size <= value; };
-  if (fits(64, 64)) return run<64, 64>(on, a, q, k, v, out);
-  if (fits(96, 96)) return run<96, 96>(on, a, q, k, v, out);
-  if (fits(128, 128)) return run<128, 128>(on, a, q, k, v, out);
-  if (fits(192, 128)) return run<192, 128>(on, a, q, k, v, out);
-  if (fits(256, 256)) return run<256, 256>(on, a, q, k, v, out);
+  if (fits(64, 64)) return launch_flash<FlashTensor<64, 64>>(on, a, q, k, v, out), true;
+  if (fits(96, 96)) return launch_flash<FlashTensor<96, 96>>(on, a, q, k, v, out), true;
+  if (fits(128, 128)) return launch_flash<FlashTensor<128, 128>>(on, a, q, k, v, out), true;
+  if (fits(192, 128)) return launch_flash<FlashTensor<192, 128>>(on, a, q, k, v, out), true;
+  if (fits(256, 256)) return launch_flash<FlashTensor<256, 256>>(on, a, q, k, v, out), true;
   return false;
 }
 
