@@ -23,20 +23,20 @@ std::vector<float> NcclComm::all_gather(std::span<const float> host) {
   return out;
 }
 
-void NcclComm::all_reduce_sum(std::span<float> host) {
+template <typename Join>
+void NcclComm::reduce(std::span<float> host, Join join) {
   const auto all = all_gather(host);
   for (std::size_t i = 0; i < host.size(); ++i) {
     host[i] = all[i];
-    for (auto at = i + host.size(); at < all.size(); at += host.size()) host[i] += all[at];
+    for (auto at = i + host.size(); at < all.size(); at += host.size()) host[i] = join(host[i], all[at]);
   }
 }
 
+void NcclComm::all_reduce_sum(std::span<float> host) {
+  reduce(host, [](float a, float b) { return a + b; });
+}
 void NcclComm::all_reduce_max(std::span<float> host) {
-  const auto all = all_gather(host);
-  for (std::size_t i = 0; i < host.size(); ++i) {
-    host[i] = all[i];
-    for (auto at = i + host.size(); at < all.size(); at += host.size()) host[i] = std::max(host[i], all[at]);
-  }
+  reduce(host, [](float a, float b) { return std::max(a, b); });
 }
 
 void NcclComm::all_reduce_sum(lm::Tensor& x) {

@@ -22,6 +22,9 @@ class NcclComm : public lm::Comm {
  private:
   /// Every rank's numbers, by rank.
   std::vector<float> all_gather(std::span<const float> host);
+  /// In rank order.
+  template <typename Join>
+  void reduce(std::span<float> host, Join join);
   DeviceOps& ops_;
   Communicator& peers_;
 };
