@@ -59,7 +59,7 @@ TEST_CASE("cuDNN's fused attention is ours, within bf16") {
   }
 }
 
-TEST_CASE("NCCL takes no two ranks on one device, which is why choose_transport looks at boards") {
+TEST_CASE("two ranks on this board do not choose NCCL, which takes one rank a device") {
   const gpu::Nccl nccl;
   const auto board = gpu::device_info(0).id;
   const std::vector<gpu::RankDevice> ranks{{board, nccl.version(), ""}, {board, nccl.version(), ""}};
