@@ -72,7 +72,12 @@ DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(d
   }
 }
 
-DeviceOps::~DeviceOps() = default;
+DeviceOps::~DeviceOps() {
+  try {
+    gpu::wait(stream_);
+  } catch (...) {  // the device is lost, and reads nothing any more
+  }
+}
 
 std::uint64_t DeviceOps::held() const {
   auto out = arena_.held();
@@ -85,6 +90,14 @@ std::vector<std::string> DeviceOps::notes() const { return {"products by " + pro
 
 lm::Tensor DeviceOps::make(DType type, Index rows, Index columns) { return {arena_.take(static_cast<std::size_t>(rows * columns) * size_of(type)), type, rows, columns}; }
 lm::Tensor DeviceOps::make(Index rows, Index columns) { return make(type(), rows, columns); }
+
+std::byte* DeviceOps::pinned(std::size_t bytes) {
+  if (pinned_.size() < bytes) {
+    gpu::wait(stream_);
+    pinned_ = PinnedBuffer(bytes);
+  }
+  return pinned_.data();
+}
 
 lm::Tensor DeviceOps::clone(const Tensor& x) {
   auto out = make(x.dtype(), x.rows(), x.columns());

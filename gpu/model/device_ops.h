@@ -41,6 +41,7 @@ class DeviceOps : public lm::Ops {
   using Tensor = lm::Tensor;
   using Linear = lm::Linear;
   explicit DeviceOps(OpsOptions options);
+  /// Waits until nothing reads or writes what ends with this.
   ~DeviceOps() override;
 
   lm::Compute compute() const override { return options_.compute; }
@@ -89,6 +90,8 @@ class DeviceOps : public lm::Ops {
   Tensor make(shard::DType type, Index rows, Index columns);
   /// Scratch that lives as long as what is returned.
   std::shared_ptr<std::byte> scratch(std::size_t bytes) { return arena_.take(bytes); }
+  /// Pinned memory for one exchange of numbers at a time. It outlives an exchange that an exception ends, whose work may still be given to the stream.
+  std::byte* pinned(std::size_t bytes);
   /// x ← x rounded to its type, from an f32 tensor.
   void store(Tensor& x, const Tensor& f32);
 
@@ -129,6 +132,7 @@ class DeviceOps : public lm::Ops {
   std::vector<Angles> ropes_;                        ///< recorded work reads them
   std::map<std::vector<const std::byte*>, DeviceBuffer> pointers_;
   StepUploads uploads_;
+  PinnedBuffer pinned_;
   std::map<std::string, Recorded> recorded_;
 };
 

@@ -4,6 +4,7 @@
 #include "gpu/ops/elementwise.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace gpu {
 namespace {
@@ -14,12 +15,16 @@ std::size_t bytes_of(const lm::Tensor& x) { return static_cast<std::size_t>(x.ro
 
 std::vector<float> NcclComm::all_gather(std::span<const float> host) {
   std::vector<float> out(host.size() * static_cast<std::size_t>(size()));
-  const auto memory = ops_.scratch(host.size_bytes() * static_cast<std::size_t>(size() + 1));
-  auto* const all = memory.get() + host.size_bytes();
-  to_device(memory.get(), host.data(), host.size_bytes(), ops_.stream());
-  peers_.all_gather(memory.get(), all, host.size_bytes(), ops_.stream());
-  to_host(out.data(), all, host.size_bytes() * static_cast<std::size_t>(size()), ops_.stream());
+  const auto mine = host.size_bytes(), everyones = out.size() * sizeof out[0];
+  const auto memory = ops_.scratch(mine + everyones);
+  auto* const all = memory.get() + mine;
+  auto* const pinned = ops_.pinned(everyones);  // copies of other memory would block where a rank that fails is not heard of
+  std::memcpy(pinned, host.data(), mine);
+  to_device(memory.get(), pinned, mine, ops_.stream());
+  peers_.all_gather(memory.get(), all, mine, ops_.stream());
+  to_host(pinned, all, everyones, ops_.stream());
   peers_.wait(ops_.stream());
+  std::memcpy(out.data(), pinned, everyones);
   return out;
 }
 

@@ -105,7 +105,7 @@ class Processes(Case):
 
     def test_a_rank_that_fails_while_loading_or_computing(self):
         here = self.here(LLAMA)
-        for after in (0, 3, 40):
+        for after in (0, 3, 40, 80):
             processes = [start([here, *self.layout(2, 2)], rank, 4, **({"SHARDKIT_EMULATED_LOST_AFTER": after} if rank == 2 else {})) for rank in range(4)]
             done = finish(processes)
             self.fails(done, 8, "device: lost")
