@@ -84,10 +84,10 @@ double mean(const std::vector<float>& losses, const std::vector<Index>& labels, 
   return count ? sum / static_cast<double>(count) : NAN;
 }
 
-/// How far two correct forward passes lie apart grows with the largest logit: in f32 up to 5.2e-6 of it over 27 random models
-/// of as many families, 2.2e-6 on trained ones. In bf16 one token may go to another expert and its logits anywhere, so that
+/// How far two correct forward passes lie apart grows with the largest logit: in f32 up to 5.3e-6 of it over 160 random models
+/// of all families but GPT-OSS, whose random models reach 1.7e-5, and 2.2e-6 on trained ones. In bf16 one token may go to another expert and its logits anywhere, so that
 /// means are judged there: up to 1.3e-2 of it on the same models, 3e-3 on trained ones.
-double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(2e-5, 6e-6 * peak) : std::max(0.02, 1.5e-2 * peak); }
+double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(2e-5, 2e-5 * peak) : std::max(0.02, 1.5e-2 * peak); }
 
 void judge(Validation& v, const std::string& name, double value, double most) {
   v.checks.push_back({name, fmt::format("{:.2e}, at most {:.2e}", value, most), value <= most});

@@ -35,6 +35,14 @@ def meetings(processes):
     return [path for process in processes for path in pathlib.Path("/dev/shm").glob(f"fake_nccl_{process.pid}_*")]
 
 
+def linked(process):
+    """It has met a group: its memory stays mapped when all have come and its name is gone."""
+    try:
+        return "/fake_nccl_" in pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:
+        return False
+
+
 class Processes(Case):
     def here(self, checkpoint):
         """A copy whose folder the ranks may meet in."""
@@ -147,9 +155,9 @@ class Processes(Case):
                 with self.subTest(victim=victim, late=late):
                     processes = [start([here, *self.layout(2, 2)], rank, 4, SHARDKIT_EMULATED_PAUSE_US=20000) for rank in range(4)]
                     until = time.monotonic() + 30
-                    while not meetings(processes) and time.monotonic() < until:
+                    while not meetings(processes) and not any(map(linked, processes)) and time.monotonic() < until:
                         time.sleep(0.0002)
-                    while late and meetings(processes) and time.monotonic() < until:
+                    while late and not all(map(linked, processes)) and time.monotonic() < until:
                         time.sleep(0.001)
                     time.sleep(0.1 if late else 0)
                     processes[victim].send_signal(signal.SIGSTOP)

@@ -57,6 +57,7 @@ MODELS = {
     "gemma3_caps": ("Gemma3Text", b(head_dim=10,query_pre_attn_scalar=20,sliding_window=6,attn_logit_softcapping=4.0,final_logit_softcapping=6.0)),
     "qwen2_types": ("Qwen2", b(use_sliding_window=True,sliding_window=7,layer_types=["sliding_attention","full_attention","sliding_attention","full_attention"])),
     "gpt_oss": ("GptOss", b(head_dim=12,num_local_experts=4,num_experts_per_tok=2,sliding_window=8,initializer_range=0.25)),
+    "gpt_oss_odd": ("GptOss", b(vocab_size=401,num_hidden_layers=5,head_dim=8,num_local_experts=6,num_experts_per_tok=2,sliding_window=8)),
     "mixtral_sw": ("Mixtral", b(num_local_experts=4,num_experts_per_tok=2,sliding_window=8)),
     "gpt2": ("GPT2", dict(vocab_size=250,n_embd=64,n_layer=4,n_head=4,n_positions=64,n_inner=100,initializer_range=0.2,scale_attn_by_inverse_layer_idx=True)),
     "neox": ("GPTNeoX", dict(vocab_size=250,hidden_size=64,intermediate_size=96,num_hidden_layers=4,num_attention_heads=8,max_position_embeddings=64,initializer_range=0.2,rotary_pct=0.25)),
@@ -95,8 +96,9 @@ class Forward(Case):
             reference(name, folder, path)
             for more, most in (((), 2e-4), (("--tp", 2, "--pp", 2), 2e-4), (("--compute", "bf16"), None)):
                 with self.subTest(f"{name} {more}"):
-                    _, out = run_json("validate", folder, "--reference", path, *more)
+                    status, out = run_json("validate", folder, "--reference", path, *more)
                     if most:
+                        self.assertEqual(status, 0, out["checks"])
                         self.assertLess(out["reference"]["max_abs_logits"], most)
                     else:
                         self.assertLess(out["reference"]["mean_abs_loss"], 0.3)
