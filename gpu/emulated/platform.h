@@ -17,6 +17,8 @@ namespace gpu {
 
 /// Runs `work` when the stream is waited for, in order; device memory can be touched by it alone.
 void enqueue(StreamView on, std::function<void()> work);
+/// As CUDA does of a kernel: its stream is of the calling thread's device.
+void require_here(StreamView on);
 /// From inside `work` alone: other threads' streams go on while `wait` waits for them; it must not touch device memory nor throw.
 void let_others_work(const std::function<void()>& wait);
 
@@ -87,6 +89,7 @@ template <typename Kernel>
 void launch(StreamView on, const Grid& grid, const Kernel& kernel) {
   check_kernel<Kernel>();
   if (!check_grid(grid)) return;
+  require_here(on);
   enqueue(on, [grid, kernel] {
     struct alignas(128) alignas(typename Kernel::Shared) Memory {
       unsigned char bytes[sizeof(typename Kernel::Shared)];

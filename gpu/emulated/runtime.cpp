@@ -1,5 +1,5 @@
-// The runtime without a device. Streams are lazy – work is done when something waits for it – and device memory is closed to everything
-// else, so that a missing wait and a host access to a device's pointer show.
+// The runtime without a device. Streams are lazy – work is done when something waits for it – and a device's memory is closed to everything
+// but its own work, so that a missing wait and an access from the host or another device show.
 #include "gpu/runtime.h"
 
 #include "gpu/emulated/device.h"
@@ -34,7 +34,7 @@ void forbid(std::byte*, std::size_t) {}
 void allow(std::byte*, std::size_t) {}
 #endif
 
-/// Address space for device memory; open only while work is done.
+/// Address space for a device's memory; open only while its work is done.
 class Arena {
  public:
   Arena() : base_(static_cast<std::byte*>(mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) { free_[0] = kArena; }
@@ -72,11 +72,25 @@ class Arena {
         free_.erase(at);
       }
   }
-  void open(bool yes) { mprotect(base_, kArena, yes ? PROT_READ | PROT_WRITE : PROT_NONE); }
+  void enter() {
+    if (users_++ == 0) open(true);
+  }
+  void leave() {
+    if (--users_ == 0) open(false);
+  }
+  /// All leave for a while; how many they were.
+  int leave_all() {
+    if (users_ > 0) open(false);
+    return std::exchange(users_, 0);
+  }
+  void enter_again(int users) {
+    for (int i = 0; i < users; ++i) enter();
+  }
   std::uint64_t free() const { return limit - std::min<std::uint64_t>(limit, used_); }
   std::size_t limit = kArena;
 
  private:
+  void open(bool yes) const { mprotect(base_, kArena, yes ? PROT_READ | PROT_WRITE : PROT_NONE); }
   [[noreturn]] void out_of_memory(std::size_t bytes) const {
     shard::fail(shard::Code::Device, "device: out of memory: {} bytes are asked for, {} of {} are free", bytes, free(), limit);
   }
@@ -84,11 +98,14 @@ class Arena {
   std::byte* base_;
   std::map<std::size_t, std::size_t> free_, taken_;
   std::uint64_t used_ = 0;
+  int users_ = 0;
 };
 
 using Work = std::function<void()>;
 
 struct Queue {
+  explicit Queue(int on) : device(on) {}
+  int device;
   std::deque<Work> work;
   std::uint64_t given = 0, done = 0;
   std::shared_ptr<std::vector<Work>> recording;
@@ -96,21 +113,31 @@ struct Queue {
 };
 
 struct Point {
+  int device = 0;                              ///< on which its event was made
   Queue* queue = nullptr;
   std::uint64_t number = 0;                    ///< behind that many pieces of work
-  std::chrono::steady_clock::time_point time;
+  std::chrono::steady_clock::time_point time = {};
 };
 
 struct Machine {
   std::recursive_mutex mutex;
-  Arena arena;
-  int depth = 0;
+  std::map<int, Arena> arenas;                 ///< by device, made when first used
+  std::size_t limit = kArena;                  ///< bytes of each
+  int depth = 0;                               ///< pieces of work that wait for each other
   Emulated told;
   std::uint64_t done = 0;                      ///< pieces of work
 };
 Machine& machine() {
   static auto* const one = new Machine;  // outlives every buffer
   return *one;
+}
+
+thread_local int current_device = 0;
+
+Arena& arena_of(int device) {
+  auto& arena = machine().arenas[device];
+  arena.limit = machine().limit;
+  return arena;
 }
 
 Queue& queue(StreamView stream) { return *static_cast<Queue*>(stream.handle); }
@@ -126,7 +153,8 @@ void run_until(Queue& queue, std::uint64_t number) {
     queue.work.pop_front();
     if (all.told.pause.count() > 0) std::this_thread::sleep_for(all.told.pause);
     shard::require(all.done++ < all.told.lost_after, shard::Code::Device, [] { return "device: lost (emulated)"; });
-    if (all.depth++ == 0) all.arena.open(true);
+    ++all.depth;
+    arena_of(queue.device).enter();
     struct Close {
       Machine& all;
       Queue& queue;
@@ -134,7 +162,8 @@ void run_until(Queue& queue, std::uint64_t number) {
       ~Close() {
         ++queue.done;
         queue.runner = before;
-        if (--all.depth == 0) all.arena.open(false);
+        --all.depth;
+        arena_of(queue.device).leave();
       }
     } close{all, queue, before};
     work();
@@ -147,17 +176,18 @@ void emulate(const Emulated& device) {
   auto& all = machine();
   const std::lock_guard lock(all.mutex);
   all.told = device;
-  all.arena.limit = std::min(device.memory, kArena);
+  all.limit = std::min(device.memory, kArena);
 }
 
 void let_others_work(const Work& wait) {
   auto& all = machine();
   const int depth = std::exchange(all.depth, 0);  // each level holds the lock once
-  all.arena.open(false);
+  std::map<Arena*, int> users;
+  for (auto& [device, arena] : all.arenas) users[&arena] = arena.leave_all();
   for (int i = 0; i < depth; ++i) all.mutex.unlock();
   wait();
   for (int i = 0; i < depth; ++i) all.mutex.lock();
-  all.arena.open(true);
+  for (const auto& [arena, count] : users) arena->enter_again(count);
   all.depth = depth;
 }
 
@@ -177,7 +207,9 @@ void enqueue(StreamView on, Work work) {
 DeviceInfo device_info(int index) {
   const auto count = emulated().devices;
   shard::require(index >= 0 && index < count, shard::Code::Device, [&] { return fmt::format("device {}: there are {} emulated devices", index, count); });
-  return {index, "emulated on the host", 9, 0, 4, machine().arena.limit, machine().arena.free(), fmt::format("EMULATED-{}-{}", ::getpid(), index)};
+  const std::lock_guard lock(machine().mutex);
+  const auto& arena = arena_of(index);
+  return {index, "emulated on the host", 9, 0, 4, arena.limit, arena.free(), fmt::format("EMULATED-{}-{}", ::getpid(), index)};
 }
 Probe probe() {
   Probe out;
@@ -186,9 +218,14 @@ Probe probe() {
 }
 bool is_emulated() { return true; }
 bool has_warpgroups() { return true; }
-void use_device(int index) { device_info(index); }
+void use_device(int index) { current_device = device_info(index).index; }
 
-Stream::Stream() : handle_(new Queue) {}
+void require_here(StreamView on) {
+  const auto device = queue(on).device;
+  shard::require(device == current_device, shard::Code::Device, [&] { return fmt::format("emulated device: work for a stream of device {} is given while device {} is the thread's", device, current_device); });
+}
+
+Stream::Stream() : handle_(new Queue(current_device)) {}
 Stream::~Stream() {
   auto* mine = static_cast<Queue*>(handle_);
   try {
@@ -204,14 +241,15 @@ bool done(StreamView stream) {
   return true;
 }
 
-Event::Event() : handle_(new std::shared_ptr<Point>(std::make_shared<Point>())) {}
+Event::Event() : handle_(new std::shared_ptr<Point>(std::make_shared<Point>(Point{.device = current_device}))) {}
 Event::~Event() { delete static_cast<std::shared_ptr<Point>*>(handle_); }
 void Event::record(StreamView on) {
-  auto point = std::make_shared<Point>();
-  point->queue = &queue(on);
+  auto& mine = *static_cast<std::shared_ptr<Point>*>(handle_);
+  shard::require(mine->device == queue(on).device, shard::Code::Device, [&] { return fmt::format("emulated device: an event of device {} is recorded on a stream of device {}", mine->device, queue(on).device); });
+  auto point = std::make_shared<Point>(Point{.device = mine->device, .queue = &queue(on)});
   enqueue(on, [point] { point->time = std::chrono::steady_clock::now(); });
   point->number = point->queue->given;
-  *static_cast<std::shared_ptr<Point>*>(handle_) = point;
+  mine = point;
 }
 void Event::hold(StreamView stream) const {
   const auto point = *static_cast<std::shared_ptr<Point>*>(handle_);
@@ -232,10 +270,10 @@ DeviceBuffer::DeviceBuffer(std::size_t bytes) : size_(bytes) {
   if (bytes == 0) return;
   auto& all = machine();
   const std::lock_guard lock(all.mutex);
-  auto* memory = all.arena.take(bytes);
-  memory_ = {memory, [](std::byte* mine) {
+  auto& arena = arena_of(current_device);
+  memory_ = {arena.take(bytes), [&arena](std::byte* mine) {
                const std::lock_guard lock(machine().mutex);
-               machine().arena.give_back(mine);
+               arena.give_back(mine);
              }};
 }
 
@@ -251,6 +289,7 @@ void on_device(std::byte* to, const std::byte* from, std::size_t bytes, StreamVi
   enqueue(on, [=] { std::memcpy(to, from, bytes); });
 }
 void set_bytes(std::byte* to, int value, std::size_t bytes, StreamView on) {
+  require_here(on);
   enqueue(on, [=] { std::memset(to, value, bytes); });
 }
 

@@ -33,6 +33,12 @@ struct DeviceRouting {
   float* weight = nullptr;
 };
 
+/// Streams and events that are made from here on are the device's.
+DeviceInfo entered(int device) {
+  use_device(device);
+  return device_info(device);
+}
+
 void check_features(const View& x, const lm::Linear& by, const View& out) {
   shard::require(by.weight.columns == x.columns && by.weight.rows == out.columns, shard::Code::Mismatch,
                  [&] { return fmt::format("model: a weight takes {} features; its input has {}", by.weight.columns, x.columns); });
@@ -62,8 +68,7 @@ T* part(const std::shared_ptr<std::byte>& memory, std::size_t at) {
 View view_of(const lm::Tensor& x) { return {x.data(), x.dtype(), x.rows(), x.columns(), x.columns()}; }
 View view_of(const lm::Weight& weight) { return {const_cast<std::byte*>(weight.data), weight.dtype, weight.rows, weight.columns, weight.stride}; }
 
-DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(device_info(options_.device)) {
-  enter();
+DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(entered(options_.device)) {
   try {
     if (is_emulated() && options_.cublaslt.empty()) products_ = "own kernels: the device is emulated";
     else matmul_.emplace(options_.device, options_.cublaslt), products_ = "cuBLASLt " + matmul_->version();
