@@ -10,7 +10,6 @@
 #include "formats/kernels.h"
 #include "formats/target.h"
 #include "gpu/reshard/execute.h"
-#include "gpu/runtime.h"
 #include "libshard/error.h"
 #include "libshard/numeric.h"
 
@@ -145,8 +144,8 @@ Json outcome_json(const ConvertAsk& ask, const Outcome& outcome) {
            {"carried", outcome.target.carried},
            {"tied", ties},
            {"padded", outcome.filled}};
-  if (outcome.device.cuda)
-    out["device_use"] = {{"model", outcome.device.model}, {"storage", outcome.run.storage}, {"lanes", outcome.run.sizes.lanes}, {"image_bytes", outcome.run.sizes.image},
+  if (!outcome.device.cuda.empty())
+    out["device_use"] = {{"model", outcome.device.model}, {"storage", outcome.run.storage}, {"lanes", outcome.run.sizes.lanes}, {"devices", outcome.run.sizes.devices}, {"image_bytes", outcome.run.sizes.image},
                          {"pinned_memory_bytes", outcome.run.sizes.pinned_memory}, {"device_memory_bytes", outcome.run.sizes.device_memory}};
   if (outcome.target.padded_vocab) out["padded_vocab_size"] = outcome.target.padded_vocab;
   if (!outcome.target.notes.empty()) out["notes"] = outcome.target.notes;
@@ -158,11 +157,13 @@ void print_summary(const ConvertAsk& ask, const Outcome& outcome) {
   fmt::print(stderr, "{} {} → {}: {} tensors, {} in {:.2f} s ({}/s), {} files\n", ask.dry_run ? "would write" : "wrote", outcome.source.format, outcome.options.format,
              outcome.target.logical.tensors.size(), human_bytes(report.bytes_written), outcome.seconds,
              human_bytes(static_cast<std::uint64_t>(static_cast<double>(report.bytes_written) / std::max(outcome.seconds, 1e-6))), outcome.files.size());
-  if (ask.run.device != "cpu" || ask.run.verbose) fmt::print(stderr, "device: {}{} ({})\n", outcome.device.name, outcome.device.cuda ? ", " + outcome.device.model : "", outcome.device.why);
+  if (ask.run.device != "cpu" || ask.run.verbose) fmt::print(stderr, "device: {}{} ({})\n", outcome.device.name, outcome.device.cuda.empty() ? "" : ", " + outcome.device.model, outcome.device.why);
   if (ask.run.verbose && !ask.dry_run) {
     fmt::print(stderr, "bytes written: {} through the device, {} copied in the kernel, {} by the CPU\n", human_bytes(report.bytes_through_device), human_bytes(report.bytes_copied_in_kernel),
                human_bytes(report.bytes_written - report.bytes_through_device - report.bytes_copied_in_kernel));
-    if (outcome.device.cuda) fmt::print(stderr, "storage: {}\nlanes: {} of two images of {} bytes\n", outcome.run.storage, outcome.run.sizes.lanes, outcome.run.sizes.image);
+    const auto& sizes = outcome.run.sizes;
+    if (!outcome.device.cuda.empty())
+      fmt::print(stderr, "storage: {}\nlanes: {} of two images of {} bytes, on {} device{}\n", outcome.run.storage, sizes.lanes, sizes.image, sizes.devices, sizes.devices == 1 ? "" : "s");
   }
   if (is_cut(outcome.options)) fmt::print(stderr, "layout: {} → {}\n", outcome.source.parallel ? layout_line(*outcome.source.parallel) : "unknown", layout_line(outcome.options.parallel));
   for (const auto& [alias, owner] : outcome.source.logical.ties) fmt::print(stderr, "tied: {} is {}\n", alias, owner);
@@ -201,8 +202,9 @@ Origin origin_of(const ConvertAsk& ask) {
 
 /// --device; ranks of one host take its devices in turn.
 Device device_of(const ConvertAsk& ask, const Crew* crew) {
-  const auto count = crew && ask.run.device == "cuda" ? gpu::probe().devices.size() : 0;
-  return choose_device(count ? fmt::format("cuda:{}", static_cast<std::size_t>(crew->local_rank()) % count) : ask.run.device);
+  const auto all = choose_device(ask.run.device);
+  if (!crew || all.cuda.size() < 2) return all;
+  return choose_device(fmt::format("cuda:{}", all.cuda[static_cast<std::size_t>(crew->local_rank()) % all.cuda.size()]));
 }
 
 /// `crew`: the ranks that this process is one of, or null.
@@ -243,7 +245,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
     report.bytes_written = planned_bytes(plan, true);
   } else {
     ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json || (crew && part->index > 0));
-    if (device.cuda) run = gpu::reshard::execute(plan, reader, *target.writer, formats::kernels(), budget, {*device.cuda, ask.run.device_limit()}, bar.callback());
+    if (!device.cuda.empty()) run = gpu::reshard::execute(plan, reader, *target.writer, formats::kernels(), budget, {device.cuda, ask.run.device_limit()}, bar.callback());
     else report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());     // execute
     refuse(report.findings);
     if (crew && !crew->finish(report, *target.writer, !ask.no_sync)) return 0;                           // rank 0 publishes and tells

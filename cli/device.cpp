@@ -5,6 +5,8 @@
 #include "libshard/error.h"
 
 #include <charconv>
+#include <optional>
+#include <set>
 
 namespace cli {
 namespace {
@@ -28,7 +30,16 @@ Wanted parse(const std::string& text) {
   return {.cuda = true, .index = index};
 }
 
-Device on_cuda(const gpu::DeviceInfo& info, std::string why) { return {info.index, fmt::format("cuda:{}", info.index), info.name, std::move(why)}; }
+Device on_cuda(const std::vector<gpu::DeviceInfo>& devices, std::string why) {
+  Device out{{}, {}, {}, std::move(why)};
+  std::set<std::string> models;
+  for (const auto& info : devices) {
+    out.cuda.push_back(info.index);
+    out.name += fmt::format("{}cuda:{}", out.name.empty() ? "" : ", ", info.index);
+    if (models.insert(info.name).second) out.model += (out.model.empty() ? "" : ", ") + info.name;
+  }
+  return out;
+}
 
 }  // namespace
 
@@ -38,14 +49,14 @@ Device choose_device(const std::string& text) {
   const auto [devices, why, refused] = gpu::probe();
   if (wanted.automatic) {
     if (devices.empty()) return {{}, "cpu", "", "auto: " + why};
-    return on_cuda(devices.front(), devices.size() == 1 ? "auto: the one device that is here" : fmt::format("auto: the first of {} devices", devices.size()));
+    return on_cuda({devices.front()}, devices.size() == 1 ? "auto: the one device that is here" : fmt::format("auto: the first of {} devices", devices.size()));
   }
   if (wanted.index)
     if (const auto bad = refused.find(*wanted.index); bad != refused.end()) shard::fail(Code::Device, "--device {}: {}", text, bad->second);
   shard::require(!devices.empty(), Code::Device, [&] { return fmt::format("--device {}: {}; cpu is there", text, why); });
-  if (!wanted.index) return on_cuda(devices.front(), "asked for");
+  if (!wanted.index) return on_cuda(devices, "asked for");
   for (const auto& info : devices)
-    if (info.index == *wanted.index) return on_cuda(info, "asked for");
+    if (info.index == *wanted.index) return on_cuda({info}, "asked for");
   std::string there;
   for (const auto& info : devices) there += fmt::format("{}cuda:{}", there.empty() ? "" : ", ", info.index);
   shard::fail(Code::Device, "--device {}: there is no such device; {} {}", text, there, devices.size() == 1 ? "is there" : "are there");

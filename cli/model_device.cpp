@@ -3,7 +3,6 @@
 
 #include "cli/device.h"
 #include "gpu/model/language_device.h"
-#include "gpu/runtime.h"
 #include "libshard/error.h"
 #include "lm/attention_backend.h"
 
@@ -34,7 +33,7 @@ ModelDevice model_device(const RunOptions& run, const std::string& attention, st
   const auto backend = backend_of(attention);
   if (backend != AttentionBackend::Auto) check_environment(backend);
   const auto where = choose_device(run.device);
-  if (!where.cuda) {
+  if (where.cuda.empty()) {
     shard::require(backend == AttentionBackend::Auto || backend == AttentionBackend::Local, shard::Code::Device,
                    [&] { return fmt::format("--attention-backend {}: is there on CUDA devices; the CPU computes attention as 'local' says", attention); });
     return {lm::host_device(), where.why};
@@ -42,9 +41,7 @@ ModelDevice model_device(const RunOptions& run, const std::string& attention, st
   gpu::LanguageDeviceOptions options;
   options.attention = backend;
   options.memory = run.device_limit();
-  if (run.device == "cuda")
-    for (const auto& info : gpu::probe().devices) options.devices.push_back(info.index);
-  else options.devices = {*where.cuda};
+  options.devices = where.cuda;
   if (local_rank) options.devices = {options.devices[static_cast<std::size_t>(*local_rank) % options.devices.size()]};
   return {gpu::language_device(std::move(options)), where.why};
 }

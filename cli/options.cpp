@@ -44,8 +44,8 @@ void ModelOptions::add_to(CLI::App& command) {
 void RunOptions::add_to(CLI::App& command) {
   command.add_option("--threads", threads, "Worker threads (default: all cores)");
   command.add_option("--mem-limit", memory, "Memory for buffers (default 256MiB)")->type_name("SIZE");
-  command.add_option("--device", device, "auto, cpu or cuda[:N] (default cpu)");
-  command.add_option("--device-mem-limit", device_memory, "Memory to take on the device (default: a quarter of what is free, for validate nine tenths)")->type_name("SIZE");
+  command.add_option("--device", device, "auto, cpu, cuda (all of them) or cuda:N (default cpu)");
+  command.add_option("--device-mem-limit", device_memory, "Memory to take on each device (default: a quarter of what is free, for validate nine tenths)")->type_name("SIZE");
   command.add_flag("-q,--quiet", quiet, "No progress, no summary");
   command.add_flag("-v,--verbose", verbose, "Say more");
   command.add_flag("--json", json, "One JSON object on stdout");

@@ -59,7 +59,7 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   const formats::LocalReader reader(described, checkpoint.files);
   ProgressBar bar("verifying", ask.run.quiet || ask.run.json);
   gpu::reshard::ScanOutcome found;
-  if (device.cuda) found = gpu::reshard::scan_bytes(reader, stored, replicas, formats::kernels(), budget, {*device.cuda, ask.run.device_limit()}, bar.callback());
+  if (!device.cuda.empty()) found = gpu::reshard::scan_bytes(reader, stored, replicas, formats::kernels(), budget, {device.cuda, ask.run.device_limit()}, bar.callback());
   else found.findings = scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());
   bar.clear();
   out.storage = found.storage;
@@ -110,7 +110,7 @@ int run_verify(const VerifyAsk& ask) {
   if (!ask.junit.empty()) write_junit(ask.junit, "shardkit.verify", fmt::format("shardkit verify {}", ask.path), kRules, result.findings);
   if (ask.run.json) {
     Json out{{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}, {"device", device.name}, {"device_why", device.why}};
-    if (device.cuda) out["device_use"] = {{"model", device.model}, {"storage", result.storage}};
+    if (!device.cuda.empty()) out["device_use"] = {{"model", device.model}, {"storage", result.storage}};
     print_json(out);
   } else if (!ask.run.quiet || !result.ok()) {
     print_findings(result.findings);
@@ -121,7 +121,7 @@ int run_verify(const VerifyAsk& ask) {
       fmt::print("{}: {} (checked: {})\n", ask.path, result.ok() ? "sound" : "NOT sound", counts);
     }
   }
-  if (ask.run.verbose && !ask.run.json) fmt::print(stderr, "device: {} ({}){}{}\n", device.name, device.why, device.cuda ? "; storage: " : "", result.storage);
+  if (ask.run.verbose && !ask.run.json) fmt::print(stderr, "device: {} ({}){}{}\n", device.name, device.why, device.cuda.empty() ? "" : "; storage: ", result.storage);
   return result.ok() ? 0 : 1;
 }
 

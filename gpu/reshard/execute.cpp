@@ -14,13 +14,12 @@ class Execution {
         shared_{source_, &target_, nullptr, std::vector<shard::Difference>(plan.comparisons.size()), {}, {}} {}
 
   Outcome run() {
-    use_device(options_.device);
     touch();
     out_.sizes = size_lanes(all_, budget_, options_);
     const auto direct = options_.direct ? direct_storage() : DirectChoice{nullptr, "not asked for"};
     shared_.direct = direct.storage.get();
     const Batches batches(plan_, out_.sizes.image);
-    Workers(out_.sizes, options_.device, budget_, shared_, [&](std::uint64_t bytes) { told(bytes); }).run(batches.units().size(), [&](std::size_t i, Batch& open, const Full& full) {
+    Workers(out_.sizes, options_.devices, budget_, shared_, [&](std::uint64_t bytes) { told(bytes); }).run(batches.units().size(), [&](std::size_t i, Batch& open, const Full& full) {
       const auto unit = past_everything(batches, batches.units()[i]);
       if (unit.begin < unit.end || unit.kind == Unit::Kind::Compare) batches.expand(unit, open, full);
     });

@@ -6,13 +6,14 @@
 namespace gpu::reshard {
 
 struct Options {
-  int device = 0;
-  std::uint64_t device_memory = 0;  ///< bytes that buffers may take there; 0: a quarter of what is free
+  std::vector<int> devices{0};      ///< workers take them in turn
+  std::uint64_t device_memory = 0;  ///< bytes that buffers may take on each; 0: a quarter of what is free
   bool direct = true;               ///< GPUDirect Storage, where it works
 };
 
 struct Sizes {
   unsigned lanes = 0;               ///< batches under way at once, each on a stream of its own
+  unsigned devices = 0;             ///< that have lanes
   std::uint64_t image = 0, pinned_memory = 0, device_memory = 0;  ///< bytes: of a lane's image; of all lanes
 };
 

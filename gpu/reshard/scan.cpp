@@ -10,7 +10,6 @@ namespace {
 
 ScanOutcome scan(const shard::Reader& from, const shard::ShardedStateDict& stored, const shard::Plan& replicas, const shard::Kernels& kernels,
                  const shard::Budget& budget, const Options& options, const shard::Progress& tell) {
-  use_device(options.device);
   ScanOutcome out;
   shard::SummedSource source(from, kernels);
   const auto tasks = scan_tasks(stored, source);
@@ -25,7 +24,7 @@ ScanOutcome scan(const shard::Reader& from, const shard::ShardedStateDict& store
   const auto told = [&](std::uint64_t bytes) {
     if (bytes > 0 && tell) tell(done += bytes, all);
   };
-  Workers(out.sizes, options.device, budget, shared, told).run(tasks.size() + comparisons.units().size(), [&](std::size_t i, Batch& open, const Full& full) {
+  Workers(out.sizes, options.devices, budget, shared, told).run(tasks.size() + comparisons.units().size(), [&](std::size_t i, Batch& open, const Full& full) {
     if (i < tasks.size()) expand(tasks[i], i, out.sizes.image, open, full);
     else comparisons.expand(comparisons.units()[i - tasks.size()], open, full);
   });

@@ -11,7 +11,7 @@
 
 namespace gpu::reshard {
 
-/// As many lanes as threads keep busy and both memories hold; images as large as they get, but no larger than `bytes` to be moved need.
+/// As many lanes as threads keep busy and all memories hold; images as large as they get, but no larger than `bytes` to be moved need.
 /// Throws Device where not even the least fits.
 Sizes size_lanes(std::uint64_t bytes, const shard::Budget& budget, const Options& options);
 
@@ -21,7 +21,7 @@ std::string storage_line(const DirectChoice& direct, const Shared& shared);
 class Workers {
  public:
   /// `told` hears of source bytes that are done.
-  Workers(const Sizes& sizes, int device, const shard::Budget& budget, Shared& shared, std::function<void(std::uint64_t)> told);
+  Workers(const Sizes& sizes, const std::vector<int>& devices, const shard::Budget& budget, Shared& shared, std::function<void(std::uint64_t)> told);
   /// expand(i, open, full) adds the i-th of `count` things to the batch `open`, whatever thread it is; all are done on return.
   void run(std::size_t count, const std::function<void(std::size_t i, Batch& open, const Full& full)>& expand);
 
@@ -32,8 +32,10 @@ class Workers {
     Batch open;
   };
   void start(Worker& worker, Batch& batch);
+  /// Takes a worker's device for the calling thread.
+  void enter(std::size_t worker) const { use_device(devices_[worker % devices_.size()]); }
 
-  int device_;
+  std::vector<int> devices_;
   const shard::Budget& budget_;
   std::function<void(std::uint64_t)> told_;
   std::vector<Worker> workers_;

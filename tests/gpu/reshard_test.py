@@ -3,8 +3,10 @@
 SHARDKIT is a binary whose devices are emulated, or the real one; without a device the real one is skipped with the reason."""
 import json
 import os
+import random
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -127,6 +129,30 @@ class Reshard(Case):
         err = self.refused(8, "reshard", LLAMA, self.tmp / "x", "--tp", "1", "--device", "cuda", "--device-mem-limit", "1000")
         self.assertIn("is the least", err)
         self.assertEqual(list(self.tmp.iterdir()), [])
+
+    @unittest.skipUnless(EMULATED, "needs several devices")
+    def test_several_devices(self):
+        source = self.tmp / "source"
+        source.mkdir()
+        shape, count = [512, 1024], 12  # enough for six lanes
+        size = 2 * shape[0] * shape[1]
+        header = json.dumps({f"t{i}": {"dtype": "BF16", "shape": shape, "data_offsets": [i * size, (i + 1) * size]} for i in range(count)}).encode()
+        values = random.Random(1).randbytes(size * count)
+        (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(b & 0xBF if i % 2 else b for i, b in enumerate(values)))  # finite
+        self.ok("convert", source, self.tmp / "cpu", "--to", "dcp", "--dtype", "f32", "-q")
+        for devices, used in ((1, 1), (2, 2), (3, 3), (5, 3)):
+            target = self.tmp / f"cuda-{devices}"
+            args = ("convert", source, target, "--to", "dcp", "--dtype", "f32", "--threads", "4", "--device-mem-limit", "12MB", "--json")
+            status, out, err = run(*args, "--device", "cuda", env=environment(DEVICES=devices))
+            self.assertEqual(status, 0, err)
+            report = json.loads(out)
+            self.assertEqual(report["device"], ", ".join(f"cuda:{i}" for i in range(devices)))
+            self.assertEqual(report["device_use"]["devices"], used, report["device_use"])
+            self.assertEqual(files_below(self.tmp / "cpu"), files_below(target))
+            status, out, err = run("verify", target, "--threads", "4", "--device", "cuda", "--json", env=environment(DEVICES=devices))
+            self.assertEqual(status, 0, out + err)
+        status, out, err = run(*args[:2], self.tmp / "one", *args[3:], "--device", "cuda:4", env=environment(DEVICES=5))
+        self.assertEqual((status, json.loads(out)["device"], json.loads(out)["device_use"]["devices"]), (0, "cuda:4", 1), err)
 
     @unittest.skipUnless(EMULATED, "only an emulated device has settable memory")
     def test_out_of_memory(self):
