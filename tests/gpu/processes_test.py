@@ -172,7 +172,9 @@ class Processes(Case):
     def test_a_signal_stops_all(self):
         here = self.here(LLAMA)
         processes = [start([here, *self.layout(2, 1)], rank, 2, SHARDKIT_EMULATED_PAUSE_US=20000) for rank in range(2)]
-        time.sleep(1.5)
+        until = time.monotonic() + 30
+        while not all(map(linked, processes)) and time.monotonic() < until:
+            time.sleep(0.01)
         processes[1].send_signal(signal.SIGTERM)
         done = finish(processes)
         self.assertEqual([x[0] for x in done], [7, 128 + signal.SIGTERM], done)

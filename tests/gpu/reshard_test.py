@@ -184,7 +184,9 @@ class Reshard(Case):
         for number in (signal.SIGINT, signal.SIGTERM):
             process = subprocess.Popen([SHARDKIT, "reshard", str(LLAMA), str(self.tmp / "x"), "--tp", "1", "--pp", "1", "--device", "cuda", "--mem-limit", "1", "-q"],
                                        stderr=subprocess.PIPE, text=True, env=environment(PAUSE_US=100_000))
-            time.sleep(0.7)
+            until = time.monotonic() + 30
+            while not list(self.tmp.iterdir()) and time.monotonic() < until:  # until it writes
+                time.sleep(0.01)
             process.send_signal(number)
             err = process.communicate(timeout=60)[1]
             self.assertEqual(process.returncode, 128 + number, err)
