@@ -44,7 +44,7 @@ struct alignas(16) Words {
 };
 
 constexpr std::size_t kMaxShared = 227 << 10;      ///< what compute capability 9.0 gives a block; 8.0 gives 163 KiB
-constexpr std::size_t kPortableShared = 163 << 10;
+constexpr std::size_t kPortableShared = 99 << 10;  ///< what every one from 8.0 on gives: 8.6, 8.9 and 12.0 no more
 
 /// Refuses a launch that no device takes, and one with nothing to do (false).
 inline bool check_grid(const Grid& grid) {
@@ -53,10 +53,17 @@ inline bool check_grid(const Grid& grid) {
   return grid.x > 0 && grid.y > 0 && grid.z > 0;
 }
 
+/// A kernel for some devices only says what those give.
+template <typename Kernel>
+constexpr std::size_t most_shared() {
+  if constexpr (requires { Kernel::kMostShared; }) return Kernel::kMostShared;
+  else return kPortableShared;
+}
+
 template <typename Kernel>
 constexpr void check_kernel() {
   static_assert(Kernel::kThreads >= 32 && Kernel::kThreads <= 1024 && Kernel::kThreads % 32 == 0, "whole warps, at most 1024 threads");
-  static_assert(sizeof(typename Kernel::Shared) <= kPortableShared, "shared memory of a block");
+  static_assert(sizeof(typename Kernel::Shared) <= most_shared<Kernel>(), "shared memory of a block");
   static_assert(alignof(typename Kernel::Shared) <= 1024, "how a block's shared memory is aligned");
   static_assert(std::is_trivially_copyable_v<Kernel> && sizeof(Kernel) <= 4096, "kernels travel as parameters");
 }

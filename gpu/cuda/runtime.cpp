@@ -9,6 +9,8 @@
 namespace gpu {
 namespace {
 
+thread_local int chosen = -1;  ///< by use_device(); CUDA itself says 0 of a thread that never chose, and going back there would take a context on it
+
 cudaStream_t raw(StreamView stream) { return static_cast<cudaStream_t>(stream.handle); }
 
 /// As nvidia-smi writes it.
@@ -29,12 +31,10 @@ DeviceInfo described(int index) {
 
 DeviceInfo device_info(int index) {
   auto out = described(index);
-  int before = 0;
-  check(cudaGetDevice(&before), "asking for a device");
   check(cudaSetDevice(index), "choosing a device");
   std::size_t free = 0, all = 0;
   const auto status = cudaMemGetInfo(&free, &all);
-  cudaSetDevice(before);
+  if (chosen >= 0) check(cudaSetDevice(chosen), "choosing a device");
   check(status, "asking for free memory");
   out.free = free;
   return out;
@@ -80,7 +80,10 @@ bool has_warpgroups() {
   return built && major == 9 && minor == 0;
 }
 
-void use_device(int index) { check(cudaSetDevice(index), "choosing a device"); }
+void use_device(int index) {
+  check(cudaSetDevice(index), "choosing a device");
+  chosen = index;
+}
 
 Stream::Stream() {
   cudaStream_t made;
@@ -92,7 +95,8 @@ void Stream::wait() const { gpu::wait(*this); }
 void wait(StreamView stream) { check(cudaStreamSynchronize(raw(stream)), "waiting for a stream"); }
 bool done(StreamView stream) {
   const auto status = cudaStreamQuery(raw(stream));
-  if (status != cudaErrorNotReady) check(status, "asking for a stream");
+  if (status == cudaErrorNotReady) cudaGetLastError();  // no failure that the next launch should be told of
+  else check(status, "asking for a stream");
   return status == cudaSuccess;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gpu/tensor_core.h"
+#include "libshard/error.h"
 #include "libshard/float_bits.h"
 
 #include <bit>
@@ -77,6 +78,7 @@ void quad_sum(Block& block, Of of) {
 }
 
 inline void copy_async(void* to, const void* from, bool there) {
+  shard::require(reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && reinterpret_cast<std::uintptr_t>(from) % 16 == 0, shard::Code::Device, [] { return "emulated device: an asynchronous copy of 16 bytes starts elsewhere"; });
   if (there) std::memcpy(to, from, 16);
   else std::memset(to, 0, 16);
 }

@@ -95,8 +95,9 @@ const std::string& Nccl::version() const { return api_->version; }
 struct Communicator::State {
   std::shared_ptr<const Nccl::Api> api;
   int rank, size;
+  std::shared_ptr<Together> together;
   int unwinding = std::uncaught_exceptions();
-  std::timed_mutex mutex;                            // around calls, so that fail() does not free what one uses
+  std::mutex mutex;                                  // around calls, so that fail() does not free what one uses
   std::atomic<bool> failed = false;
   ncclComm_t comm = nullptr;
 
@@ -104,14 +105,32 @@ struct Communicator::State {
   void call(const char* doing, Call&& call) {
     const std::lock_guard lock(mutex);
     refuse_failed();
-    api->check(call(), doing, comm);
+    try {
+      api->check(call(), doing, comm);
+    } catch (...) {  // whoever unwinds may wait for the stream, and what it waits for there would not come
+      failed = true;
+      api->end(comm);
+      throw;
+    }
+  }
+  template <typename Call>
+  void call_by_all(const char* doing, Call&& what) {
+    if (together) together->all();
+    call(doing, what);
+    if (together) together->all();
+  }
+  ncclResult_t start(const Communicator::Transfer& t, StreamView on) const {
+    const auto stream = static_cast<cudaStream_t>(on.handle);
+    return t.way == Communicator::Transfer::Way::Send ? api->send(t.memory, t.bytes, ncclUint8, t.peer, comm, stream) : api->receive(t.memory, t.bytes, ncclUint8, t.peer, comm, stream);
   }
   void refuse_failed() const {
     shard::require(!failed, Code::Device, [&] { return fmt::format("{}: rank {}: another rank failed", api->library.title(), rank); });
   }
 };
 
-Communicator::Communicator(const Nccl& library, const Nccl::Id& id, int rank, int size, int device) : state_(std::make_unique<State>(library.api_, rank, size)) {
+Communicator::Communicator(const Nccl& library, const Nccl::Id& id, int rank, int size, int device, std::shared_ptr<Together> together)
+    : state_(std::make_unique<State>(library.api_, rank, size, std::move(together))) {
+  if (state_->together) state_->together->all();  // NCCL itself would wait for one that failed
   use_device(device);
   ncclUniqueId raw;
   std::copy(id.begin(), id.end(), raw.internal);
@@ -130,34 +149,40 @@ int Communicator::size() const { return state_->size; }
 
 void Communicator::all_reduce(std::byte* values, std::size_t count, DType type, Reduction reduction, StreamView on) {
   auto& s = *state_;
-  s.call("all-reduce", [&] {
+  s.call_by_all("all-reduce", [&] {
     return s.api->all_reduce(values, values, count, nccl_type(type), reduction == Reduction::Sum ? ncclSum : ncclMax, s.comm, static_cast<cudaStream_t>(on.handle));
   });
 }
 
 void Communicator::broadcast(std::byte* bytes, std::size_t count, int root, StreamView on) {
   auto& s = *state_;
-  s.call("broadcast", [&] { return s.api->broadcast(bytes, bytes, count, ncclUint8, root, s.comm, static_cast<cudaStream_t>(on.handle)); });
+  s.call_by_all("broadcast", [&] { return s.api->broadcast(bytes, bytes, count, ncclUint8, root, s.comm, static_cast<cudaStream_t>(on.handle)); });
 }
 
 void Communicator::all_gather(const std::byte* mine, std::byte* all, std::size_t count, StreamView on) {
   auto& s = *state_;
-  s.call("all-gather", [&] { return s.api->all_gather(mine, all, count, ncclUint8, s.comm, static_cast<cudaStream_t>(on.handle)); });
+  s.call_by_all("all-gather", [&] { return s.api->all_gather(mine, all, count, ncclUint8, s.comm, static_cast<cudaStream_t>(on.handle)); });
 }
 
 void Communicator::exchange(std::span<const Transfer> transfers, StreamView on) {
   auto& s = *state_;
-  s.call("exchange", [&] {
+  s.call_by_all("exchange", [&] {
     auto status = s.api->group_start();
-    for (const auto& t : transfers) {
-      if (status != ncclSuccess) break;
-      status = t.way == Transfer::Way::Send ? s.api->send(t.memory, t.bytes, ncclUint8, t.peer, s.comm, static_cast<cudaStream_t>(on.handle))
-                                            : s.api->receive(t.memory, t.bytes, ncclUint8, t.peer, s.comm, static_cast<cudaStream_t>(on.handle));
-    }
+    for (const auto& t : transfers)
+      if (status == ncclSuccess) status = s.start(t, on);
     const auto ended = s.api->group_end();
     return status != ncclSuccess ? status : ended;
   });
 }
+
+void Communicator::transfer(const Transfer& one, StreamView on) {
+  auto& s = *state_;
+  if (s.together) s.together->pair(one.peer);
+  s.call("transfer", [&] { return s.start(one, on); });
+  if (s.together) s.together->pair(one.peer);
+}
+
+void Communicator::meet_by(std::shared_ptr<Together> together) { state_->together = std::move(together); }
 
 void Communicator::wait(StreamView on) {
   auto& s = *state_;
@@ -178,8 +203,12 @@ void Communicator::wait(StreamView on) {
 void Communicator::fail() {
   auto& s = *state_;
   if (s.failed.exchange(true)) return;
-  const std::unique_lock lock(s.mutex, std::chrono::seconds(2));  // a call that is stuck holds it; then ending it is all that helps
-  if (s.comm) s.api->end(s.comm);
+  for (int i = 0; i < 2000; ++i, std::this_thread::sleep_for(std::chrono::milliseconds(1)))
+    if (const std::unique_lock lock(s.mutex, std::try_to_lock); lock) {
+      if (s.comm) s.api->end(s.comm);
+      return;
+    }
+  // A call is stuck on the host: ending it here could free what it works on. Only the process's end helps, which cli/meeting sees to.
 }
 
 #else
@@ -194,7 +223,7 @@ struct Communicator::State {};
 Nccl::Nccl(const std::string&) { shard::fail(shard::Code::Device, "NCCL: this build was made without its header, nccl.h"); }
 Nccl::Id Nccl::make_id() const { return {}; }
 const std::string& Nccl::version() const { return api_->version; }
-Communicator::Communicator(const Nccl&, const Nccl::Id&, int, int, int) {}
+Communicator::Communicator(const Nccl&, const Nccl::Id&, int, int, int, std::shared_ptr<Together>) {}
 Communicator::~Communicator() = default;
 int Communicator::rank() const { return 0; }
 int Communicator::size() const { return 0; }
@@ -202,6 +231,8 @@ void Communicator::all_reduce(std::byte*, std::size_t, shard::DType, Reduction, 
 void Communicator::broadcast(std::byte*, std::size_t, int, StreamView) {}
 void Communicator::all_gather(const std::byte*, std::byte*, std::size_t, StreamView) {}
 void Communicator::exchange(std::span<const Transfer>, StreamView) {}
+void Communicator::transfer(const Transfer&, StreamView) {}
+void Communicator::meet_by(std::shared_ptr<Together>) {}
 void Communicator::wait(StreamView) {}
 void Communicator::fail() {}
 

@@ -28,13 +28,23 @@ class Nccl {
 
 enum class Reduction { Sum, Max };
 
+/// Where ranks are threads of one process: how they wait for each other on the host. CUDA may hold an allocation back until all devices that see each
+/// other's memory are idle; a rank that allocates while another's kernel already waits for it would then wait for ever. So ranks come together before a
+/// call and part when all have made it: from there on what runs on the devices ends by itself. Both throw where a rank failed.
+class Together {
+ public:
+  virtual ~Together() = default;
+  virtual void all() = 0;
+  virtual void pair(int peer) = 0;
+};
+
 /// One rank's end. What is called returns when it is in the stream; all ranks must call the same in the same order. The calls can be recorded
 /// in a Graph. A rank that fails must call fail() on its communicator, as must every rank that hears of it: NCCL itself notices a dead
-/// process only over a network, and all others would wait for ever.
+/// process only over a network, and all others would wait for ever. An error that NCCL tells of ends what runs before it is thrown.
 class Communicator {
  public:
   /// Waits for all `size` ranks to come; `device` is made current.
-  Communicator(const Nccl& library, const Nccl::Id& id, int rank, int size, int device);
+  Communicator(const Nccl& library, const Nccl::Id& id, int rank, int size, int device, std::shared_ptr<Together> together = nullptr);
   ~Communicator();
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -52,8 +62,12 @@ class Communicator {
     std::byte* memory;                               ///< a send only reads it
     std::size_t bytes;
   };
-  /// All of them at once: sends and receives between two ranks pair up in order.
+  /// All of them at once: sends and receives between two ranks pair up in order. All ranks call it, also those without any.
   void exchange(std::span<const Transfer> transfers, StreamView on);
+  /// Between this rank and one other.
+  void transfer(const Transfer& one, StreamView on);
+  /// In place of what it was made with, of another run: its ranks are other threads.
+  void meet_by(std::shared_ptr<Together> together);
 
   /// Until the stream's work is done; throws what failed in it, here or in fail().
   void wait(StreamView on);

@@ -25,7 +25,11 @@ class Devices : public lm::Device {
  public:
   explicit Devices(LanguageDeviceOptions options) : options_(std::move(options)) {
     shard::require(!options_.devices.empty(), shard::Code::Device, [] { return std::string("device: none was given"); });
-    for (const auto device : options_.devices) names_.push_back(device_info(device).name);
+    const auto all = probe().devices;  // without taking any
+    for (const auto device : options_.devices) {
+      const auto found = std::find_if(all.begin(), all.end(), [&](const DeviceInfo& one) { return one.index == device; });
+      names_.push_back(found == all.end() ? device_info(device).name : found->name);
+    }
   }
 
   std::string name() const override {
@@ -41,7 +45,8 @@ class Devices : public lm::Device {
   }
 
   void prepare(const lm::Ranks& layout, const shard::TransformerConfig& config, const std::vector<lm::StagePlan>& stages) override {
-    const bool same = layout.tensor == layout_.tensor && layout.pipeline == layout_.pipeline && layout.compute == layout_.compute && !ranks_.empty();
+    const auto count = static_cast<std::size_t>(layout.tensor * layout.pipeline);
+    const bool same = layout.tensor == layout_.tensor && layout.pipeline == layout_.pipeline && layout.compute == layout_.compute && ranks_.size() == count;
     if (!same) {
       weights_.clear();
       held_.clear();
@@ -103,8 +108,9 @@ class Devices : public lm::Device {
 
   std::unique_ptr<lm::Comm> comm(lm::Group& group, Axis axis, int stage, int tensor_rank) override {
     auto& mine = of(stage, tensor_rank);
-    if (auto* peers = communicator(axis, stage, tensor_rank)) return std::make_unique<NcclComm>(mine, *peers);
-    return std::make_unique<StagedComm>(group, group.size() == 1 ? 0 : axis == Axis::Tensor ? tensor_rank : stage, mine);
+    const int member = group.size() == 1 ? 0 : axis == Axis::Tensor ? tensor_rank : stage;
+    if (auto* peers = communicator(axis, stage, tensor_rank, layout_.processes ? nullptr : std::make_shared<Threads>(group, member))) return std::make_unique<NcclComm>(mine, *peers);
+    return std::make_unique<StagedComm>(group, member, mine);
   }
 
   void fail() override {
@@ -119,7 +125,7 @@ class Devices : public lm::Device {
     const auto& plan = plans_[static_cast<std::size_t>(stage)];
     const auto rank = static_cast<std::size_t>(stage * layout_.tensor + tensor_rank);
     if (!held_[rank].hold(plan.parts[static_cast<std::size_t>(tensor_rank)], mine.stream())) mine.forget_recorded();
-    load_weights(stream, plan, tensor_rank, held_[rank], communicator(Axis::Tensor, stage, tensor_rank), mine.stream());
+    load_weights(stream, plan, tensor_rank, held_[rank], made({Axis::Tensor, stage, tensor_rank}), mine.stream());
     return weights_.at(static_cast<int>(rank));
   }
 
@@ -172,42 +178,46 @@ class Devices : public lm::Device {
     }
   }
 
-  /// How each group's ranks talk.
+  /// How ranks talk: all groups alike. Where two ranks of different groups shared a device, each group's kernels could wait there for the other's to end.
   void meet() {
     communicators_.clear();
     ids_.clear();
     transport_.clear();
     if (layout_.tensor * layout_.pipeline == 1) return;
-    const auto ranks_on = boards();
+    const auto transport = choose_transport(boards());
+    transport_ = fmt::format("ranks talk {}: {}", transport.nccl ? "by NCCL " + nccl_->version() : "through the host", transport.why);
+    shard::require(transport.nccl || !layout_.processes, shard::Code::Device,
+                   [&] { return fmt::format("several processes talk by NCCL: {}; one process alone runs all ranks on what there is", transport.why); });
+    if (!transport.nccl) return;
     std::vector<std::pair<Axis, int>> groups;
     for (const auto axis : {Axis::Pipeline, Axis::Tensor})
-      for (int group = 0; group < (axis == Axis::Tensor ? layout_.pipeline : layout_.tensor); ++group) {
-        std::vector<RankDevice> ranks;
-        for (const auto rank : members(axis, group)) ranks.push_back(ranks_on[static_cast<std::size_t>(rank)]);
-        if (ranks.size() == 1) continue;
-        const auto transport = choose_transport(ranks);
-        transport_ = fmt::format("ranks talk {}: {}", transport.nccl ? "by NCCL " + nccl_->version() : "through the host", transport.why);
-        if (transport.nccl) groups.emplace_back(axis, group);
-        shard::require(transport.nccl || !layout_.processes, shard::Code::Device,
-                       [&] { return fmt::format("several processes talk by NCCL: {}; one process alone runs all ranks on what there is", transport.why); });
-      }
+      for (int group = 0; group < (axis == Axis::Tensor ? layout_.pipeline : layout_.tensor); ++group)
+        if (members(axis, group).size() > 1) groups.emplace_back(axis, group);
     make_ids(groups);
   }
 
+  using End = std::tuple<Axis, int, int>;                             ///< of NCCL: axis, group, member
+  /// Null before communicator() made it, or where there is none.
+  Communicator* made(const End& end) {
+    const std::lock_guard lock(mutex_);
+    const auto known = communicators_.find(end);
+    return known == communicators_.end() ? nullptr : known->second.get();
+  }
+
   /// This rank's end of NCCL along `axis`, made when first asked for, in all ranks at once; null where it is alone or they talk through the host.
-  Communicator* communicator(Axis axis, int stage, int tensor_rank) {
+  Communicator* communicator(Axis axis, int stage, int tensor_rank, std::shared_ptr<Together> together) {
     const int group = axis == Axis::Tensor ? stage : tensor_rank, member = axis == Axis::Tensor ? tensor_rank : stage;
     if (!by_nccl(axis, group)) return nullptr;
-    const std::tuple key{axis, group, member};
-    {
-      const std::lock_guard lock(mutex_);
-      if (const auto known = communicators_.find(key); known != communicators_.end()) return known->second.get();
+    const End end{axis, group, member};
+    if (auto* const known = made(end)) {
+      known->meet_by(std::move(together));
+      return known;
     }
     const int size = static_cast<int>(members(axis, group).size());
-    auto made = std::make_unique<Communicator>(*nccl_, ids_.at({axis, group}), member, size, of(stage, tensor_rank).device());  // waits for the others
+    auto fresh = std::make_unique<Communicator>(*nccl_, ids_.at({axis, group}), member, size, of(stage, tensor_rank).device(), std::move(together));  // waits for the others
     const std::lock_guard lock(mutex_);
-    if (failed_) made->fail();
-    return (communicators_[key] = std::move(made)).get();
+    if (failed_) fresh->fail();
+    return (communicators_[end] = std::move(fresh)).get();
   }
   void load_nccl() {
     if (nccl_ || !no_nccl_.empty()) return;
@@ -228,7 +238,7 @@ class Devices : public lm::Device {
   std::map<int, RankWeights> weights_;
   std::optional<Nccl> nccl_;
   std::string no_nccl_, transport_;
-  std::map<std::tuple<Axis, int, int>, std::unique_ptr<Communicator>> communicators_;  ///< by axis, group and member
+  std::map<End, std::unique_ptr<Communicator>> communicators_;
   std::map<std::pair<Axis, int>, Nccl::Id> ids_;                      ///< of the groups that talk by NCCL
   bool failed_ = false;
   std::mutex mutex_;

@@ -123,7 +123,7 @@ class Loader {
         if (piece.reader == rank_) send(piece, packet, slot, std::exchange(filled, filled + aligned(packet.bytes)), transfers);
         else if (std::find(packet.ranks.begin(), packet.ranks.end(), rank_) != packet.ranks.end())
           transfers.push_back({Transfer::Way::Receive, piece.reader, place_of(piece, packet), packet.bytes});
-    if (!transfers.empty()) peers_->exchange(transfers, on_);
+    if (peers_) peers_->exchange(transfers, on_);
     slot.sent.record(on_);
   }
 

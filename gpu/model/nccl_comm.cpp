@@ -59,13 +59,11 @@ void NcclComm::all_reduce_sum(lm::Tensor& x) {
 }
 
 void NcclComm::send(int to, lm::Tensor x) {
-  const Communicator::Transfer out{Communicator::Transfer::Way::Send, to, x.data(), bytes_of(x)};
-  peers_.exchange({&out, 1}, ops_.stream());
+  peers_.transfer({Communicator::Transfer::Way::Send, to, x.data(), bytes_of(x)}, ops_.stream());
 }
 
 void NcclComm::receive(int from, lm::Tensor& into) {
-  const Communicator::Transfer in{Communicator::Transfer::Way::Receive, from, into.data(), bytes_of(into)};
-  peers_.exchange({&in, 1}, ops_.stream());
+  peers_.transfer({Communicator::Transfer::Way::Receive, from, into.data(), bytes_of(into)}, ops_.stream());
 }
 
 }  // namespace gpu

@@ -7,6 +7,24 @@
 
 namespace gpu {
 
+/// Ranks that are threads meet by their group.
+class Threads : public Together {
+ public:
+  Threads(lm::Group& group, int rank) : comm_(group, rank) {}
+  void all() override {
+    float none = 0;
+    comm_.all_reduce_sum({&none, 1});
+  }
+  void pair(int peer) override {
+    lm::Tensor none;
+    comm_.send(peer, {});
+    comm_.receive(peer, none);
+  }
+
+ private:
+  lm::LocalComm comm_;
+};
+
 class NcclComm : public lm::Comm {
  public:
   /// Keeps references to both.

@@ -9,7 +9,7 @@ using Index = std::int64_t;
 /// Eight threads a query; each keeps every eighth lane of its output. kHead: the widest head.
 template <int kHead>
 struct Flash {
-  static constexpr int kQueries = 32, kKeys = 32, kTeam = 8;
+  static constexpr int kQueries = 32, kKeys = kHead > 128 ? 16 : 32, kTeam = 8;
   static constexpr unsigned kThreads = kQueries * kTeam;
   struct Shared {
     float q[kQueries][kHead + 1], k[kKeys][kHead + 1], v[kKeys][kHead + 1];

@@ -13,6 +13,7 @@ template <int kKey, int kValue, unsigned kBlocks>
 struct FlashGroup : FlashOperands {
   static constexpr int kQueries = 128, kKeys = 64;
   static constexpr unsigned kThreads = 256, kTogether = kBlocks;
+  static constexpr std::size_t kMostShared = kMaxShared;  // warpgroups are of compute capability 9.0
   using Rows = FlashRows<kKeys, kValue>;
   template <int kRows, int kWidth>
   using Panels = Bf16[kWidth / 64][kRows][64];

@@ -57,13 +57,15 @@ struct TensorTile {
   GPU_CODE static void load_rows(unsigned thread, const Operand& from, std::int64_t at, std::int64_t depth, Bf16 (&to)[kCount][kPitch]) {
     constexpr int kChunks = kDepth / 8;
     const auto* const data = reinterpret_cast<const Bf16*>(from.data.data);
+    // Nothing is read there, but the address must be one that could be.
+    const auto* const nowhere = reinterpret_cast<const Bf16*>(reinterpret_cast<std::uintptr_t>(data) / 16 * 16);
     for (int i = static_cast<int>(thread); i < kCount * kChunks; i += kThreads) {
       const int row = i / kChunks, lane = i % kChunks * 8;
       const auto k = at + lane;
       const auto* const chunk = data + row * from.row_stride + k;
       const bool there = row < from.rows && k < depth;
       if (!there || (k + 8 <= depth && reinterpret_cast<std::uintptr_t>(chunk) % 16 == 0)) {
-        copy_async(&to[row][lane], there ? chunk : data, there);
+        copy_async(&to[row][lane], there ? chunk : nowhere, there);
       } else {  // an odd end, or rows that start anywhere
         for (int j = 0; j < 8; ++j) to[row][lane + j] = k + j < depth ? chunk[j] : Bf16{0};
       }
