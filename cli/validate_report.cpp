@@ -2,6 +2,7 @@
 #include "cli/validate_report.h"
 
 #include "cli/markup.h"
+#include "cli/report_files.h"
 #include "libshard/error.h"
 
 #include <algorithm>

@@ -1,5 +1,6 @@
 // shardkit serve: wires listener, queue, watcher and history together, and decides how it starts and ends.
 #include "cli/commands.h"
+#include "cli/markup.h"
 #include "cli/model_device.h"
 #include "cli/options.h"
 #include "cli/serve/history.h"
@@ -44,12 +45,6 @@ fs::path default_history() {
   const char* home = std::getenv("HOME");
   shard::require(home && *home == '/', Code::Usage, [] { return "--history: there is no home folder to put it; should be given"; });
   return fs::path(home) / ".local/state/shardkit/history.sqlite";
-}
-
-std::string one_line(std::string text) {
-  for (auto& c : text)
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
-  return text;
 }
 
 HttpReply json_reply(int status, const Json& body) { return {status, "application/json", body.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n", {}}; }
