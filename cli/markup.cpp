@@ -1,7 +1,5 @@
-// Keys come from strangers: whatever bytes they hold, the page stays HTML and the report XML.
+// Keys come from strangers: whatever bytes they hold, the page stays HTML, the report XML and a line a line.
 #include "cli/markup.h"
-
-#include "libshard/error.h"
 
 #include <algorithm>
 

@@ -119,7 +119,7 @@ int run_verify(const VerifyAsk& ask) {
       std::string counts;
       for (const auto& [rule, count] : result.checked)
         if (count) counts += fmt::format("{}{} {}", counts.empty() ? "" : ", ", count, rule);
-      fmt::print("{}: {} (checked: {})\n", ask.path, result.ok() ? "sound" : "NOT sound", counts);
+      print_line(fmt::format("{}: {} (checked: {})", ask.path, result.ok() ? "sound" : "NOT sound", counts));
     }
   }
   if (ask.run.verbose && !ask.run.json) fmt::print(stderr, "device: {} ({}){}{}\n", device.name, device.why, device.cuda.empty() ? "" : "; storage: ", result.storage);

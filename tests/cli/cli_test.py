@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -226,6 +227,17 @@ class Verify(Case):
         self.assertTrue(out["ok"])
         self.assertIn("unverifiable", [f["rule"] for f in out["findings"]])
         self.assertEqual(junit.read_text().count("<testcase"), 13)
+
+    def test_keys_do_not_speak_to_the_terminal(self):
+        key = "a\x1b[2J\x9b1m\u202etxt.\nsound\t\x7f"
+        header = json.dumps({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        for name, number in (("a", b"\0\0\xc0\x7f"), ("b", b"\0\0\0\0")):
+            (self.tmp / f"{name}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + number)
+        for args in (("verify", "a"), ("inspect", "a"), ("hash", "a"), ("diff", "a", "b"), ("verify", "a", "--against", "b")):
+            _, out, err = run(args[0], *(x if x.startswith("--") else self.tmp / f"{x}.safetensors" for x in args[1:]))
+            self.assertIn("a?[2J?1m?txt. sound ?", out, args)
+            self.assertNotIn("sound", [line.split()[0] for line in out.splitlines() if line.strip()])
+            self.assertNotRegex(out + err, "[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", args)
 
     def test_against(self):
         self.ok("verify", LLAMA, "--against", DIST)
