@@ -1,6 +1,7 @@
 // Strict: an unknown key is an error that names it, since a misspelt one would silently judge something else.
 #include "cli/serve/request.h"
 
+#include "formats/file.h"
 #include "formats/json.h"
 #include "libshard/error.h"
 
@@ -39,6 +40,9 @@ std::string confined(const fs::path& root, const std::string& key, const std::st
   if (error) throw Refusal{404, fmt::format("{}: '{}': not found", key, clipped(given)), 3};
   if (!inside(root, path)) throw Refusal{403, fmt::format("{}: '{}' is outside the root; should be inside", key, clipped(given))};
   if (!fs::exists(path, error)) throw Refusal{404, fmt::format("{}: '{}': not found", key, clipped(given)), 3};
+  // A snapshot's files lie beside it.
+  if (const auto blobs = formats::cache_blobs(path); blobs && !inside(root, *blobs))
+    throw Refusal{403, fmt::format("{}: '{}' is of a Hugging Face cache whose blobs are outside the root; should be inside", key, clipped(given))};
   return path.lexically_relative(root).string();
 }
 

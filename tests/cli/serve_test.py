@@ -231,6 +231,22 @@ class Doors(Serve):
                 self.assertEqual(server.validate(checkpoint="good", **{key: path})[0], 403, (key, path))
         self.assertEqual(server.validate(checkpoint="loop")[0], 404)
 
+    def test_snapshots_of_a_cache(self):
+        model = self.tmp / "models--x--y"
+        shutil.copytree(DATA / LLAMA, model / "blobs")
+        snapshot = model / "snapshots/1"
+        snapshot.mkdir(parents=True)
+        for file in (model / "blobs").iterdir():
+            (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+        self.put(LLAMA, "good")
+        server = self.serve(root=model)
+        self.assertEqual(server.validate(checkpoint="snapshots/1")[0], 200)
+        server.end()
+        shutil.copytree(DATA / LLAMA, model / "snapshots/good")
+        server = self.serve(root=model / "snapshots")  # the blobs lie outside
+        for answer in (server.validate(checkpoint="1"), server.validate(checkpoint="good", against="1")):
+            self.assertEqual((answer[0], "blobs are outside the root" in answer[1]["error"]), (403, True))
+
     def test_token(self):
         self.refused(2, "serve", "--listen", "0.0.0.0:0", "--root", self.root, "--history", self.history)
         self.refused(2, "serve", "--listen", "example.org:80", "--root", self.root, "--history", self.history)
