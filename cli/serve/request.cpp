@@ -6,7 +6,9 @@
 #include "libshard/error.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
+#include <utility>
 
 namespace cli {
 namespace {
@@ -79,6 +81,18 @@ ValidateAsk read_ask(const fs::path& root, std::string_view body) {
   if (!ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty() > 1) throw Refusal{400, "request: give one of reference, tokens and text"};
   if (!ask.reference.empty() && !ask.against.empty()) throw Refusal{400, "request: against goes with tokens or text, not with reference"};
   return ask;
+}
+
+std::string in_words_of_a_request(std::string message) {
+  static constexpr std::pair<std::string_view, std::string_view> kKeys[] = {{"--reference", "reference"}, {"--tokens", "tokens"}, {"--text", "text"}, {"--against", "against"}, {"--compute", "compute"},
+                                                                            {"--tp", "tp"}, {"--pp", "pp"}, {"--iteration", "iteration"}, {"--max-loss", "max_loss"}};
+  const auto part_of_word = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_' || c == '/' || c == '.'; };
+  for (const auto& [flag, key] : kKeys)
+    for (auto at = message.find(flag); at != message.npos; at = message.find(flag, at + 1)) {
+      const auto end = at + flag.size();
+      if ((at == 0 || !part_of_word(message[at - 1])) && (end == message.size() || !part_of_word(message[end]))) message.replace(at, flag.size(), key);
+    }
+  return message;
 }
 
 }  // namespace cli
