@@ -273,7 +273,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
 int run_alone_or_together(const ConvertAsk& ask) {
   const auto launch = ask.dry_run || !ask.part.empty() ? std::nullopt : ranks::launch_of(environment());
   if (!launch) return run_convert(ask, nullptr);
-  Crew crew(*launch, ask.to, ask.force);
+  Crew crew(*launch, ask.to, ask.force, ask.run.quiet);
   return crew.run([&] { return run_convert(ask, &crew); });
 }
 

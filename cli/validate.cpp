@@ -291,7 +291,7 @@ int run_together(const ValidateAsk& ask, const ranks::Launch& launch) {
   shard::require(ask.tp * ask.pp == launch.size, Code::Usage,
                  [&] { return fmt::format("--tp {} --pp {}: are {} ranks; {}={} processes were started (without it one process runs all ranks)", ask.tp, ask.pp, ask.tp * ask.pp, launch.from, launch.size); });
   ModelDevice where;                           // outlives the meeting, whose failure it hears of
-  Meeting meeting(launch, ask.path);
+  Meeting meeting(launch, ask.path, ask.run.quiet);
   return meeting.run([&] {
     if (meeting.rank() == 0) require_writable(reports_of(ask), ask.path);
     where = model_device(ask.run, ask.attention, meeting.local_rank());
