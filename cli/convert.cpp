@@ -2,6 +2,7 @@
 #include "cli/commands.h"
 #include "cli/crew.h"
 #include "cli/device.h"
+#include "cli/markup.h"
 #include "cli/options.h"
 #include "cli/parts.h"
 #include "cli/print.h"
@@ -166,10 +167,10 @@ void print_summary(const ConvertAsk& ask, const Outcome& outcome) {
       fmt::print(stderr, "storage: {}\nlanes: {} of two images of {} bytes, on {} device{}\n", outcome.run.storage, sizes.lanes, sizes.image, sizes.devices, sizes.devices == 1 ? "" : "s");
   }
   if (is_cut(outcome.options)) fmt::print(stderr, "layout: {} → {}\n", outcome.source.parallel ? layout_line(*outcome.source.parallel) : "unknown", layout_line(outcome.options.parallel));
-  for (const auto& [alias, owner] : outcome.source.logical.ties) fmt::print(stderr, "tied: {} is {}\n", alias, owner);
-  for (const auto& key : outcome.filled) fmt::print(stderr, "padded: new rows of {} are {}\n", key, ask.pad == "zeros" ? "zero" : ask.pad == "last" ? "copies of its last row" : "its mean row");
-  for (const auto& note : outcome.target.notes) fmt::print(stderr, "note: {}\n", note);
-  for (const auto& item : outcome.dropped) fmt::print(stderr, "dropped: {} ({})\n", item.key, item.why);
+  for (const auto& [alias, owner] : outcome.source.logical.ties) fmt::print(stderr, "{}\n", one_line(fmt::format("tied: {} is {}", alias, owner)));
+  for (const auto& key : outcome.filled) fmt::print(stderr, "padded: new rows of {} are {}\n", one_line(key), ask.pad == "zeros" ? "zero" : ask.pad == "last" ? "copies of its last row" : "its mean row");
+  for (const auto& note : outcome.target.notes) fmt::print(stderr, "note: {}\n", one_line(note));
+  for (const auto& item : outcome.dropped) fmt::print(stderr, "{}\n", one_line(fmt::format("dropped: {} ({})", item.key, item.why)));
 }
 
 std::vector<formats::Dropped> all_dropped(const formats::Checkpoint& source, const formats::Target& target) {
@@ -272,7 +273,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
 int run_alone_or_together(const ConvertAsk& ask) {
   const auto launch = ask.dry_run || !ask.part.empty() ? std::nullopt : ranks::launch_of(environment());
   if (!launch) return run_convert(ask, nullptr);
-  Crew crew(*launch, ask.to, ask.force);
+  Crew crew(*launch, ask.to, ask.force, ask.run.quiet);
   return crew.run([&] { return run_convert(ask, &crew); });
 }
 

@@ -43,7 +43,7 @@ std::string fingerprint(const shard::Plan& plan, const shard::ShardedStateDict& 
 
 }  // namespace
 
-Crew::Crew(const ranks::Launch& launch, const std::filesystem::path& target, bool force) : target_(target), force_(force), ranks_(launch, target) {}
+Crew::Crew(const ranks::Launch& launch, const std::filesystem::path& target, bool force, bool quiet) : target_(target), force_(force), ranks_(launch, target, quiet) {}
 
 const std::filesystem::path& Crew::folder() {
   if (!folder_.empty()) return folder_;

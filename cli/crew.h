@@ -17,7 +17,7 @@ namespace cli {
 class Crew {
  public:
   /// Meets the others near `target`, within $SHARDKIT_TIMEOUT seconds (60).
-  Crew(const ranks::Launch& launch, const std::filesystem::path& target, bool force);
+  Crew(const ranks::Launch& launch, const std::filesystem::path& target, bool force, bool quiet);
 
   /// As Meeting::run.
   int run(const std::function<int()>& body) { return ranks_.run(body); }

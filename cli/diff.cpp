@@ -74,7 +74,7 @@ void print_result(const DiffAsk& ask, const formats::Checkpoint& a, const Result
   const auto only = [&](const std::string& where, const std::vector<std::string>& keys) {
     for (const auto& key : keys) {
       const auto hint = result.hints.find(key);
-      fmt::print("only in {}: {}{}\n", where, key, hint == result.hints.end() ? "" : fmt::format("  ({})", hint->second));
+      print_line(fmt::format("only in {}: {}{}", where, key, hint == result.hints.end() ? "" : fmt::format("  ({})", hint->second)));
     }
   };
   only(ask.a, result.only_in_a);

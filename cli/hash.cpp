@@ -35,8 +35,8 @@ int run_hash(const HashAsk& ask) {
     return 0;
   }
   if (!ask.run.quiet)
-    for (const auto& [key, digest] : digests) fmt::print("{}  {}\n", formats::hex(digest), key);
-  fmt::print("{}  {}\n", model, ask.run.quiet ? ask.path : "(model)");
+    for (const auto& [key, digest] : digests) print_line(fmt::format("{}  {}", formats::hex(digest), key));
+  print_line(fmt::format("{}  {}", model, ask.run.quiet ? ask.path : "(model)"));
   return 0;
 }
 

@@ -2,6 +2,7 @@
 #include "cli/junit.h"
 
 #include "cli/markup.h"
+#include "cli/report_files.h"
 
 #include <fmt/format.h>
 

@@ -4,10 +4,17 @@
 #include "cli/print.h"
 #include "libshard/error.h"
 
+#include <cerrno>
+#include <csignal>
 #include <cstdio>
+#include <cstring>
+#include <iostream>
 #include <new>
+#include <system_error>
 
+#include <fcntl.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 namespace {
 
@@ -18,6 +25,31 @@ void raise_open_file_limit() {
     limit.rlim_cur = limit.rlim_max;
     setrlimit(RLIMIT_NOFILE, &limit);
   }
+}
+
+/// A standard descriptor that is closed would become a checkpoint's file, which results are then written to. Stands in for it: stdin and
+/// stdout fail as a closed one does, stderr takes messages for nobody.
+void hold_standard_descriptors() {
+  constexpr int kModes[] = {O_WRONLY, O_RDONLY, O_RDWR};
+  for (int fd = 0; fd < 3; ++fd)
+    if (fcntl(fd, F_GETFD) < 0 && errno == EBADF) [[maybe_unused]] const int lowest = open("/dev/null", kModes[fd]);
+}
+
+/// An unset variable of a script arrives as "": no name of anything, and never the same as an option left out.
+void refuse_empty(const CLI::App& app) {
+  for (const auto* command : app.get_subcommands())
+    for (const auto* option : command->get_options())
+      for (const auto& text : option->results())
+        shard::require(!text.empty(), shard::Code::Usage, [&] { return fmt::format("command line: {} is empty; should be a value, or left out", option->get_name()); });
+}
+
+/// A result that did not arrive is no result. A reader that took what it wanted and went (`| head`) is told nothing more.
+int told(int status) {
+  std::cout.flush();
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return status;
+  if (errno == EPIPE) return status;
+  cli::print_error(fmt::format("stdout: cannot write: {}", std::strerror(errno)));
+  return static_cast<int>(shard::Code::Io);
 }
 
 int run(const cli::Action& action) {
@@ -32,6 +64,10 @@ int run(const cli::Action& action) {
     return static_cast<int>(error.code);
   } catch (const std::bad_alloc&) {
     cli::print_error("memory: the input asks for more than there is");
+  } catch (const std::system_error& error) {
+    if (!std::ferror(stdout)) cli::print_error(error.what());
+    else if (error.code().value() == EPIPE) return 128 + SIGPIPE;
+    errno = error.code().value();  // for told(), where fmt::print could not write
   } catch (const std::exception& error) {
     cli::print_error(error.what());
   }
@@ -41,6 +77,7 @@ int run(const cli::Action& action) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  hold_standard_descriptors();
   CLI::App app("Inspects, verifies, hashes, diffs, reshards and converts checkpoints of large language models.", "shardkit");
   app.set_version_flag("--version", "shardkit " SHARDKIT_VERSION);
   app.require_subcommand(1);
@@ -58,11 +95,14 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);
+    if (error.get_exit_code() == 0) return told(app.exit(error));
     cli::print_error(fmt::format("command line: {}; 'shardkit --help' tells more", error.what()));
     return static_cast<int>(shard::Code::Usage);
   }
   raise_open_file_limit();
   cli::watch_signals();
-  return run(action);
+  return told(run([&] {
+    refuse_empty(app);
+    return action();
+  }));
 }

@@ -1,10 +1,7 @@
-// Keys come from strangers: whatever bytes they hold, the page stays HTML and the report XML.
+// Keys come from strangers: whatever bytes they hold, the page stays HTML, the report XML and a line a line.
 #include "cli/markup.h"
 
-#include "libshard/error.h"
-
 #include <algorithm>
-#include <fstream>
 
 namespace cli {
 namespace {
@@ -51,11 +48,20 @@ std::string escaped(std::string_view text) {
   return out;
 }
 
-void write_text(const std::string& path, std::string_view text) {
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  file.flush();
-  shard::require(file.good(), shard::Code::Io, [&] { return fmt::format("{}: cannot write", path); });
+std::string one_line(std::string_view text) {
+  const auto all = printable(text);
+  std::string out;
+  for (std::size_t at = 0; at < all.size();) {
+    const auto length = character(all, at);
+    const auto one = std::string_view(all).substr(at, length);
+    const bool control = one == "\x7f" || (one >= "\xc2\x80" && one <= "\xc2\x9f");
+    const bool turns = (one >= "\xe2\x80\xa8" && one <= "\xe2\x80\xae") || (one >= "\xe2\x81\xa6" && one <= "\xe2\x81\xa9");  // and ends a line or paragraph
+    if (one == "\n" || one == "\t") out += ' ';
+    else if (control || turns) out += '?';
+    else out += one;
+    at += length;
+  }
+  return out;
 }
 
 }  // namespace cli

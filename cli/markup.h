@@ -1,4 +1,4 @@
-// Text inside XML and HTML, and the files that hold it.
+// Strangers' text inside XML and HTML, and on terminals.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@ namespace cli {
 std::string printable(std::string_view text);
 /// Safe as text and inside quotes, and printable.
 std::string escaped(std::string_view text);
-/// Throws Io.
-void write_text(const std::string& path, std::string_view text);
+/// For a terminal: printable, in one line, and without what moves the cursor or turns the direction of writing.
+std::string one_line(std::string_view text);
 
 }  // namespace cli

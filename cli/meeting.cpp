@@ -1,6 +1,7 @@
 // A rendezvous with this process's environment, signals and patience.
 #include "cli/meeting.h"
 
+#include "cli/markup.h"
 #include "cli/options.h"
 #include "cli/print.h"
 #include "libshard/error.h"
@@ -26,6 +27,8 @@ std::chrono::milliseconds patience() {
   return std::chrono::seconds(seconds);
 }
 
+void say_waiting(const std::string& what) { fmt::print(stderr, "shardkit: {}\n", one_line(what)); }
+
 }  // namespace
 
 ranks::Environment environment() {
@@ -38,8 +41,8 @@ ranks::Environment environment() {
   return out;
 }
 
-Meeting::Meeting(const ranks::Launch& launch, const std::filesystem::path& near)
-    : launch_(launch), ranks_(launch, ranks::place_of(environment(), launch, near), patience(), &stop_flag()) {
+Meeting::Meeting(const ranks::Launch& launch, const std::filesystem::path& near, bool quiet)
+    : launch_(launch), ranks_(launch, ranks::place_of(environment(), launch, near), patience(), &stop_flag(), quiet ? ranks::Waiting() : say_waiting) {
   ranks_.on_failure(request_stop);
 }
 

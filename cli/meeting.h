@@ -19,8 +19,8 @@ ranks::Environment environment();
 
 class Meeting : public lm::Processes {
  public:
-  /// Meets the others near `near`, within $SHARDKIT_TIMEOUT seconds (60).
-  Meeting(const ranks::Launch& launch, const std::filesystem::path& near);
+  /// Meets the others near `near`, within $SHARDKIT_TIMEOUT seconds (60). Unless quiet, a line on stderr says when that takes long.
+  Meeting(const ranks::Launch& launch, const std::filesystem::path& near, bool quiet);
   ~Meeting() override;
 
   /// Body between meeting and leaving: what it throws reaches every rank, and where another rank failed first, that is thrown.

@@ -1,6 +1,8 @@
 // Plain text first: colours only on a terminal, and not where NO_COLOR is set.
 #include "cli/print.h"
 
+#include "cli/markup.h"
+
 #include <fmt/color.h>
 
 #include <algorithm>
@@ -56,11 +58,9 @@ Json layout_json(const std::optional<shard::Parallel>& p) {
   return out;
 }
 
-void print_error(std::string text) {
-  for (auto& c : text)
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
-  fmt::print(stderr, "shardkit: error: {}\n", text);
-}
+void print_error(std::string_view text) { fmt::print(stderr, "shardkit: error: {}\n", one_line(text)); }
+
+void print_line(std::string_view text) { fmt::print("{}\n", one_line(text)); }
 
 void print_json(const Json& json) {
   fmt::print("{}\n", json.dump(2, ' ', false, Json::error_handler_t::replace));
@@ -81,7 +81,7 @@ void print_findings(const std::vector<shard::Finding>& findings) {
     const auto style = !colour() ? fmt::text_style{} : fmt::fg(finding.severity == shard::Finding::Severity::Error ? fmt::terminal_color::red
                                                                : finding.severity == shard::Finding::Severity::Warning ? fmt::terminal_color::yellow : fmt::terminal_color::blue);
     fmt::print(style, "{}", severity);
-    fmt::print("  {}  {}: {}\n", finding.rule, finding.key, finding.message);
+    print_line(fmt::format("  {}  {}: {}", finding.rule, finding.key, finding.message));
   }
 }
 
@@ -100,7 +100,7 @@ void print_table(const std::vector<std::vector<std::string>>& rows) {
       line += c + 1 < row.size() ? fmt::format("{:<{}}", row[c], width[c]) : row[c];
     }
     if (limit && line.size() > limit) line = line.substr(0, limit - 1) + ">";
-    fmt::print("{}\n", line);
+    print_line(line);
   }
 }
 

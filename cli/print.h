@@ -23,7 +23,9 @@ std::string human_count(std::uint64_t count);
 std::string layout_line(const shard::Parallel& parallel);
 Json layout_json(const std::optional<shard::Parallel>& parallel);
 /// One line on stderr, whatever a file's own text put into the message.
-void print_error(std::string text);
+void print_error(std::string_view text);
+/// One line on stdout, whatever keys and paths put into it.
+void print_line(std::string_view text);
 /// One object on stdout, with text that is no UTF-8 replaced.
 void print_json(const Json& json);
 /// One line a finding, errors first.

@@ -233,9 +233,10 @@ lm::Batch read_tokens(const std::string& path) {
 
 lm::Batch read_text_tokens(const std::string& path, const formats::Checkpoint& checkpoint, Index longest) {
   const auto folder = checkpoint.hf ? checkpoint.hf->folder : checkpoint.folder;
-  shard::require(std::filesystem::exists(folder / "tokenizer.json"), Code::Mismatch,
+  const auto tokenizer = formats::inside(folder, "tokenizer.json");
+  shard::require(std::filesystem::exists(tokenizer), Code::Mismatch,
                  [&] { return fmt::format("{}: holds no tokenizer.json; give token ids with --tokens", folder.string()); });
-  const auto ids = formats::Tokenizer(folder / "tokenizer.json").encode(formats::read_text(path));
+  const auto ids = formats::Tokenizer(tokenizer).encode(formats::read_text(path));
   shard::require(ids.size() >= 2, Code::Mismatch, [&] { return fmt::format("{}: is less than two tokens", path); });
   const auto row = std::min(ids.size(), static_cast<std::size_t>(std::max<Index>(longest, 1)) + 1);
   std::vector<std::vector<Index>> rows;

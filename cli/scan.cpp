@@ -56,7 +56,7 @@ int run_scan(const ScanAsk& ask) {
     for (const auto& name : names) {
       refused |= name.verdict == formats::pickle::Verdict::Refuse;
       list.push_back({{"module", name.module}, {"name", name.name}, {"verdict", text_of(name.verdict)}});
-      if (!ask.run.json && !ask.run.quiet) fmt::print("{:6}  {}.{}  {}\n", text_of(name.verdict), name.module, name.name, ask.files.size() > 1 ? path : "");
+      if (!ask.run.json && !ask.run.quiet) print_line(fmt::format("{:6}  {}.{}  {}", text_of(name.verdict), name.module, name.name, ask.files.size() > 1 ? path : ""));
     }
     files.push_back({{"file", path}, {"names", list}});
   }

@@ -3,6 +3,7 @@
 #include "cli/meeting.h"
 #include "cli/model_device.h"
 #include "cli/options.h"
+#include "cli/report_files.h"
 #include "cli/validate.h"
 #include "formats/kernels.h"
 #include "formats/model_config.h"
@@ -274,12 +275,14 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
 
 namespace {
 
+std::vector<ReportFile> reports_of(const ValidateAsk& ask) { return {{"--html", ask.html}, {"--junit", ask.junit}}; }
+
 int tell(const ValidateAsk& ask, Validation& v, const std::string& why) {
   if (ask.run.device == "auto") v.notes.push_back(fmt::format("device {}: {}", v.device, why));
-  if (!ask.html.empty()) write_validation_html(ask.html, v);
-  if (!ask.junit.empty()) write_validation_junit(ask.junit, v);
   if (ask.run.json) print_json(validation_json(v));
   else if (!ask.run.quiet || !v.ok()) print_validation(v);
+  if (!ask.html.empty()) write_validation_html(ask.html, v);
+  if (!ask.junit.empty()) write_validation_junit(ask.junit, v);
   return v.ok() ? 0 : 1;
 }
 
@@ -288,8 +291,9 @@ int run_together(const ValidateAsk& ask, const ranks::Launch& launch) {
   shard::require(ask.tp * ask.pp == launch.size, Code::Usage,
                  [&] { return fmt::format("--tp {} --pp {}: are {} ranks; {}={} processes were started (without it one process runs all ranks)", ask.tp, ask.pp, ask.tp * ask.pp, launch.from, launch.size); });
   ModelDevice where;                           // outlives the meeting, whose failure it hears of
-  Meeting meeting(launch, ask.path);
+  Meeting meeting(launch, ask.path, ask.run.quiet);
   return meeting.run([&] {
+    if (meeting.rank() == 0) require_writable(reports_of(ask), ask.path);
     where = model_device(ask.run, ask.attention, meeting.local_rank());
     meeting.on_failure([&] { where.device->fail(); }, std::chrono::seconds(10));
     auto v = validate(ask, ask.run.limits(), *where.device, &meeting);
@@ -301,6 +305,7 @@ int run_together(const ValidateAsk& ask, const ranks::Launch& launch) {
 
 int run_validate(const ValidateAsk& ask) {
   if (const auto launch = ranks::launch_of(environment())) return run_together(ask, *launch);
+  require_writable(reports_of(ask), ask.path);
   const auto where = model_device(ask.run, ask.attention);
   auto v = validate(ask, ask.run.limits(), *where.device);
   return tell(ask, v, where.why);

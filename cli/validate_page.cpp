@@ -1,5 +1,6 @@
 // The report as one page: no script, nothing from the network.
 #include "cli/markup.h"
+#include "cli/report_files.h"
 #include "cli/validate_report.h"
 
 #include <fmt/format.h>

@@ -2,6 +2,7 @@
 #include "cli/validate_report.h"
 
 #include "cli/markup.h"
+#include "cli/report_files.h"
 #include "libshard/error.h"
 
 #include <algorithm>
@@ -84,13 +85,13 @@ Json validation_json(const Validation& v) {
 
 void print_validation(const Validation& v) {
   print_findings(v.findings);
-  for (const auto& note : v.notes) fmt::print("note: {}\n", note);
-  fmt::print("{}: {}, {}; {} on {} ({})\n", v.path, v.family, layout_text(v), v.compute, v.device, v.input);
-  fmt::print("loss {:.6f} over the true vocabulary of {} (perplexity {:.4g}), {:.6f} over the stored one; {} tokens, {:.0f} tokens/s, {:.2f} s\n", v.loss_true_vocab,
-             v.vocab, std::exp(v.loss_true_vocab), v.loss, v.tokens, static_cast<double>(v.tokens) / v.forward_seconds, v.all_seconds);
-  for (const auto& m : v.mtp) fmt::print("MTP depth {}: loss {:.6f}\n", m.depth, m.loss);
-  for (const auto& check : v.checks) fmt::print("{}  {}: {}\n", check.ok ? "ok  " : "FAIL", check.name, check.figure);
-  fmt::print("{}\n", v.ok() ? "sound" : "NOT sound");
+  for (const auto& note : v.notes) print_line(fmt::format("note: {}", note));
+  print_line(fmt::format("{}: {}, {}; {} on {} ({})", v.path, v.family, layout_text(v), v.compute, v.device, v.input));
+  print_line(fmt::format("loss {:.6f} over the true vocabulary of {} (perplexity {:.4g}), {:.6f} over the stored one; {} tokens, {:.0f} tokens/s, {:.2f} s",
+                         v.loss_true_vocab, v.vocab, std::exp(v.loss_true_vocab), v.loss, v.tokens, static_cast<double>(v.tokens) / v.forward_seconds, v.all_seconds));
+  for (const auto& m : v.mtp) print_line(fmt::format("MTP depth {}: loss {:.6f}", m.depth, m.loss));
+  for (const auto& check : v.checks) print_line(fmt::format("{}  {}: {}", check.ok ? "ok  " : "FAIL", check.name, check.figure));
+  print_line(v.ok() ? "sound" : "NOT sound");
 }
 
 void write_validation_junit(const std::string& path, const Validation& v) {

@@ -5,6 +5,7 @@
 #include "cli/options.h"
 #include "cli/print.h"
 #include "cli/receipt.h"
+#include "cli/report_files.h"
 #include "formats/kernels.h"
 #include "gpu/reshard/scan.h"
 #include "libshard/error.h"
@@ -94,6 +95,7 @@ void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, c
 }
 
 int run_verify(const VerifyAsk& ask) {
+  require_writable({{"--junit", ask.junit}}, ask.path);
   const auto device = choose_device(ask.run.device);
   const auto budget = ask.run.limits();
   auto options = ask.model.open;
@@ -107,7 +109,6 @@ int run_verify(const VerifyAsk& ask) {
     result.findings.insert(result.findings.end(), found.begin(), found.end());
     result.checked["checksum"] += receipt->files.size() + receipt->tensors.size();
   }
-  if (!ask.junit.empty()) write_junit(ask.junit, "shardkit.verify", fmt::format("shardkit verify {}", ask.path), kRules, result.findings);
   if (ask.run.json) {
     Json out{{"ok", result.ok()}, {"findings", findings_json(result.findings)}, {"checked", result.checked}, {"device", device.name}, {"device_why", device.why}};
     if (!device.cuda.empty()) out["device_use"] = {{"model", device.model}, {"storage", result.storage}};
@@ -118,10 +119,11 @@ int run_verify(const VerifyAsk& ask) {
       std::string counts;
       for (const auto& [rule, count] : result.checked)
         if (count) counts += fmt::format("{}{} {}", counts.empty() ? "" : ", ", count, rule);
-      fmt::print("{}: {} (checked: {})\n", ask.path, result.ok() ? "sound" : "NOT sound", counts);
+      print_line(fmt::format("{}: {} (checked: {})", ask.path, result.ok() ? "sound" : "NOT sound", counts));
     }
   }
   if (ask.run.verbose && !ask.run.json) fmt::print(stderr, "device: {} ({}){}{}\n", device.name, device.why, device.cuda.empty() ? "" : "; storage: ", result.storage);
+  if (!ask.junit.empty()) write_junit(ask.junit, "shardkit.verify", fmt::format("shardkit verify {}", ask.path), kRules, result.findings);
   return result.ok() ? 0 : 1;
 }
 

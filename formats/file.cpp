@@ -34,6 +34,12 @@ Facts regular_file(int fd, const std::string& name) {
   return {static_cast<std::uint64_t>(info.st_size), std::int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
 }
 
+/// With links resolved; "" where that cannot be.
+fs::path resolved(const fs::path& folder) {
+  std::error_code error;
+  return fs::weakly_canonical(folder.empty() ? "." : folder, error);
+}
+
 }  // namespace
 
 File::File(const fs::path& path) : name_(path.string()) {
@@ -131,10 +137,16 @@ fs::path inside(const fs::path& folder, std::string_view name) {
   const auto real = fs::weakly_canonical(path, error);
   if (error == std::errc::too_many_symbolic_link_levels) refuse("is a link that goes in a circle");
   if (error) shard::fail(Code::Io, "{}: cannot resolve: {}", path.string(), error.message());
-  const auto home = fs::weakly_canonical(folder, error);
+  const auto home = resolved(folder);
   const auto [at_home, unused] = std::mismatch(home.begin(), home.end(), real.begin(), real.end());
-  if (at_home != home.end()) refuse("is a link that leads out of the checkpoint");
+  if (at_home != home.end() && real.parent_path() != cache_blobs(home)) refuse("is a link that leads out of the checkpoint");
   return path;
+}
+
+std::optional<fs::path> cache_blobs(const fs::path& folder) {
+  for (auto at = resolved(folder); at.has_relative_path(); at = at.parent_path())
+    if (const auto model = at.parent_path(); at.filename() == "snapshots" && model.filename().string().starts_with("models--")) return model / "blobs";
+  return std::nullopt;
 }
 
 std::string read_text(const fs::path& path, std::uint64_t cap) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -61,8 +62,12 @@ class OutFile {
 
 /// `folder/name` after checking that the name, which came from a stranger, stays inside `folder`: not
 /// absolute, no
-/// "..", backslash or NUL, no link that leads out. Throws BadFormat; does not open.
+/// "..", backslash or NUL, no link that leads out, but for those of a Hugging Face cache: from a snapshot to a file among its model's blobs. Throws BadFormat;
+/// does not open.
 std::filesystem::path inside(const std::filesystem::path& folder, std::string_view name);
+
+/// `…/models--X/blobs` where `folder` is or lies in `…/models--X/snapshots`, with links resolved.
+std::optional<std::filesystem::path> cache_blobs(const std::filesystem::path& folder);
 
 /// A small text file whole (at most `cap` bytes, else BadFormat).
 std::string read_text(const std::filesystem::path& path, std::uint64_t cap = 256u << 20);

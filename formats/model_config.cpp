@@ -45,7 +45,7 @@ shard::TransformerConfig model_config(const Checkpoint& checkpoint) {
     out.notes.push_back("the carried hf/config.json is of another model; args are followed");
     return out;
   }
-  const auto path = checkpoint.folder / "config.json";
+  const auto path = inside(checkpoint.folder, "config.json");
   shard::require(std::filesystem::is_regular_file(path), shard::Code::Mismatch, [&] {
     return fmt::format("{}: holds neither Megatron's args nor config.json; one of them should say how the model computes", checkpoint.path.string());
   });

@@ -62,7 +62,7 @@ fs::path iteration_of(const fs::path& path, const OpenOptions& options) {
     shard::require(!options.iteration, Code::Usage, [&] { return fmt::format("{}: is no Megatron run folder; --iteration has no meaning", path.string()); });
     return path;
   }
-  auto text = read_text(path / kTracker, 4096);
+  auto text = read_text(inside(path, kTracker), 4096);
   while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back()))) text.pop_back();
   if (options.iteration) text = std::to_string(*options.iteration);
   const bool number = !text.empty() && text.size() < 16 && std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
@@ -86,7 +86,7 @@ Checkpoint open_folder(const fs::path& path, const OpenOptions& options) {
 
 }  // namespace
 
-Checkpoint open(const fs::path& path, const OpenOptions& options) {
+Checkpoint open(const fs::path& path, const OpenOptions& options) try {
   std::error_code error;
   const auto status = fs::status(path, error);
   shard::require(fs::exists(status), Code::NotFound, [&] { return fmt::format("{}: not found", path.string()); });
@@ -106,6 +106,10 @@ Checkpoint open(const fs::path& path, const OpenOptions& options) {
   hf::take_up_carried(out, options);
   if (!options.drop.empty() && !out.megatron && !out.hf) drop_tensors(out, options);
   return out;
+} catch (const fs::filesystem_error& error) {
+  const bool circle = error.code() == std::errc::too_many_symbolic_link_levels;
+  const auto where = error.path1().empty() ? path : error.path1();
+  shard::fail(circle ? Code::BadFormat : Code::Io, "{}: {}", where.string(), circle ? "links go in a circle" : error.code().message());
 }
 
 std::unique_ptr<LocalWriter> make_writer(const fs::path& path, const TargetOptions& options) {

@@ -9,6 +9,7 @@
 #include <charconv>
 #include <random>
 #include <thread>
+#include <utility>
 
 namespace ranks {
 namespace {
@@ -21,6 +22,7 @@ using std::chrono::milliseconds;
 constexpr std::string_view kMagic = "shardkit-ranks-1";
 constexpr std::size_t kMostHello = 1024, kMostStrangers = 256, kMostFile = 64 << 10;
 constexpr auto kHelloWithin = std::chrono::seconds(5);
+constexpr auto kSilent = std::chrono::seconds(2), kSilentBesides = std::chrono::seconds(10);  // rank 0 tells for the others that are there
 
 std::vector<std::string> lines_of(std::string_view text) {
   std::vector<std::string> out;
@@ -111,8 +113,8 @@ class Door {
  public:
   Door(const Launch& launch, std::string secret) : launch_(launch), secret_(std::move(secret)), ranks_(static_cast<std::size_t>(launch.size)) {}
 
-  std::vector<Socket> wait(const Socket& listener, milliseconds patience, const std::atomic<bool>* stop) {
-    const auto until = Clock::now() + patience;
+  std::vector<Socket> wait(const Socket& listener, milliseconds patience, const std::atomic<bool>* stop, Waiting waiting) {
+    const auto begin = Clock::now(), until = begin + patience;
     while (missing() > 0) {
       if (const bool late = Clock::now() > until; late || (stop && *stop)) {
         const auto why = late ? still_missing(patience) : "stopped by a signal";
@@ -130,6 +132,8 @@ class Door {
       }
       std::erase_if(strangers_, [&](Stranger& one) { return look_at(one); });
       check_present();
+      if (waiting && missing() > 0 && Clock::now() - begin > kSilent)
+        std::exchange(waiting, nullptr)(fmt::format("waiting for {} of {} ranks (rank {}), for at most {}; {}", missing(), launch_.size, absent(40), seconds(patience), why_so_many()));
     }
     for (const auto& rank : ranks_)
       if (rank) send_frame(rank, Kind::Welcome, "");
@@ -139,11 +143,20 @@ class Door {
  private:
   std::ptrdiff_t missing() const { return std::count_if(ranks_.begin() + 1, ranks_.end(), [](const Socket& rank) { return !rank; }); }
 
-  std::string still_missing(milliseconds patience) const {
+  std::string absent(std::size_t longest = std::string::npos) const {
     std::string who;
-    for (std::size_t r = 1; r < ranks_.size(); ++r)
-      if (!ranks_[r]) who += fmt::format("{}{}", who.empty() ? "" : ", ", r);
-    return fmt::format("rank {} did not come within {}; {}={} says how many there are (without it one process works alone){}", who, seconds(patience), launch_.from, launch_.size,
+    for (std::size_t r = 1; r < ranks_.size(); ++r) {
+      if (ranks_[r]) continue;
+      if (who.size() > longest) return who + ", …";
+      who += fmt::format("{}{}", who.empty() ? "" : ", ", r);
+    }
+    return who;
+  }
+
+  std::string why_so_many() const { return fmt::format("{}={} says how many there are (without it one process works alone)", launch_.from, launch_.size); }
+
+  std::string still_missing(milliseconds patience) const {
+    return fmt::format("rank {} did not come within {}; {}{}", absent(), seconds(patience), why_so_many(),
                        refused_ ? fmt::format("; {} connections without the secret were refused", refused_) : "");
   }
 
@@ -195,10 +208,10 @@ class Door {
   int refused_ = 0;
 };
 
-std::vector<Socket> receive_all(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) {
+std::vector<Socket> receive_all(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop, const Waiting& waiting) {
   if (!place.host.empty()) {
     const auto listener = listen_on(place.host, place.port);
-    return Door(launch, place.secret).wait(listener, patience, stop);
+    return Door(launch, place.secret).wait(listener, patience, stop, waiting);
   }
   const bool one_host = launch.local_size == launch.size;
   const auto listener = listen_on(one_host ? "127.0.0.1" : "", "0");
@@ -207,7 +220,7 @@ std::vector<Socket> receive_all(const Launch& launch, const Place& place, millis
   if (!one_host)
     for (const auto& address : own_addresses()) text += address + '\n';
   const MeetingFile file(place.file, text);
-  return Door(launch, word + place.secret).wait(listener, patience, stop);
+  return Door(launch, word + place.secret).wait(listener, patience, stop, waiting);
 }
 
 // --- the others -------------------------------------------------------------------------------------------------------
@@ -234,8 +247,9 @@ std::optional<Connection> knock(const Launch& launch, const std::string& host, c
   return std::nullopt;
 }
 
-Connection find_rank_0(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) {
-  const auto until = Clock::now() + patience, at_most = until + std::chrono::seconds(5);  // rank 0 may have begun to wait later
+Connection find_rank_0(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop, Waiting waiting) {
+  const auto where = place.host.empty() ? place.file.string() : fmt::format("{}:{}", place.host, place.port);
+  const auto begin = Clock::now(), until = begin + patience, at_most = until + std::chrono::seconds(5);  // rank 0 may have begun to wait later
   std::string why = "there is no such file yet";
   do {
     check_stop(stop);
@@ -247,18 +261,20 @@ Connection find_rank_0(const Launch& launch, const Place& place, milliseconds pa
       for (const auto& host : known->hosts)
         if (auto out = knock(launch, host, known->port, known->word + place.secret, at_most, stop, why)) return std::move(*out);
     }
+    if (waiting && Clock::now() - begin > kSilentBesides)
+      std::exchange(waiting, nullptr)(fmt::format("rank {} waits for rank 0 at {}, for at most {}: {}; {}={} says that there are others", launch.rank, where, seconds(patience), why, launch.from, launch.size));
     std::this_thread::sleep_for(milliseconds(50));
   } while (Clock::now() < until);
-  shard::fail(Code::Io, "{}: rank {} did not find rank 0 there within {}: {}", place.host.empty() ? place.file.string() : fmt::format("{}:{}", place.host, place.port), launch.rank, seconds(patience), why);
+  shard::fail(Code::Io, "{}: rank {} did not find rank 0 there within {}: {}", where, launch.rank, seconds(patience), why);
 }
 
 }  // namespace
 
-std::vector<Connection> join(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) {
+std::vector<Connection> join(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop, const Waiting& waiting) {
   std::vector<Connection> out;
-  if (launch.rank != 0) out.push_back(find_rank_0(launch, place, patience, stop));
+  if (launch.rank != 0) out.push_back(find_rank_0(launch, place, patience, stop, waiting));
   else
-    for (auto& socket : receive_all(launch, place, patience, stop)) out.push_back({std::move(socket), ""});
+    for (auto& socket : receive_all(launch, place, patience, stop, waiting)) out.push_back({std::move(socket), ""});
   return out;
 }
 

@@ -147,10 +147,10 @@ struct Rendezvous::State {
   }
 };
 
-Rendezvous::Rendezvous(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop) : state_(std::make_unique<State>()) {
+Rendezvous::Rendezvous(const Launch& launch, const Place& place, milliseconds patience, const std::atomic<bool>* stop, const Waiting& waiting) : state_(std::make_unique<State>()) {
   state_->launch = launch;
   state_->stop = stop;
-  for (auto& [socket, early] : join(launch, place, patience, stop)) {
+  for (auto& [socket, early] : join(launch, place, patience, stop, waiting)) {
     auto& peer = state_->peers.emplace_back();
     if (!socket) continue;
     peer = std::make_unique<Peer>();

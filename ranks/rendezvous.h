@@ -30,12 +30,15 @@ struct Place {
 /// address that is none, and for SHARDKIT_MASTER without a secret. MASTER_ADDR without one, and a port that torchrun's agent holds, are passed over.
 Place place_of(const Environment& environment, const Launch& launch, const std::filesystem::path& near);
 
+/// Told once, where the others are long in coming: for whom, why, and until when.
+using Waiting = std::function<void(const std::string&)>;
+
 class Rendezvous {
  public:
   static constexpr std::size_t kMost = 64 << 20;  ///< bytes of one rank's text
   /// Returns when all ranks are here. Throws Io within `patience` where one is not: which, and what was seen instead.
   /// `stop`, set by a signal say, ends every waiting here.
-  Rendezvous(const Launch& launch, const Place& place, std::chrono::milliseconds patience = std::chrono::seconds(60), const std::atomic<bool>* stop = nullptr);
+  Rendezvous(const Launch& launch, const Place& place, std::chrono::milliseconds patience = std::chrono::seconds(60), const std::atomic<bool>* stop = nullptr, const Waiting& waiting = {});
   /// A rank that leaves without finish() fails the others.
   ~Rendezvous();
   Rendezvous(const Rendezvous&) = delete;

@@ -62,7 +62,8 @@ struct History::Database {
   template <typename Row, typename... Values>
   void query(const std::string& text, Row&& row, const Values&... values) const {
     Statement statement;
-    if (sqlite3_prepare_v2(handle, text.c_str(), -1, &statement.handle, nullptr) != SQLITE_OK) fail(Code::Io);
+    if (const int prepared = sqlite3_prepare_v2(handle, text.c_str(), -1, &statement.handle, nullptr); prepared != SQLITE_OK)
+      fail(prepared == SQLITE_ERROR || prepared == SQLITE_CORRUPT || prepared == SQLITE_NOTADB ? Code::BadFormat : Code::Io);  // other tables, or damage
     int at = 0;
     (bind(statement, ++at, values), ...);
     int result;
@@ -134,6 +135,7 @@ History::History(const std::filesystem::path& file, std::int64_t keep) : databas
   db.query("SELECT count(*) FROM sqlite_master", [&](const auto& s) { tables = sqlite3_column_int64(s.handle, 0); });
   shard::require(version == kSchema || (version == 0 && tables == 0), Code::BadFormat, [&] { return fmt::format("{}: is no history of this shardkit (schema {}); should be schema {}", db.file, version, kSchema); });
   if (version == 0) db.together([&] { db.execute(kCreate); });
+  for (const auto& probe : {fmt::format("SELECT {}, answer FROM validations LIMIT 0", kColumns), std::string("SELECT path, stamp, attempts, done FROM watched LIMIT 0")}) db.change(probe);
   interrupt_running();
   db.where = "history";  // from here on clients read the messages
 }
@@ -145,20 +147,20 @@ History::~History() {
   }
 }
 
-std::int64_t History::begin(const std::string& checkpoint, const std::string& origin, const std::optional<Watched>& watched) {
+void History::begin(Record& record, const std::optional<Watched>& watched) {
   const std::lock_guard lock(mutex_);
   write_late();
-  const auto now = std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+  record.started = std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
   std::int64_t id = 0;
   database_->together([&] {
-    database_->change("INSERT INTO validations(checkpoint, origin, state, status, started, seconds, loss, error, answer) VALUES(?, ?, 0, 0, ?, 0, NULL, '', '')", checkpoint, origin, now);
+    database_->change("INSERT INTO validations(checkpoint, origin, state, status, started, seconds, loss, error, answer) VALUES(?, ?, 0, 0, ?, 0, NULL, '', '')", record.checkpoint, record.origin, record.started);
     id = sqlite3_last_insert_rowid(database_->handle);
     database_->change("DELETE FROM validations WHERE id <= ?", id - keep_);
     if (watched)
       database_->change("INSERT INTO watched VALUES(?1, ?2, 1, 0) ON CONFLICT(path) DO UPDATE SET attempts = CASE WHEN stamp = ?2 THEN attempts + 1 ELSE 1 END, stamp = ?2, done = 0",
                         watched->path, watched->stamp);
   });
-  return id;
+  record.id = id;
 }
 
 void History::finish(const Record& record, const std::optional<Watched>& watched) {

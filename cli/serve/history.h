@@ -38,8 +38,8 @@ class History {
   History(const std::filesystem::path& file, std::int64_t keep);
   ~History();
 
-  /// A row, and one more attempt at what is watched: both or neither.
-  std::int64_t begin(const std::string& checkpoint, const std::string& origin, const std::optional<Watched>& watched = std::nullopt);
+  /// A row, and one more attempt at what is watched: both or neither. Sets the record's id and start.
+  void begin(Record& record, const std::optional<Watched>& watched = std::nullopt);
   /// Fills the row of `record.id`; an interrupted attempt does not count. What the disk does not take now is kept and written
   /// before the next row.
   void finish(const Record& record, const std::optional<Watched>& watched = std::nullopt);

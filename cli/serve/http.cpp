@@ -49,11 +49,30 @@ bool same_secret(const std::string& a, const std::string& b) {
 
 /// Without a token, a page from elsewhere must not reach this server through the user's browser: neither under a name of its
 /// own that it lets point here, nor by a form.
-bool local_browser(const std::string& host, const std::string& origin) {
-  if (!origin.empty() && origin != "http://" + host) return false;
+bool local_name(const std::string& host) {
   const auto name = host.substr(0, host.rfind(':') == host.npos || host.back() == ']' ? host.npos : host.rfind(':'));
-  in_addr v4{};  // "127.example.org" is a name like any other
-  return host.empty() || name == "localhost" || name == "[::1]" || (inet_pton(AF_INET, name.c_str(), &v4) == 1 && ntohl(v4.s_addr) >> 24 == 127);
+  in_addr v4{};  // "127.1" is an address, "127.example.org" a name like any other
+  const bool digits = name.find_first_not_of("0123456789.") == name.npos;
+  return host.empty() || name == "localhost" || name == "[::1]" || (digits && inet_aton(name.c_str(), &v4) == 1 && ntohl(v4.s_addr) >> 24 == 127);
+}
+
+std::string lower(std::string text) {
+  for (auto& c : text)
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  return text;
+}
+
+/// Why a request without a token is refused; "" where it is not.
+std::string not_local(const std::string& host, const std::string& origin) {
+  if (!local_name(host)) return fmt::format("Host: '{}' is no local name; without a token only localhost and loopback addresses are served", host.substr(0, 200));
+  if (origin.empty() || origin == "http://" + host) return "";
+  return "request: comes from a page of another site; without a token only local ones are served";
+}
+
+/// The scheme's name has no case, the token has.
+bool has_token(const std::string& authorization, const std::string& token) {
+  constexpr std::size_t kScheme = sizeof "Bearer " - 1;
+  return lower(authorization.substr(0, kScheme)) == "bearer " && same_secret(token, authorization.substr(kScheme));
 }
 
 const char* method_name(evhttp_cmd_type type) {
@@ -172,7 +191,9 @@ struct HttpServer::Impl {
     for (const auto& [key, value] : reply.headers) evhttp_add_header(headers, key.c_str(), value.c_str());
     if (stopped) evhttp_add_header(headers, "Connection", "close");
     auto* body = evbuffer_new();
-    evbuffer_add(body, reply.body.data(), reply.body.size());
+    // evhttp sends a body after HEAD as well, which the client would take for the next answer.
+    if (evhttp_request_get_command(request) == EVHTTP_REQ_HEAD) evhttp_add_header(headers, "Content-Length", std::to_string(reply.body.size()).c_str());
+    else evbuffer_add(body, reply.body.data(), reply.body.size());
     evhttp_send_reply(request, reply.status, nullptr, body);
     evbuffer_free(body);
     options.sent(reply.status);
@@ -184,10 +205,11 @@ struct HttpServer::Impl {
     const auto* uri = evhttp_request_get_evhttp_uri(request);
     const char* path = uri ? evhttp_uri_get_path(uri) : nullptr;
     in.path = path && *path ? path : "/";
-    if (options.token.empty() ? !local_browser(header(request, "Host"), header(request, "Origin")) : in.path != options.open_path && !same_secret("Bearer " + options.token, header(request, "Authorization"))) {
-      auto reply = options.token.empty() ? options.refuse(403, "request: comes from a page of another site; without a token only local ones are served")
-                                         : options.refuse(401, "Authorization: should be Bearer and the server's token");
-      if (reply.status == 401) reply.headers.emplace_back("WWW-Authenticate", "Bearer");
+    if (options.token.empty()) {
+      if (const auto why = not_local(lower(header(request, "Host")), lower(header(request, "Origin"))); !why.empty()) return send(request, options.refuse(403, why));
+    } else if (in.path != options.open_path && !has_token(header(request, "Authorization"), options.token)) {
+      auto reply = options.refuse(401, "Authorization: should be Bearer and the server's token");
+      reply.headers.emplace_back("WWW-Authenticate", "Bearer");
       return send(request, reply);
     }
     auto* buffer = evhttp_request_get_input_buffer(request);

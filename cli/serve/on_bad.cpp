@@ -70,7 +70,7 @@ std::string run_on_bad(const std::string& command, const Record& record, const s
     if (stop || std::chrono::steady_clock::now() > end) {
       kill(-child, SIGKILL);
       waitpid(child, &status, 0);
-      return "--on-bad: the command did not end in time and was killed";
+      return stop ? "--on-bad: the command was killed: the server stops" : "--on-bad: the command did not end in time and was killed";
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }

@@ -13,7 +13,17 @@
 namespace cli {
 namespace {
 
-std::string when(double started) { return fmt::format("{:%Y-%m-%d %H:%M:%S}", fmt::gmtime(static_cast<std::time_t>(started))); }
+/// A history may be damaged: null where an answer is no JSON.
+Json answer_of(const Record& r) {
+  auto answer = r.answer.empty() ? Json() : Json::parse(r.answer, nullptr, false);
+  return answer.is_discarded() ? Json() : answer;
+}
+
+std::string when(double started) {
+  constexpr double kYear10000 = 253'402'300'800;
+  if (!(started >= 0 && started < kYear10000)) return "–";
+  return fmt::format("{:%Y-%m-%d %H:%M:%S}", fmt::gmtime(static_cast<std::time_t>(started)));
+}
 
 /// "run/iter_0000010" belongs to the chart of "run"; so does the run folder itself.
 std::string run_of(const std::string& checkpoint) {
@@ -97,7 +107,7 @@ std::string drill_down(const Record& r, const Json& answer) {
 Json record_json(const Record& r, bool answer) {
   Json out{{"id", r.id}, {"checkpoint", r.checkpoint}, {"origin", r.origin}, {"state", name(r.state)}, {"status", r.status}, {"started", r.started}, {"seconds", r.seconds},
            {"loss", r.loss ? Json(*r.loss) : Json(nullptr)}, {"error", r.error.empty() ? Json(nullptr) : Json(r.error)}};
-  if (answer) out["answer"] = r.answer.empty() ? Json(nullptr) : Json::parse(r.answer, nullptr, false);
+  if (answer) out["answer"] = answer_of(r);
   return out;
 }
 
@@ -110,7 +120,7 @@ std::string history_page(const std::vector<Record>& records, const std::string& 
   for (const auto& [run, points] : runs)
     if (points.size() > 1 && ++shown <= 12) charts += chart(run, points);
   for (const auto& r : records) {
-    const auto answer = r.answer.empty() ? Json() : Json::parse(r.answer, nullptr, false);
+    const auto answer = answer_of(r);
     const auto findings = answer.is_object() && answer.contains("findings") ? std::to_string(answer["findings"].size()) : "–";
     rows += fmt::format("<tr id=\"v{0}\"><td>{0}</td><td>{1}</td><td class=\"path\">{2}</td><td class=\"{3}\">{3}</td><td>{4}</td><td>{5}</td><td>{6}</td><td>{7:.2f}</td><td>{8}</td>"
                         "<td><details><summary>more</summary>{9}<p><a href=\"/history/{0}\">JSON</a></p></details></td></tr>\n",

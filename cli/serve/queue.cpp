@@ -127,7 +127,7 @@ Record Queue::run(Job& job) {
   };
   if (job.stop) return never_begun(job);
   try {
-    record.id = history_.begin(job.shown, job.origin, job.watched);
+    history_.begin(record, job.watched);
   } catch (const std::exception& error) {
     metrics_.trouble("history");
     end(State::Failed, shard::Code::Io, error.what());

@@ -1,11 +1,14 @@
 // Strict: an unknown key is an error that names it, since a misspelt one would silently judge something else.
 #include "cli/serve/request.h"
 
+#include "formats/file.h"
 #include "formats/json.h"
 #include "libshard/error.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
+#include <utility>
 
 namespace cli {
 namespace {
@@ -39,6 +42,9 @@ std::string confined(const fs::path& root, const std::string& key, const std::st
   if (error) throw Refusal{404, fmt::format("{}: '{}': not found", key, clipped(given)), 3};
   if (!inside(root, path)) throw Refusal{403, fmt::format("{}: '{}' is outside the root; should be inside", key, clipped(given))};
   if (!fs::exists(path, error)) throw Refusal{404, fmt::format("{}: '{}': not found", key, clipped(given)), 3};
+  // A snapshot's files lie beside it.
+  if (const auto blobs = formats::cache_blobs(path); blobs && !inside(root, *blobs))
+    throw Refusal{403, fmt::format("{}: '{}' is of a Hugging Face cache whose blobs are outside the root; should be inside", key, clipped(given))};
   return path.lexically_relative(root).string();
 }
 
@@ -75,6 +81,18 @@ ValidateAsk read_ask(const fs::path& root, std::string_view body) {
   if (!ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty() > 1) throw Refusal{400, "request: give one of reference, tokens and text"};
   if (!ask.reference.empty() && !ask.against.empty()) throw Refusal{400, "request: against goes with tokens or text, not with reference"};
   return ask;
+}
+
+std::string in_words_of_a_request(std::string message) {
+  static constexpr std::pair<std::string_view, std::string_view> kKeys[] = {{"--reference", "reference"}, {"--tokens", "tokens"}, {"--text", "text"}, {"--against", "against"}, {"--compute", "compute"},
+                                                                            {"--tp", "tp"}, {"--pp", "pp"}, {"--iteration", "iteration"}, {"--max-loss", "max_loss"}};
+  const auto part_of_word = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_' || c == '/' || c == '.'; };
+  for (const auto& [flag, key] : kKeys)
+    for (auto at = message.find(flag); at != message.npos; at = message.find(flag, at + 1)) {
+      const auto end = at + flag.size();
+      if ((at == 0 || !part_of_word(message[at - 1])) && (end == message.size() || !part_of_word(message[end]))) message.replace(at, flag.size(), key);
+    }
+  return message;
 }
 
 }  // namespace cli

@@ -23,4 +23,7 @@ std::string confined(const std::filesystem::path& root, const std::string& key, 
 /// Throws Refusal for anything but an object of the known keys. Paths are relative to `root`, which must be the working folder.
 ValidateAsk read_ask(const std::filesystem::path& root, std::string_view body);
 
+/// A message that names flags of the command line, with this page's keys in their place.
+std::string in_words_of_a_request(std::string message);
+
 }  // namespace cli

@@ -1,5 +1,6 @@
 // shardkit serve: wires listener, queue, watcher and history together, and decides how it starts and ends.
 #include "cli/commands.h"
+#include "cli/markup.h"
 #include "cli/model_device.h"
 #include "cli/options.h"
 #include "cli/serve/history.h"
@@ -12,10 +13,13 @@
 #include "cli/serve/watch.h"
 #include "libshard/error.h"
 
+#include <cerrno>
 #include <charconv>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 
 #include <unistd.h>
@@ -44,12 +48,6 @@ fs::path default_history() {
   const char* home = std::getenv("HOME");
   shard::require(home && *home == '/', Code::Usage, [] { return "--history: there is no home folder to put it; should be given"; });
   return fs::path(home) / ".local/state/shardkit/history.sqlite";
-}
-
-std::string one_line(std::string text) {
-  for (auto& c : text)
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
-  return text;
 }
 
 HttpReply json_reply(int status, const Json& body) { return {status, "application/json", body.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n", {}}; }
@@ -134,7 +132,7 @@ class Routes {
     HttpReply reply;
     if (record.state == State::Sound || record.state == State::Bad) reply = {200, "application/json", record.answer + "\n", {}};
     else if (record.state == State::Interrupted) reply = refusal(why == Cut::Timeout ? 504 : 503, record.status, record.error);
-    else reply = refusal(http_status(record), record.status, record.error);
+    else reply = refusal(http_status(record), record.status, in_words_of_a_request(record.error));
     if (record.id) reply.headers.emplace_back("Content-Location", fmt::format("/history/{}", record.id));
     return reply;
   }
@@ -153,6 +151,20 @@ fs::path existing_folder(const std::string& flag, const std::string& text) {
   return path;
 }
 
+/// What no checkpoint could be judged by would make an error of each, and call --on-bad.
+void check_watched(const ValidateAsk& ask) {
+  shard::require(!ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty() <= 1, Code::Usage, [] { return "command line: give one of --reference, --tokens and --text"; });
+  shard::require(ask.compute == "f32" || ask.compute == "bf16", Code::Usage, [&] { return fmt::format("--compute {}: f32 and bf16 are known", ask.compute); });
+  shard::require(ask.tp >= 1 && ask.tp <= 64 && ask.pp >= 1 && ask.pp <= 64, Code::Usage, [&] { return fmt::format("--tp {} --pp {}: should be 1 to 64", ask.tp, ask.pp); });
+  shard::require(!ask.max_loss || std::isfinite(*ask.max_loss), Code::Usage, [&] { return fmt::format("--max-loss {}: should be a number", *ask.max_loss); });
+  if (!ask.tokens.empty()) read_tokens(ask.tokens);
+  if (!ask.text.empty()) formats::File(ask.text);
+  if (ask.reference.empty()) return;
+  const auto inputs = read_arrays(ask.reference, [](const std::string& name) { return name == "input_ids" || name == "labels"; });
+  for (const char* name : {"input_ids", "labels"})
+    shard::require(inputs.find(name) != nullptr, Code::BadFormat, [&] { return fmt::format("{}: should hold {} [b,s]", ask.reference, name); });
+}
+
 int run(ServeAsk ask) {
   HttpOptions http;
   http.listen = ListenAddress::parse(ask.listen);
@@ -166,11 +178,9 @@ int run(ServeAsk ask) {
   const auto watch_folder = ask.watch.empty() ? fs::path() : existing_folder("--watch", ask.watch);
   const auto root = existing_folder("--root", !ask.root.empty() ? ask.root : !ask.watch.empty() ? ask.watch : ".");
   auto watched = ask.watched;
+  check_watched(watched);
   for (auto* file : {&watched.reference, &watched.tokens, &watched.text})
-    if (!file->empty()) {
-      shard::require(fs::exists(*file), Code::NotFound, [&] { return fmt::format("{}: not found", *file); });
-      *file = fs::absolute(*file).string();
-    }
+    if (!file->empty()) *file = fs::absolute(*file).string();
   History history(fs::absolute(ask.history.empty() ? default_history() : fs::path(ask.history)), ask.keep);
   // Paths in requests, messages and rows are then short, and tell nobody where the root lies.
   shard::require(::chdir(root.c_str()) == 0, Code::Io, [&] { return fmt::format("--root {}: cannot be entered", root.string()); });
@@ -208,7 +218,7 @@ int run(ServeAsk ask) {
   };
 
   fmt::print("{}\n", server.url());
-  std::fflush(stdout);
+  shard::require(std::fflush(stdout) == 0, Code::Io, [&] { return fmt::format("stdout: cannot write the URL: {}", std::strerror(errno)); });
   if (!watch_folder.empty()) {
     watch = std::make_unique<Watch>(watch_folder, std::chrono::milliseconds(static_cast<long>(ask.every * 1000)), history, submit);
     watch->start();  // not before `watch` holds it: what it submits ends there

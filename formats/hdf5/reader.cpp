@@ -31,7 +31,7 @@ bool has_signature(const fs::path& path) {
   return file.read(magic, 8) && std::equal(magic, magic + 8, kSignature);
 }
 
-fs::path file_of(const fs::path& path) { return fs::is_directory(path) ? path / "model.h5" : path; }
+fs::path file_of(const fs::path& path) { return fs::is_directory(path) ? inside(path, "model.h5") : path; }
 
 class Reader {
  public:

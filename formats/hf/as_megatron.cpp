@@ -68,7 +68,7 @@ void carry_files(const Checkpoint& source, Target& target, const std::string& be
   for (const auto& name : source.hf->files) {
     if (name == except) continue;
     const bool rewritten = name == "config.json" && source.hf->rewritten;
-    folder.write(folder.add(below + name), 0, rewritten ? source.hf->config.dump(2) + "\n" : read_text(source.hf->folder / name));
+    folder.write(folder.add(below + name), 0, rewritten ? source.hf->config.dump(2) + "\n" : read_text(inside(source.hf->folder, name)));
     target.carried.push_back(name);
   }
 }

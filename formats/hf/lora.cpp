@@ -196,7 +196,7 @@ Checkpoint open_adapter(const fs::path& folder, const OpenOptions& options) {
   const auto safetensors = folder / "adapter_model.safetensors", pickled = folder / "adapter_model.bin";
   const bool modern = fs::exists(safetensors);
   shard::require(modern || fs::exists(pickled), shard::Code::NotFound, [&] { return fmt::format("{}: not found; an adapter's weights should lie beside its {}", safetensors.string(), kConfig); });
-  auto out = modern ? safetensors::open(safetensors, options) : open_torch_file(pickled, options);
+  auto out = modern ? safetensors::open(safetensors, options) : open_torch_file(inside(folder, "adapter_model.bin"), options);
   out.format = "hf";
   out.path = out.folder = folder;
   Assembly(out, *adapter).run();
@@ -212,7 +212,7 @@ void create_adapter(const fs::path& path, const Checkpoint& source, const Target
   auto files = small_files(source.folder);
   files.push_back(kConfig);
   for (const auto& name : files) {
-    folder.write(folder.add(name), 0, read_text(source.folder / name));
+    folder.write(folder.add(name), 0, read_text(inside(source.folder, name)));
     target.carried.push_back(name);
   }
   join(source, target);

@@ -132,6 +132,6 @@ class Fields {
 
 }  // namespace
 
-LoraConfig read_lora_config(const std::filesystem::path& folder) { return Fields(folder / "adapter_config.json").read(); }
+LoraConfig read_lora_config(const std::filesystem::path& folder) { return Fields(inside(folder, "adapter_config.json")).read(); }
 
 }  // namespace formats::hf

@@ -27,12 +27,13 @@ constexpr const char* kSmallFiles[] = {"config.json", "generation_config.json", 
 
 /// The folder's state; null where it has no config.json or no family speaks for it.
 std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& options, const std::string& embedded = "") {
-  if (embedded.empty() && !fs::exists(folder / "config.json")) {
+  const auto path = inside(folder, "config.json");
+  if (embedded.empty() && !fs::exists(path)) {
     shard::require(options.family.empty(), Code::Mismatch, [&] { return fmt::format("{}: --family needs a config.json beside the weights", folder.string()); });
     return nullptr;
   }
-  const auto where = (folder / "config.json").string();
-  const auto text = embedded.empty() ? read_text(folder / "config.json", 16 << 20) : embedded;
+  const auto where = path.string();
+  const auto text = embedded.empty() ? read_text(path, 16 << 20) : embedded;
   parse_json(text, where);  // refuses duplicates and depth
   auto out = std::make_shared<State>();
   out->config = nlohmann::ordered_json::parse(text);
@@ -157,7 +158,8 @@ std::vector<std::string> small_files(const fs::path& folder) {
   for (const auto& entry : fs::directory_iterator(folder)) {
     const auto name = entry.path().filename().string();
     const bool known = std::any_of(std::begin(kSmallFiles), std::end(kSmallFiles), [&](const char* pattern) { return glob(pattern, name); });
-    if (known && entry.is_regular_file() && entry.file_size() <= kLargestSmallFile) out.push_back(name);
+    std::error_code error;  // a link that leads nowhere is no file
+    if (known && entry.is_regular_file(error) && entry.file_size(error) <= kLargestSmallFile) out.push_back(name);
   }
   std::sort(out.begin(), out.end());
   return out;
@@ -248,7 +250,7 @@ shard::ShardedStateDict logical_of(const Checkpoint& source, const shard::Sharde
 void take_up_carried(Checkpoint& checkpoint, const OpenOptions& options) {
   if (!checkpoint.megatron) return;
   const auto folder = checkpoint.folder.parent_path() / "hf";
-  if (fs::is_directory(folder)) checkpoint.hf = state_of(folder, options);
+  if (fs::is_directory(folder)) checkpoint.hf = state_of(inside(checkpoint.folder.parent_path(), "hf"), options);
   else if (!options.family.empty()) checkpoint.hf = std::make_shared<State>(State{family_named(options.family), {}, {}, {}});
   if (!checkpoint.hf || checkpoint.hf->config.is_null()) return;
   if (!checkpoint.vocab)

@@ -104,7 +104,7 @@ class DistReader {
 
   void read_common() {
     auto& state = *out_.megatron;
-    const auto path = out_.folder / "common.pt";
+    const auto path = inside(out_.folder, "common.pt");
     if (std::filesystem::exists(path)) {
       out_.stored.objects.push_back({"common.pt", "common_state", std::filesystem::file_size(path), 0, 0});
       const File file(path);
@@ -156,7 +156,7 @@ class DistReader {
 }  // namespace
 
 bool is_torch_dist(const std::filesystem::path& folder) {
-  const auto path = folder / "metadata.json";
+  const auto path = inside(folder, "metadata.json");
   if (!std::filesystem::is_regular_file(path)) return false;
   const auto json = parse_json(read_text(path, 1 << 20), path.string());
   if (!json.is_object() || !json.contains("sharded_backend")) return false;

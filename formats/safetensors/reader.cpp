@@ -50,12 +50,12 @@ class Folder {
     out_.format = "hf";
     if (fs::is_directory(path)) {
       out_.folder = path;
-      if (fs::exists(path / kIndex)) index_ = read_index(path / kIndex);
+      if (fs::exists(path / kIndex)) index_ = read_index(inside(path, kIndex));
       else if (fs::exists(path / kSingle)) names_ = {kSingle};
       else names_ = dcp_shards(path);
     } else {
       out_.folder = path.parent_path().empty() ? fs::path(".") : path.parent_path();
-      if (ends_with(path, ".index.json")) index_ = read_index(path);
+      if (ends_with(path, ".index.json")) index_ = read_index(inside(out_.folder, path.filename().string()));
       else names_ = {path.filename().string()};
     }
     if (index_)

@@ -223,7 +223,7 @@ class Emitter {
 }  // namespace
 
 Metadata read_metadata(const std::filesystem::path& folder) {
-  const auto text = read_text(folder / ".metadata", kMostBytes);
+  const auto text = read_text(inside(folder, ".metadata"), kMostBytes);
   try {
     const auto graph = pickle::parse(std::as_bytes(std::span(text.data(), text.size())));
     return Parser(folder).parse(graph);

@@ -142,6 +142,63 @@ class Paths(Case):
             os.symlink("__2_0.distcp", folder / "__9_0.distcp")
             self.refused(4, "verify", folder)
 
+    def cache(self, name="models--x--y"):
+        """A Hugging Face cache: snapshots of links to blobs."""
+        model = self.tmp / name
+        snapshot = model / "snapshots/0123abc"
+        snapshot.mkdir(parents=True)
+        (model / "blobs").mkdir()
+        for file in (DATA / "hf/llama_untied_bf16").iterdir():
+            shutil.copy(file, model / "blobs" / f"{file.name}.hash")
+            os.symlink(f"../../blobs/{file.name}.hash", snapshot / file.name)
+        return snapshot
+
+    def test_snapshots_of_a_cache_lead_to_its_blobs_and_nowhere_else(self):
+        snapshot = self.cache()
+        blobs = snapshot.parent.parent / "blobs"
+        (self.tmp / "link").symlink_to(snapshot)
+        for command in ("inspect", "verify", "hash", "validate"):
+            for path in (snapshot, self.tmp / "link", next(snapshot.glob("model.safetensors*"))):
+                self.assertEqual(run(command, path)[0], 0, path)
+        self.assertEqual(run("convert", snapshot, self.tmp / "out", "--to", "mp_rank")[0], 0)
+        self.assertIn("leads out", self.refused(4, "verify", self.cache("x--y")))  # no such cache
+        (self.tmp / "secret").write_text("secret")
+        weights = next(snapshot.glob("model*.safetensors"))
+        for name in ("config.json", weights.name):
+            for link in (self.tmp / "secret", "../../secret", "../../blobs/out", "../../../models--x--other/blobs/a", "../../blobs/below/a"):
+                with self.subTest(name, link=link):
+                    copy = self.tmp / "models--x--z/snapshots/1"
+                    shutil.copytree(snapshot, copy, symlinks=True)
+                    shutil.copytree(blobs, copy.parent.parent / "blobs")
+                    for other in (copy.parent.parent / "secret", copy.parent.parent / "blobs/below/a", self.tmp / "models--x--other/blobs/a"):
+                        other.parent.mkdir(parents=True, exist_ok=True)
+                        other.write_text("secret")
+                    (copy.parent.parent / "blobs/out").symlink_to(self.tmp / "secret")
+                    (copy / name).unlink()
+                    (copy / name).symlink_to(link)
+                    self.assertIn("leads out", self.refused(4, "validate", copy))
+                    shutil.rmtree(copy.parent.parent)
+        other = self.cache("models--x--w")
+        shutil.move(other.parent.parent / "blobs", self.tmp / "elsewhere")
+        (other.parent.parent / "blobs").symlink_to(self.tmp / "elsewhere")
+        self.assertIn("leads out", self.refused(4, "verify", other))
+
+    def test_what_is_read_beside_the_weights_lies_there(self):
+        (self.tmp / "text").write_text("some text")
+        for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+            for target in ("/etc/passwd", name):  # elsewhere, and itself
+                with self.subTest(name, target=target):
+                    folder = self.copy("hf/llama_untied_bf16")
+                    (folder / name).unlink(missing_ok=True)
+                    (folder / name).symlink_to(target)
+                    self.assertRegex(self.refused(4, "validate", folder, "--text", self.tmp / "text"), "leads out|in a circle")
+                    shutil.rmtree(folder)
+        folder = self.copy("hf/llama_untied_bf16")
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        (folder / "generation_config.json").symlink_to("/etc/passwd")
+        self.refused(4, "convert", folder, self.tmp / "out", "--to", "mp_rank")
+        self.assertFalse((self.tmp / "out").exists())
+
     def test_fifo_and_folder_in_place_of_a_file(self):
         folder = self.copy("dcp/dtensor_2x2")
         (folder / "__2_0.distcp").unlink()

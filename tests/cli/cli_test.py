@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -85,6 +86,35 @@ class Outcome(Case):
     def test_quiet(self):
         status, out, err = run("reshard", LLAMA, self.tmp / "d", "--tp", 1, "-q")
         self.assertEqual((status, out, err), (0, "", ""))
+
+    def test_results_that_do_not_arrive(self):
+        for args in (("hash", LLAMA), ("hash", LLAMA, "--json"), ("verify", LLAMA), ("inspect", LLAMA), ("plan", LLAMA, self.tmp / "d", "--tp", 1, "--json"),
+                     ("families",), ("--help",)):
+            for redirect in (">/dev/full", ">&-"):
+                done = subprocess.run(["sh", "-c", f'"$0" "$@" {redirect}', SHARDKIT, *map(str, args)], stderr=subprocess.PIPE, text=True)
+                self.assertEqual((done.returncode, done.stderr.count("\n")), (7, 1), (args, redirect, done.stderr))
+                self.assertTrue(done.stderr.startswith("shardkit: error: stdout: cannot write: "), done.stderr)
+        # Nothing to tell is told; a file that takes the closed descriptor's number takes no results.
+        closed = subprocess.run(["sh", "-c", '"$0" "$@" <&- >&- 2>&-', SHARDKIT, "convert", LLAMA, self.tmp / "e", "--to", "hf", "-q"])
+        self.assertEqual(closed.returncode, 0)
+        self.assertEqual(digest(self.tmp / "e"), digest(LLAMA))
+
+    def test_a_reader_that_has_enough(self):
+        for args, status in ((("hash", LLAMA, "--json"), (0,)), (("inspect", DATA / "pairs/deepseek_v3_mtp_bf16/tp1pp2", "--json"), (0, 141))):
+            done = subprocess.Popen([SHARDKIT, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            done.stdout.close()
+            self.assertEqual(done.stderr.read(), "")
+            self.assertIn(done.wait(), status)
+            done.stderr.close()
+
+    def test_an_empty_value_is_no_value_left_out(self):
+        for args in (("verify", LLAMA, "--against", ""), ("verify", LLAMA, "--receipt="), ("verify", LLAMA, "--junit", ""), ("verify", LLAMA, "--family", ""), ("hash", ""),
+                     ("inspect", LLAMA, "--tensors", "x", "--tensors", ""), ("reshard", LLAMA, self.tmp / "x", "--pp-layout", ""), ("plan", LLAMA, "", "--to", "hf"),
+                     ("convert", LLAMA, self.tmp / "x", "--to", "hf", "--report", ""), ("diff", LLAMA, ""), ("families", ""), ("scan", ""), ("serve", "--token", ""), ("serve", "--history="),
+                     *((("validate", LLAMA, flag, "") for flag in ("--reference", "--against", "--tokens", "--text", "--max-loss", "--html", "--compute", "--mem-limit")))):
+            self.refused(2, *args)
+        self.assertEqual(self.refused(2, "verify", LLAMA, "--against", ""), "shardkit: error: command line: --against is empty; should be a value, or left out\n")
+        self.assertEqual(list(self.tmp.iterdir()), [])
 
     def test_optimizer_needs_weights_only(self):
         for name in ("mcore_optim/float16opt_tp2pp2", "mcore_optim/legacy_float16opt_tp2pp1"):
@@ -197,6 +227,17 @@ class Verify(Case):
         self.assertTrue(out["ok"])
         self.assertIn("unverifiable", [f["rule"] for f in out["findings"]])
         self.assertEqual(junit.read_text().count("<testcase"), 13)
+
+    def test_keys_do_not_speak_to_the_terminal(self):
+        key = "a\x1b[2J\x9b1m\u202etxt.\nsound\t\x7f"
+        header = json.dumps({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        for name, number in (("a", b"\0\0\xc0\x7f"), ("b", b"\0\0\0\0")):
+            (self.tmp / f"{name}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + number)
+        for args in (("verify", "a"), ("inspect", "a"), ("hash", "a"), ("diff", "a", "b"), ("verify", "a", "--against", "b")):
+            _, out, err = run(args[0], *(x if x.startswith("--") else self.tmp / f"{x}.safetensors" for x in args[1:]))
+            self.assertIn("a?[2J?1m?txt. sound ?", out, args)
+            self.assertNotIn("sound", [line.split()[0] for line in out.splitlines() if line.strip()])
+            self.assertNotRegex(out + err, "[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", args)
 
     def test_against(self):
         self.ok("verify", LLAMA, "--against", DIST)

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -151,6 +152,19 @@ class Ranks(Case):
         self.assertEqual([x[0] for x in done], [7, 128 + signal.SIGTERM], done)
         self.assertIn("rank 1: stopped by a signal", done[0][2])
         self.only("big")
+
+    def test_waiting_is_said_and_leaves_nothing_when_stopped(self):
+        shutil.copytree(source(), self.tmp / "ckpt")
+        for args, said in ((["validate", self.tmp / "ckpt", "--tp", 2], 1), (["convert", self.tmp / "ckpt", self.tmp / "out", "--to", "hf"], 1), (["validate", self.tmp / "ckpt", "--tp", 2, "-q"], 0)):
+            process = start(args, 0, 2)
+            if said:
+                self.assertEqual(process.stderr.readline(), "shardkit: waiting for 1 of 2 ranks (rank 1), for at most 20 s; WORLD_SIZE=2 says how many there are (without it one process works alone)\n")
+            else:
+                time.sleep(2.5)
+            self.assertTrue(list(self.tmp.glob(".*.ranks")))
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(finish([process])[0], (128 + signal.SIGTERM, "", "shardkit: error: stopped by signal 15; nothing is left under the final name\n"))
+            self.only("ckpt")
 
     def test_wrong_secret_and_missing_ranks(self):
         args = ["convert", source(), self.tmp / "out", "--to", "torch_dist", "-q"]

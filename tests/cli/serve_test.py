@@ -104,6 +104,11 @@ class Answers(Serve):
         server = self.serve(root=DATA)
         self.assertEqual(server.json("GET", "/health")[1]["status"], "ok")
         self.assertEqual(server.ask("HEAD", "/health")[:2], (200, ""))
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:  # nothing of the first answer is left before the second
+            s.sendall(b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            first, second = b"".join(iter(lambda: s.recv(65536), b"")).split(b"\r\n\r\n", 1)
+        self.assertIn(b"Content-Length: %d" % len(server.ask("GET", "/health")[1]), first)
+        self.assertTrue(second.startswith(b"HTTP/1.1 404 "), second)
         self.assertEqual(server.json("GET", "/nothing")[1]["status"], 3)
         self.assertEqual(server.json("DELETE", "/")[0], 405)
         self.assertEqual(server.json("GET", "/validate")[0], 405)
@@ -147,6 +152,10 @@ class Answers(Serve):
             self.assertEqual((got[0], got[1]["status"]), (http_status, status), (body, got))
             self.assertEqual(len(got[1]["error"].splitlines()), 1)
         self.assertIn("referense", server.validate(checkpoint=LLAMA, referense="x")[1]["error"])
+
+    def test_answers_speak_of_the_request(self):
+        server = self.serve(root=DATA)
+        self.assertEqual(server.validate(checkpoint=LLAMA, iteration=1)[1]["error"], f"{LLAMA}: is no Megatron run folder; iteration has no meaning")
 
     def test_metrics(self):
         server = self.serve(root=DATA)
@@ -212,6 +221,26 @@ class Answers(Serve):
         self.history.parent.mkdir()
         self.history.write_text("not a database, " * 100)
         self.refused(4, "serve", "--root", self.root, "--history", self.history)
+        for tables in ("CREATE TABLE validations(x)", "CREATE TABLE validations(id, state, status, error)", "CREATE TABLE other(x)"):
+            self.history.unlink()
+            with sqlite3.connect(self.history) as db:
+                db.executescript(f"{tables}; PRAGMA user_version = 1")
+            self.assertIn("no such", self.refused(4, "serve", "--root", self.root, "--history", self.history))
+
+    def test_damaged_rows_are_shown_as_far_as_they_go(self):
+        self.put(LLAMA, "good")
+        server = self.serve()
+        for _ in range(2):
+            server.validate(checkpoint="good")
+        server.end()
+        with sqlite3.connect(self.history) as db:
+            db.execute("UPDATE validations SET answer = substr(answer, 1, 100), started = 1e300 WHERE id = 1")
+            db.execute("UPDATE validations SET started = -1e300, loss = 1e300, state = 77 WHERE id = 2")
+        server = self.serve()
+        status, row = server.json("GET", "/history/1")
+        self.assertEqual((status, row["answer"], row["state"]), (200, None, "sound"))
+        self.assertEqual(server.json("GET", "/history/2")[0], 200)
+        self.assertEqual(server.ask("GET", "/")[0], 200)
 
 
 class Doors(Serve):
@@ -231,6 +260,22 @@ class Doors(Serve):
                 self.assertEqual(server.validate(checkpoint="good", **{key: path})[0], 403, (key, path))
         self.assertEqual(server.validate(checkpoint="loop")[0], 404)
 
+    def test_snapshots_of_a_cache(self):
+        model = self.tmp / "models--x--y"
+        shutil.copytree(DATA / LLAMA, model / "blobs")
+        snapshot = model / "snapshots/1"
+        snapshot.mkdir(parents=True)
+        for file in (model / "blobs").iterdir():
+            (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+        self.put(LLAMA, "good")
+        server = self.serve(root=model)
+        self.assertEqual(server.validate(checkpoint="snapshots/1")[0], 200)
+        server.end()
+        shutil.copytree(DATA / LLAMA, model / "snapshots/good")
+        server = self.serve(root=model / "snapshots")  # the blobs lie outside
+        for answer in (server.validate(checkpoint="1"), server.validate(checkpoint="good", against="1")):
+            self.assertEqual((answer[0], "blobs are outside the root" in answer[1]["error"]), (403, True))
+
     def test_token(self):
         self.refused(2, "serve", "--listen", "0.0.0.0:0", "--root", self.root, "--history", self.history)
         self.refused(2, "serve", "--listen", "example.org:80", "--root", self.root, "--history", self.history)
@@ -239,6 +284,8 @@ class Doors(Serve):
         for wrong in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "Bearer secret2"}, {"Authorization": "secret"}, {"Authorization": "Bearer "}):
             for method, path in (("GET", "/"), ("GET", "/metrics"), ("GET", "/history"), ("POST", "/validate")):
                 self.assertEqual(server.json(method, path, {"checkpoint": LLAMA} if method == "POST" else None, headers=wrong)[0], 401, (wrong, path))
+        self.assertEqual(server.json("GET", "/history", headers={"Authorization": "bearer secret"})[0], 200)
+        self.assertEqual(server.json("GET", "/history", headers={"Authorization": "Bearer SECRET"})[0], 401)
         right = {"Authorization": "Bearer secret"}
         self.assertEqual(server.json("POST", "/validate", {"checkpoint": LLAMA}, headers=right)[0], 200)
         self.assertEqual(server.ask("GET", "/", headers=right)[0], 200)
@@ -248,9 +295,10 @@ class Doors(Serve):
         for name in ("evil.example", "127.evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "[::1].evil.example"):
             for host in (name, f"{name}:{server.port}"):
                 self.assertEqual(server.json("GET", "/history", headers={"Host": host})[0], 403, host)
-        for host in ("127.0.0.1", f"127.0.0.1:{server.port}", "127.1.2.3", "localhost", "localhost:1", "[::1]", "[::1]:1"):
+        for host in ("127.0.0.1", f"127.0.0.1:{server.port}", "127.1.2.3", "127.1", "LOCALHOST", "Localhost:1", "localhost", "localhost:1", "[::1]", "[::1]:1"):
             self.assertEqual(server.json("GET", "/history", headers={"Host": host})[0], 200, host)
         self.assertEqual(server.json("POST", "/validate", {"checkpoint": LLAMA}, headers={"Origin": "http://evil.example"})[0], 403)
+        self.assertIn("'box.local' is no local name", server.json("GET", "/history", headers={"Host": "box.local"})[1]["error"])
 
 
 class Abuse(Serve):
@@ -521,8 +569,25 @@ class Watching(Serve):
         self.assertEqual(first, f"bad|{name}/iter_0000010|")
         record = json.loads(rest)
         self.assertEqual((record["checkpoint"], record["answer"]["ok"]), (f"{name}/iter_0000010", False))
+        self.assertLess(abs(record["started"] - time.time()), 100)
         self.assertFalse((self.root / "pwned").exists())
         server.end()
+
+    def test_command_that_the_end_cuts_short(self):
+        self.put(RUN, "run")
+        started = self.tmp / "started"
+        server = self.serve("--watch", self.root, "--every", 0.1, "--max-loss", 0.1, "--on-bad", f"touch {started}; sleep 50")
+        until(started.exists)
+        status, said = server.end()
+        self.assertEqual(status, 0)
+        self.assertIn("--on-bad: the command was killed: the server stops", said)
+
+    def test_what_could_judge_nothing_is_refused_at_the_start(self):
+        tokens, reference = self.tmp / "tokens.txt", DATA / LLAMA / "reference.safetensors"
+        tokens.write_text("1 2 3")
+        for status, args in ((2, ("--compute", "f64")), (2, ("--tp", 0)), (2, ("--pp", -1)), (2, ("--max-loss", "nan")), (2, ("--max-loss", "inf")), (2, ("--tokens", tokens, "--reference", reference)),
+                             (4, ("--reference", tokens)), (4, ("--reference", next((DATA / LLAMA).glob("model*.safetensors")))), (3, ("--text", self.tmp / "none")), (4, ("--tokens", DATA / LLAMA / "config.json"))):
+            self.refused(status, "serve", "--watch", self.root, "--history", self.history, *args, timeout=20)
 
     def test_broken_iteration_is_an_error_once(self):
         out = self.tmp / "out"

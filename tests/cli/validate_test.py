@@ -4,11 +4,12 @@ import pathlib
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from support import DATA, Case, run, run_json  # noqa: E402
+from support import DATA, SHARDKIT, Case, run, run_json  # noqa: E402
 from torch_edit import edit_archive  # noqa: E402
 
 LLAMA = DATA / "mcore/llama_untied_bf16/tp2pp2"
@@ -279,6 +280,32 @@ class Findings(Case):
         self.assertRegex(html.read_text(), re.compile("<svg.*polyline", re.S))
         self.assertNotIn("http", html.read_text())
         self.assertIn('failures="0"', junit.read_text())
+
+    def test_reports_are_whole_or_not_at_all(self):
+        page = self.tmp / "report.html"
+        page.write_text("<html>of yesterday")
+        command = 'ulimit -f 2; "$0" "$@"'
+        done = subprocess.run(["bash", "-c", command, SHARDKIT, "validate", LLAMA, "--html", page], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout.splitlines()[-1]), (7, "sound"))  # the verdict is told all the same
+        self.assertEqual(done.stderr, f"shardkit: error: {page}: cannot write: File too large\n")
+        self.assertEqual((page.read_text(), [f.name for f in self.tmp.iterdir()]), ("<html>of yesterday", [page.name]))
+        link = self.tmp / "link.html"
+        link.symlink_to(page.name)
+        self.ok("validate", LLAMA, "--html", link)
+        self.assertTrue(link.is_symlink())
+        self.assertIn("</html>", page.read_text())
+        self.assertIn("</testsuite>", self.ok("validate", LLAMA, "-q", "--junit", "/dev/stdout"))
+
+    def test_reports_that_cannot_be_are_refused_before_the_work(self):
+        checkpoint = self.copy("hf/llama_untied_bf16")
+        before = {f.name: f.read_bytes() for f in checkpoint.iterdir()}
+        for status, args in ((7, ("--html", self.tmp / "none/x.html")), (7, ("--junit", self.tmp)), (2, ("--html", self.tmp / "x", "--junit", self.tmp / "copy/../x")),
+                             (2, ("--html", checkpoint / "config.json")), (2, ("--junit", next(checkpoint.glob("model*.safetensors"))))):
+            self.assertIn(str(args[-1]), self.refused(status, "validate", checkpoint, *args))
+        self.assertIn("a file of the checkpoint", self.refused(2, "verify", checkpoint, "--junit", checkpoint / "config.json"))
+        self.assertEqual({f.name: f.read_bytes() for f in checkpoint.iterdir()}, before)
+        for _ in range(2):  # a report beside the weights is replaced by the next
+            self.ok("validate", checkpoint, "--html", checkpoint / "report.html", "-q")
 
 
 if __name__ == "__main__":

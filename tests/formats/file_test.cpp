@@ -76,6 +76,28 @@ TEST_CASE("names from strangers stay inside the folder") {
   CHECK_NOTHROW(inside(folder.path() / "link", "sub/x"));
 }
 
+TEST_CASE("a snapshot of a Hugging Face cache has its files among the blobs") {
+  const TemporaryFolder folder;
+  const auto model = folder.path() / "models--o--m", snapshot = model / "snapshots" / "1";
+  fs::create_directories(snapshot / "sub");
+  fs::create_directories(model / "blobs" / "below");
+  write(model / "blobs" / "h", "x");
+  write(model / "blobs" / "below" / "h", "x");
+  write(model / "h", "x");
+  fs::create_symlink("../../blobs/h", snapshot / "in");
+  fs::create_symlink("../../../blobs/h", snapshot / "sub" / "in");
+  fs::create_symlink("../../blobs/below/h", snapshot / "below");
+  fs::create_symlink("../../h", snapshot / "beside");
+  fs::create_symlink("../../blobs", snapshot / "all");
+  CHECK_NOTHROW(inside(snapshot, "in"));
+  CHECK_NOTHROW(inside(snapshot, "sub/in"));
+  CHECK_NOTHROW(inside(snapshot / "sub", "in"));
+  for (const auto name : {"below", "beside", "all"}) CHECK(code_of([&] { inside(snapshot, name); }) == Code::BadFormat);
+  CHECK(cache_blobs(snapshot / "sub") == fs::canonical(model / "blobs"));
+  CHECK(!cache_blobs(model));
+  CHECK(!cache_blobs("/"));
+}
+
 TEST_CASE("writing by range; what cannot be written is an Io error that names the file") {
   const TemporaryFolder folder;
   {
