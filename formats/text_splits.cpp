@@ -1,11 +1,14 @@
 // Patterns run in PCRE2, normal forms in utf8proc; bytes become letters as GPT-2's table has them.
 #include "formats/text_splits.h"
 
+#include "formats/json.h"
 #include "formats/pattern.h"
 #include "libshard/error.h"
+#include "libshard/stop.h"
 
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <memory>
@@ -27,7 +30,7 @@ Behaviour behaviour_of(const std::string& name) {
   if (name == "MergedWithPrevious") return Behaviour::MergedWithPrevious;
   if (name == "MergedWithNext") return Behaviour::MergedWithNext;
   if (name == "Contiguous") return Behaviour::Contiguous;
-  shard::fail(Code::BadFormat, "tokenizer: split behaviour '{}' is not supported", name);
+  shard::fail(Code::BadFormat, "split behaviour '{}' is not supported", shown(name));
 }
 
 struct Piece {
@@ -35,9 +38,10 @@ struct Piece {
   bool matched;
 };
 
-std::vector<Piece> pieces_of(const Pattern& pattern, const std::string& text, bool invert) {
+std::vector<Piece> pieces_of(const Pattern& pattern, const std::string& text, bool invert, const std::atomic<bool>* stop) {
   std::vector<Piece> out;
   for (std::size_t at = 0; at < text.size();) {
+    shard::refuse_stopped(stop);
     const auto [begin, end] = pattern.next(text, at);
     const auto stop = begin == text.npos ? text.size() : begin;
     if (stop > at) out.push_back({at, stop, invert});
@@ -69,8 +73,8 @@ void cut(const std::string& text, const std::vector<Piece>& pieces, Behaviour be
 }
 
 Split by_pattern(const std::string& text, const std::string& behaviour, bool invert) {
-  return [pattern = Pattern(text, "tokenizer", kMostMatching), how = behaviour_of(behaviour), invert](const std::string& piece, bool, std::vector<std::string>& out) {
-    cut(piece, pieces_of(pattern, piece, invert), how, out);
+  return [pattern = Pattern(text, "pre_tokenizer", kMostMatching), how = behaviour_of(behaviour), invert](const std::string& piece, bool, const std::atomic<bool>* stop, std::vector<std::string>& out) {
+    cut(piece, pieces_of(pattern, piece, invert, stop), how, out);
   };
 }
 
@@ -91,7 +95,7 @@ const std::array<std::string, 256>& byte_letters() {
   return letters;
 }
 
-void to_letters(const std::string& text, bool, std::vector<std::string>& out) {
+void to_letters(const std::string& text, bool, const std::atomic<bool>*, std::vector<std::string>& out) {
   std::string letters;
   for (const char c : text) letters += byte_letters()[static_cast<unsigned char>(c)];
   if (!letters.empty()) out.push_back(std::move(letters));
@@ -99,9 +103,11 @@ void to_letters(const std::string& text, bool, std::vector<std::string>& out) {
 
 Split metaspace(const json& step) {
   const auto mark = step.value("replacement", std::string("\xe2\x96\x81"));
+  const auto letters = std::count_if(mark.begin(), mark.end(), [](char c) { return (c & 0xc0) != 0x80; });
+  shard::require(letters == 1, Code::BadFormat, [&] { return fmt::format("Metaspace puts '{}' for a space; should be one character", shown(mark)); });
   const auto scheme = step.value("prepend_scheme", step.value("add_prefix_space", true) ? std::string("always") : std::string("never"));
   const bool split = step.value("split", true);
-  return [=](const std::string& text, bool first, std::vector<std::string>& out) {
+  return [=](const std::string& text, bool first, const std::atomic<bool>*, std::vector<std::string>& out) {
     std::string marked;
     for (const char c : text) c == ' ' ? marked += mark : marked += c;
     if ((scheme == "always" || (scheme == "first" && first)) && !marked.starts_with(mark)) marked = mark + marked;
@@ -123,7 +129,7 @@ void add_splits(const json& step, std::vector<Split>& out) {
     for (const auto& inner : step.at("pretokenizers")) add_splits(inner, out);
   } else if (type == "ByteLevel") {
     if (step.value("add_prefix_space", true))
-      out.push_back([](const std::string& text, bool, std::vector<std::string>& pieces) { pieces.push_back(text.starts_with(' ') ? text : " " + text); });
+      out.push_back([](const std::string& text, bool, const std::atomic<bool>*, std::vector<std::string>& pieces) { pieces.push_back(text.starts_with(' ') ? text : " " + text); });
     if (step.value("use_regex", true)) out.push_back(by_pattern(kGpt2, "Isolated", false));
     out.push_back(to_letters);
   } else if (type == "Split") {
@@ -143,7 +149,7 @@ void add_splits(const json& step, std::vector<Split>& out) {
   } else if (type == "Punctuation") {
     out.push_back(by_pattern("[[:punct:]]|\\p{P}", step.value("behavior", std::string("Isolated")), false));
   } else {
-    shard::fail(Code::BadFormat, "tokenizer: pre-tokenizer '{}' is not supported", type);
+    shard::fail(Code::BadFormat, "pre-tokenizer '{}' is not supported", shown(type));
   }
 }
 
@@ -162,7 +168,7 @@ std::string normal_form(const std::string& text, const std::string& form) {
   if (form.find('K') != form.npos) options |= UTF8PROC_COMPAT;
   utf8proc_uint8_t* made = nullptr;
   const auto size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()), &made, static_cast<utf8proc_option_t>(options));
-  shard::require(size >= 0, Code::BadFormat, [] { return "text: cannot be normalised"; });
+  shard::require(size >= 0, Code::BadFormat, [] { return "the text cannot be normalised"; });
   const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(made, std::free);
   return {reinterpret_cast<const char*>(made), static_cast<std::size_t>(size)};
 }
