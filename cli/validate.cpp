@@ -196,7 +196,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
     batch = read_tokens(ask.tokens);
     v.input = ask.tokens;
   } else if (!ask.text.empty()) {
-    batch = read_text_tokens(ask.text, model.checkpoint, model.config.max_position_embeddings);
+    batch = read_text_tokens(ask.text, model.checkpoint, model.config.max_position_embeddings, budget.stop);
     v.input = ask.text;
   } else {
     batch = built_in_tokens(model.vocab, model.config.max_position_embeddings);
