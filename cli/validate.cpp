@@ -230,7 +230,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   v.bytes_read = report.bytes_read;
   for (const auto& finding : report.findings)
     if (finding.rule == "checksum") shard::refuse({finding});
-  v.findings = report.findings;
+  v.findings = model.checkpoint.findings;  // none is an error: open_model refuses those
+  v.findings.insert(v.findings.end(), report.findings.begin(), report.findings.end());
   v.weights = report.weights;
   for (auto& finding : lm::norm_outliers(v.weights)) v.findings.push_back(std::move(finding));
 
