@@ -20,6 +20,7 @@ using nlohmann::json;
 using shard::Code;
 
 constexpr const char* kGpt2 = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+constexpr int kMostMarks = 128;  // in a row; utf8proc puts them in order in the square of their number
 constexpr std::uint32_t kMostMatching = 10'000'000;  // steps before a pattern is given up
 
 enum class Behaviour { Isolated, Removed, MergedWithPrevious, MergedWithNext, Contiguous };
@@ -163,9 +164,26 @@ bool is_utf8(std::string_view text) {
   return true;
 }
 
+namespace {
+
+void refuse_many_marks(std::string_view text, utf8proc_option_t options) {
+  int marks = 0;
+  for (std::size_t at = 0; at < text.size();) {
+    utf8proc_int32_t code = 0, parts[32];
+    at += static_cast<std::size_t>(std::max<utf8proc_ssize_t>(1, utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + at, static_cast<utf8proc_ssize_t>(text.size() - at), &code)));
+    int boundary = 0;
+    const auto count = std::min<utf8proc_ssize_t>(std::size(parts), utf8proc_decompose_char(code, parts, std::size(parts), options, &boundary));
+    for (utf8proc_ssize_t i = 0; i < count; ++i) marks = utf8proc_get_property(parts[i])->combining_class ? marks + 1 : 0;
+    shard::require(marks <= kMostMarks, Code::BadFormat, [] { return fmt::format("cannot normalise a text with more than {} combining marks in a row", kMostMarks); });
+  }
+}
+
+}  // namespace
+
 std::string normal_form(const std::string& text, const std::string& form) {
   int options = UTF8PROC_STABLE | (form.ends_with('C') ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE);
   if (form.find('K') != form.npos) options |= UTF8PROC_COMPAT;
+  refuse_many_marks(text, static_cast<utf8proc_option_t>(options));
   utf8proc_uint8_t* made = nullptr;
   const auto size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()), &made, static_cast<utf8proc_option_t>(options));
   shard::require(size >= 0, Code::BadFormat, [] { return "the text cannot be normalised"; });

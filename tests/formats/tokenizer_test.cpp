@@ -128,6 +128,10 @@ TEST_CASE("steps that make more and more of a text are ended") {
   nlohmann::json marking = nlohmann::json::array();
   for (int i = 0; i < 40; ++i) marking.push_back({{"type", "ByteLevel"}, {"use_regex", false}});
   CHECK(refusal({{"model", small_model()}, {"pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", marking}}}}, "\xc3\xa9").find("make more than 67108864 bytes") != std::string::npos);
+  std::string marks;
+  for (int i = 0; i < 100'000; ++i) marks += "\xcc\x81\xcc\xa3";  // one above, one below, which belong the other way round
+  CHECK(refusal({{"model", small_model()}, {"normalizer", {{"type", "NFC"}}}}, marks).find("combining marks") != std::string::npos);
+  CHECK(refusal({{"model", small_model()}, {"normalizer", {{"type", "NFC"}}}}, marks.substr(0, 200)) == "");
   CHECK(refusal({{"model", small_model()}}, std::string((4u << 20) + 1, 'a')).find("more than 4194304 token ids") != std::string::npos);
 }
 
