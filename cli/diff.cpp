@@ -2,6 +2,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/print.h"
+#include "cli/warn.h"
 #include "formats/hash.h"
 #include "formats/kernels.h"
 #include "libshard/error.h"
@@ -98,6 +99,8 @@ int run_diff(const DiffAsk& ask) {
   const auto a = formats::open(ask.a, options), b = formats::open(ask.b, options);
   refuse(a.findings);
   refuse(b.findings);
+  warn_of(a.findings);
+  warn_of(b.findings);
   const auto result = compare(ask, a, b, budget);
   if (ask.run.json) {
     auto different = Json::array();

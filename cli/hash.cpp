@@ -2,6 +2,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "cli/print.h"
+#include "cli/warn.h"
 #include "formats/hash.h"
 #include "formats/kernels.h"
 #include "libshard/error.h"
@@ -21,6 +22,7 @@ int run_hash(const HashAsk& ask) {
   options.threads = budget.threads;
   const auto checkpoint = formats::open(ask.path, options);
   refuse(checkpoint.findings);
+  warn_of(checkpoint.findings);
   const formats::LocalReader reader(checkpoint.logical, checkpoint.files);
   ProgressBar bar("hashing", ask.run.quiet || ask.run.json);
   std::vector<shard::Finding> findings;

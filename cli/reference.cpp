@@ -20,6 +20,8 @@ namespace {
 using shard::Code;
 using shard::Index;
 
+constexpr std::uint64_t kLongestNpyHeader = (1 << 16) + 12;
+
 std::vector<Index> integers(const Arrays::Array& array, const std::string& name) {
   std::vector<Index> out;
   for (const auto value : array.values) {
@@ -42,16 +44,18 @@ bool wanted_reference(const std::string& name) {
   return name == "input_ids" || name == "labels" || name == "position_ids" || name == "logits" || name == "loss" || head == "mtp" || head == "mtp_step";
 }
 
+void refuse_more_ids(std::uint64_t count, const std::string& path) {
+  shard::require(count <= formats::kMostIds, Code::BadFormat, [&] { return fmt::format("{}: holds {} token ids; at most {} make sense", path, count, formats::kMostIds); });
+}
+
 std::vector<std::vector<Index>> npy_rows(const formats::File& file, const std::string& path) {
-  std::vector<std::byte> bytes(file.size());
-  file.read(0, bytes);
-  const auto* text = reinterpret_cast<const char*>(bytes.data());
-  const std::size_t at = bytes.size() > 7 && text[6] == 1 ? 10 : 12;
-  shard::require(bytes.size() > at, Code::BadFormat, [&] { return fmt::format("{}: ends inside its header", path); });
+  const auto text = file.text(0, std::min(file.size(), kLongestNpyHeader));  // what stands behind it is looked at when its size is known
+  const std::size_t at = text.size() > 7 && text[6] == 1 ? 10 : 12;
+  shard::require(text.size() > at, Code::BadFormat, [&] { return fmt::format("{}: ends inside its header", path); });
   std::size_t length = 0;  // 2 bytes, or 4 from version 2 on
   for (auto i = at; i > 8; --i) length = length << 8 | static_cast<unsigned char>(text[i - 1]);
-  shard::require(length <= bytes.size() - at, Code::BadFormat, [&] { return fmt::format("{}: ends inside its header", path); });
-  const std::string header(text + at, length);
+  shard::require(length <= text.size() - at, Code::BadFormat, [&] { return fmt::format("{}: ends inside its header", path); });
+  const auto header = text.substr(at, length);
   const auto value_of = [&](const char* key) {
     const auto found = header.find(key);
     shard::require(found != header.npos, Code::BadFormat, [&] { return fmt::format("{}: header lacks {}", path, key); });
@@ -75,12 +79,15 @@ std::vector<std::vector<Index>> npy_rows(const formats::File& file, const std::s
   shard::require(shape.size() == 1 || shape.size() == 2, Code::BadFormat, [&] { return fmt::format("{}: has shape {}; should be [n] or [b,n]", path, shard::to_string(shape)); });
   const auto item = static_cast<std::size_t>(type[2] - '0');
   const auto count = shard::volume(shape);
-  shard::require(static_cast<std::uint64_t>(count) <= (bytes.size() - at - length) / item, Code::BadFormat, [&] { return fmt::format("{}: ends before its last number", path); });
+  refuse_more_ids(static_cast<std::uint64_t>(count), path);
+  shard::require(static_cast<std::uint64_t>(count) <= (file.size() - at - length) / item, Code::BadFormat, [&] { return fmt::format("{}: ends before its last number", path); });
+  std::vector<std::byte> bytes(static_cast<std::size_t>(count) * item);
+  file.read(at + length, bytes);
   const auto columns = shape.back();
   std::vector<std::vector<Index>> rows;
   for (Index i = 0; i < count; ++i) {
     if (i % columns == 0) rows.emplace_back();
-    const auto* from = bytes.data() + at + length + static_cast<std::size_t>(i) * item;
+    const auto* from = bytes.data() + static_cast<std::size_t>(i) * item;
     std::uint64_t raw = 0;
     std::memcpy(&raw, from, item);
     if (type[1] == 'i' && item < 8 && (raw >> (8 * item - 1) & 1)) raw |= ~std::uint64_t{0} << (8 * item);
@@ -91,6 +98,7 @@ std::vector<std::vector<Index>> npy_rows(const formats::File& file, const std::s
 
 std::vector<std::vector<Index>> text_rows(const std::string& text, const std::string& path) {
   std::vector<std::vector<Index>> rows(1);
+  std::uint64_t count = 0;
   for (std::size_t i = 0; i < text.size();) {
     const char c = text[i];
     if ((c == '\n' || c == ']') && !rows.back().empty()) rows.emplace_back();
@@ -101,10 +109,35 @@ std::vector<std::vector<Index>> text_rows(const std::string& text, const std::st
     Index value = 0;
     const auto [end, error] = std::from_chars(text.data() + i, text.data() + text.size(), value);
     shard::require(error == std::errc(), Code::BadFormat, [&] { return fmt::format("{}: byte {} begins no token id", path, i); });
+    refuse_more_ids(++count, path);
     rows.back().push_back(value);
     i = static_cast<std::size_t>(end - text.data());
   }
   if (rows.back().empty()) rows.pop_back();
+  return rows;
+}
+
+Arrays::Array read_array(const formats::File& file, const formats::safetensors::Header& header, const formats::safetensors::Entry& entry) {
+  std::vector<std::byte> bytes(entry.end - entry.begin);
+  file.read(header.data_offset + entry.begin, bytes);
+  Arrays::Array out{entry.shape, {}};
+  const auto item = size_of(entry.dtype);
+  out.values.reserve(bytes.size() / item);
+  for (std::size_t i = 0; i < bytes.size(); i += item) out.values.push_back(shard::value_at(bytes.data() + i, entry.dtype));
+  return out;
+}
+
+/// Only the ids are read: the file may be any.
+std::vector<std::vector<Index>> safetensors_rows(const formats::File& file, const std::string& path) {
+  const auto header = formats::safetensors::read_header(file);
+  auto ids = std::find_if(header.entries.begin(), header.entries.end(), [](const auto& entry) { return entry.name == "input_ids"; });
+  if (ids == header.entries.end() && header.entries.size() == 1) ids = header.entries.begin();
+  shard::require(ids != header.entries.end() && (ids->shape.size() == 1 || ids->shape.size() == 2), Code::BadFormat, [&] { return fmt::format("{}: should hold input_ids [n] or [b,n]", path); });
+  refuse_more_ids(static_cast<std::uint64_t>(shard::volume(ids->shape)), path);
+  const auto flat = integers(read_array(file, header, *ids), path);
+  const auto columns = static_cast<std::size_t>(ids->shape.back());
+  std::vector<std::vector<Index>> rows;
+  for (std::size_t i = 0; columns && i < flat.size(); i += columns) rows.emplace_back(flat.begin() + static_cast<std::ptrdiff_t>(i), flat.begin() + static_cast<std::ptrdiff_t>(i + columns));
   return rows;
 }
 
@@ -119,16 +152,8 @@ Arrays read_arrays(const std::string& path, bool (*wanted)(const std::string&)) 
   const formats::File file(path);
   const auto header = formats::safetensors::read_header(file);
   Arrays out;
-  for (const auto& entry : header.entries) {
-    if (!wanted(entry.name)) continue;
-    std::vector<std::byte> bytes(entry.end - entry.begin);
-    file.read(header.data_offset + entry.begin, bytes);
-    auto& array = out.arrays[entry.name];
-    array.shape = entry.shape;
-    const auto item = size_of(entry.dtype);
-    array.values.reserve(bytes.size() / item);
-    for (std::size_t i = 0; i < bytes.size(); i += item) array.values.push_back(shard::value_at(bytes.data() + i, entry.dtype));
-  }
+  for (const auto& entry : header.entries)
+    if (wanted(entry.name)) out.arrays[entry.name] = read_array(file, header, entry);
   return out;
 }
 
@@ -217,26 +242,16 @@ lm::Batch read_tokens(const std::string& path) {
   const formats::File file(path);
   const auto magic = file.text(0, std::min<std::uint64_t>(file.size(), 9));
   if (magic.starts_with("\x93NUMPY")) return batch_of(npy_rows(file, path), path);
-  if (magic.size() == 9 && magic[8] == '{') {
-    const auto arrays = read_arrays(path, [](const std::string&) { return true; });
-    const auto* ids = arrays.find("input_ids");
-    if (!ids && arrays.arrays.size() == 1) ids = &arrays.arrays.begin()->second;
-    shard::require(ids && (ids->shape.size() == 1 || ids->shape.size() == 2), Code::BadFormat, [&] { return fmt::format("{}: should hold input_ids [n] or [b,n]", path); });
-    const auto flat = integers(*ids, path);
-    const auto columns = static_cast<std::size_t>(ids->shape.back());
-    std::vector<std::vector<Index>> rows;
-    for (std::size_t i = 0; columns && i < flat.size(); i += columns) rows.emplace_back(flat.begin() + static_cast<std::ptrdiff_t>(i), flat.begin() + static_cast<std::ptrdiff_t>(i + columns));
-    return batch_of(rows, path);
-  }
-  return batch_of(text_rows(formats::read_text(path), path), path);
+  if (magic.size() == 9 && magic[8] == '{') return batch_of(safetensors_rows(file, path), path);
+  return batch_of(text_rows(formats::read_text(path, 16 * formats::kMostIds), path), path);
 }
 
-lm::Batch read_text_tokens(const std::string& path, const formats::Checkpoint& checkpoint, Index longest) {
+lm::Batch read_text_tokens(const std::string& path, const formats::Checkpoint& checkpoint, Index longest, const std::atomic<bool>* stop) {
   const auto folder = checkpoint.hf ? checkpoint.hf->folder : checkpoint.folder;
   const auto tokenizer = formats::inside(folder, "tokenizer.json");
   shard::require(std::filesystem::exists(tokenizer), Code::Mismatch,
                  [&] { return fmt::format("{}: holds no tokenizer.json; give token ids with --tokens", folder.string()); });
-  const auto ids = formats::Tokenizer(tokenizer).encode(formats::read_text(path));
+  const auto ids = formats::Tokenizer(tokenizer).encode(formats::read_text(path, formats::kLargestText), path, stop);
   shard::require(ids.size() >= 2, Code::Mismatch, [&] { return fmt::format("{}: is less than two tokens", path); });
   const auto row = std::min(ids.size(), static_cast<std::size_t>(std::max<Index>(longest, 1)) + 1);
   std::vector<std::vector<Index>> rows;

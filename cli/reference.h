@@ -4,6 +4,7 @@
 #include "formats/checkpoint.h"
 #include "lm/language_module.h"
 
+#include <atomic>
 #include <map>
 #include <optional>
 #include <string>
@@ -37,8 +38,8 @@ Reference read_reference(const std::string& path, shard::Index hidden);
 /// Ids from text, .npy or safetensors as rows: inputs are all but the last of a row, labels all but the first.
 lm::Batch read_tokens(const std::string& path);
 /// A text through the checkpoint's own tokenizer.json, as rows of at most `longest` tokens; what does not fill the last of
-/// several rows is left out. Throws Mismatch where the checkpoint brings no tokenizer.
-lm::Batch read_text_tokens(const std::string& path, const formats::Checkpoint& checkpoint, shard::Index longest);
+/// several rows is left out. Throws Mismatch where the checkpoint brings no tokenizer, Io once `stop` is set.
+lm::Batch read_text_tokens(const std::string& path, const formats::Checkpoint& checkpoint, shard::Index longest, const std::atomic<bool>* stop);
 lm::Batch batch_of(const std::vector<std::vector<shard::Index>>& rows, const std::string& where);
 
 /// How far this run's values lie from a reference's.

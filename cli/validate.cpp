@@ -197,7 +197,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
     batch = read_tokens(ask.tokens);
     v.input = ask.tokens;
   } else if (!ask.text.empty()) {
-    batch = read_text_tokens(ask.text, model.checkpoint, model.config.max_position_embeddings);
+    batch = read_text_tokens(ask.text, model.checkpoint, model.config.max_position_embeddings, budget.stop);
     v.input = ask.text;
   } else {
     batch = built_in_tokens(model.vocab, model.config.max_position_embeddings);
@@ -231,7 +231,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   v.bytes_read = report.bytes_read;
   for (const auto& finding : report.findings)
     if (finding.rule == "checksum") shard::refuse({finding});
-  v.findings = report.findings;
+  v.findings = model.checkpoint.findings;  // none is an error: open_model refuses those
+  v.findings.insert(v.findings.end(), report.findings.begin(), report.findings.end());
   v.weights = report.weights;
   for (auto& finding : lm::norm_outliers(v.weights)) v.findings.push_back(std::move(finding));
 

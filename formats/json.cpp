@@ -11,12 +11,24 @@ namespace formats {
 
 using shard::Code;
 
+namespace {
+
+std::string printable(std::string_view text) {
+  std::string out;
+  for (const char c : text) out += c >= ' ' && c <= '~' ? c : '?';
+  return out;
+}
+
+}  // namespace
+
 std::string json_problem(const nlohmann::json::exception& error) {
   constexpr std::size_t kLongest = 300;
-  std::string out;
-  for (const char c : std::string_view(error.what()).substr(0, kLongest))
-    out += c >= ' ' && c <= '~' ? c : '?';
-  return out;
+  return printable(std::string_view(error.what()).substr(0, kLongest));
+}
+
+std::string shown(std::string_view text) {
+  constexpr std::size_t kLongest = 60;
+  return text.size() <= kLongest ? printable(text) : printable(text.substr(0, kLongest)) + "...";
 }
 
 void check_json_text(std::string_view text, std::string_view where) {

@@ -1,6 +1,7 @@
 // Patterns run in PCRE2.
 #include "formats/pattern.h"
 
+#include "formats/json.h"
 #include "libshard/error.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
@@ -14,7 +15,7 @@ Pattern::Pattern(const std::string& text, std::string where, std::uint32_t most)
   int error = 0;
   PCRE2_SIZE at = 0;
   auto* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &error, &at, nullptr);
-  shard::require(code != nullptr, Code::BadFormat, [&] { return fmt::format("{}: pattern '{}' cannot be read at {}", where_, text, at); });
+  shard::require(code != nullptr, Code::BadFormat, [&] { return fmt::format("{}: pattern '{}' cannot be read at {}", where_, shown(text), at); });
   code_.reset(code, pcre2_code_free);
 }
 

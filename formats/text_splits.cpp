@@ -1,11 +1,14 @@
 // Patterns run in PCRE2, normal forms in utf8proc; bytes become letters as GPT-2's table has them.
 #include "formats/text_splits.h"
 
+#include "formats/json.h"
 #include "formats/pattern.h"
 #include "libshard/error.h"
+#include "libshard/stop.h"
 
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <memory>
@@ -17,6 +20,7 @@ using nlohmann::json;
 using shard::Code;
 
 constexpr const char* kGpt2 = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+constexpr int kMostMarks = 128;  // in a row; utf8proc puts them in order in the square of their number
 constexpr std::uint32_t kMostMatching = 10'000'000;  // steps before a pattern is given up
 
 enum class Behaviour { Isolated, Removed, MergedWithPrevious, MergedWithNext, Contiguous };
@@ -27,7 +31,7 @@ Behaviour behaviour_of(const std::string& name) {
   if (name == "MergedWithPrevious") return Behaviour::MergedWithPrevious;
   if (name == "MergedWithNext") return Behaviour::MergedWithNext;
   if (name == "Contiguous") return Behaviour::Contiguous;
-  shard::fail(Code::BadFormat, "tokenizer: split behaviour '{}' is not supported", name);
+  shard::fail(Code::BadFormat, "split behaviour '{}' is not supported", shown(name));
 }
 
 struct Piece {
@@ -35,9 +39,10 @@ struct Piece {
   bool matched;
 };
 
-std::vector<Piece> pieces_of(const Pattern& pattern, const std::string& text, bool invert) {
+std::vector<Piece> pieces_of(const Pattern& pattern, const std::string& text, bool invert, const std::atomic<bool>* stop) {
   std::vector<Piece> out;
   for (std::size_t at = 0; at < text.size();) {
+    shard::refuse_stopped(stop);
     const auto [begin, end] = pattern.next(text, at);
     const auto stop = begin == text.npos ? text.size() : begin;
     if (stop > at) out.push_back({at, stop, invert});
@@ -69,8 +74,8 @@ void cut(const std::string& text, const std::vector<Piece>& pieces, Behaviour be
 }
 
 Split by_pattern(const std::string& text, const std::string& behaviour, bool invert) {
-  return [pattern = Pattern(text, "tokenizer", kMostMatching), how = behaviour_of(behaviour), invert](const std::string& piece, bool, std::vector<std::string>& out) {
-    cut(piece, pieces_of(pattern, piece, invert), how, out);
+  return [pattern = Pattern(text, "pre_tokenizer", kMostMatching), how = behaviour_of(behaviour), invert](const std::string& piece, bool, const std::atomic<bool>* stop, std::vector<std::string>& out) {
+    cut(piece, pieces_of(pattern, piece, invert, stop), how, out);
   };
 }
 
@@ -91,7 +96,7 @@ const std::array<std::string, 256>& byte_letters() {
   return letters;
 }
 
-void to_letters(const std::string& text, bool, std::vector<std::string>& out) {
+void to_letters(const std::string& text, bool, const std::atomic<bool>*, std::vector<std::string>& out) {
   std::string letters;
   for (const char c : text) letters += byte_letters()[static_cast<unsigned char>(c)];
   if (!letters.empty()) out.push_back(std::move(letters));
@@ -99,9 +104,11 @@ void to_letters(const std::string& text, bool, std::vector<std::string>& out) {
 
 Split metaspace(const json& step) {
   const auto mark = step.value("replacement", std::string("\xe2\x96\x81"));
+  const auto letters = std::count_if(mark.begin(), mark.end(), [](char c) { return (c & 0xc0) != 0x80; });
+  shard::require(letters == 1, Code::BadFormat, [&] { return fmt::format("Metaspace puts '{}' for a space; should be one character", shown(mark)); });
   const auto scheme = step.value("prepend_scheme", step.value("add_prefix_space", true) ? std::string("always") : std::string("never"));
   const bool split = step.value("split", true);
-  return [=](const std::string& text, bool first, std::vector<std::string>& out) {
+  return [=](const std::string& text, bool first, const std::atomic<bool>*, std::vector<std::string>& out) {
     std::string marked;
     for (const char c : text) c == ' ' ? marked += mark : marked += c;
     if ((scheme == "always" || (scheme == "first" && first)) && !marked.starts_with(mark)) marked = mark + marked;
@@ -123,7 +130,7 @@ void add_splits(const json& step, std::vector<Split>& out) {
     for (const auto& inner : step.at("pretokenizers")) add_splits(inner, out);
   } else if (type == "ByteLevel") {
     if (step.value("add_prefix_space", true))
-      out.push_back([](const std::string& text, bool, std::vector<std::string>& pieces) { pieces.push_back(text.starts_with(' ') ? text : " " + text); });
+      out.push_back([](const std::string& text, bool, const std::atomic<bool>*, std::vector<std::string>& pieces) { pieces.push_back(text.starts_with(' ') ? text : " " + text); });
     if (step.value("use_regex", true)) out.push_back(by_pattern(kGpt2, "Isolated", false));
     out.push_back(to_letters);
   } else if (type == "Split") {
@@ -143,7 +150,7 @@ void add_splits(const json& step, std::vector<Split>& out) {
   } else if (type == "Punctuation") {
     out.push_back(by_pattern("[[:punct:]]|\\p{P}", step.value("behavior", std::string("Isolated")), false));
   } else {
-    shard::fail(Code::BadFormat, "tokenizer: pre-tokenizer '{}' is not supported", type);
+    shard::fail(Code::BadFormat, "pre-tokenizer '{}' is not supported", shown(type));
   }
 }
 
@@ -157,12 +164,29 @@ bool is_utf8(std::string_view text) {
   return true;
 }
 
+namespace {
+
+void refuse_many_marks(std::string_view text, utf8proc_option_t options) {
+  int marks = 0;
+  for (std::size_t at = 0; at < text.size();) {
+    utf8proc_int32_t code = 0, parts[32];
+    at += static_cast<std::size_t>(std::max<utf8proc_ssize_t>(1, utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + at, static_cast<utf8proc_ssize_t>(text.size() - at), &code)));
+    int boundary = 0;
+    const auto count = std::min<utf8proc_ssize_t>(std::size(parts), utf8proc_decompose_char(code, parts, std::size(parts), options, &boundary));
+    for (utf8proc_ssize_t i = 0; i < count; ++i) marks = utf8proc_get_property(parts[i])->combining_class ? marks + 1 : 0;
+    shard::require(marks <= kMostMarks, Code::BadFormat, [] { return fmt::format("cannot normalise a text with more than {} combining marks in a row", kMostMarks); });
+  }
+}
+
+}  // namespace
+
 std::string normal_form(const std::string& text, const std::string& form) {
   int options = UTF8PROC_STABLE | (form.ends_with('C') ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE);
   if (form.find('K') != form.npos) options |= UTF8PROC_COMPAT;
+  refuse_many_marks(text, static_cast<utf8proc_option_t>(options));
   utf8proc_uint8_t* made = nullptr;
   const auto size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()), &made, static_cast<utf8proc_option_t>(options));
-  shard::require(size >= 0, Code::BadFormat, [] { return "text: cannot be normalised"; });
+  shard::require(size >= 0, Code::BadFormat, [] { return "the text cannot be normalised"; });
   const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(made, std::free);
   return {reinterpret_cast<const char*>(made), static_cast<std::size_t>(size)};
 }

@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <atomic>
 #include <functional>
 #include <string>
 #include <string_view>
@@ -10,8 +11,8 @@
 
 namespace formats {
 
-/// Appends the pieces of one text; `first` where it is the beginning of the whole.
-using Split = std::function<void(const std::string& text, bool first, std::vector<std::string>& out)>;
+/// Appends the pieces of one text; `first` where it is the beginning of the whole. Throws Io once `stop` is set.
+using Split = std::function<void(const std::string& text, bool first, const std::atomic<bool>* stop, std::vector<std::string>& out)>;
 
 /// The steps of a pre_tokenizer, in order. Throws BadFormat naming a kind that is not known.
 void add_splits(const nlohmann::json& step, std::vector<Split>& out);

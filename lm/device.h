@@ -5,6 +5,7 @@
 #include "lm/parts.h"
 #include "lm/processes.h"
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,6 +17,7 @@ struct Ranks {
   int tensor = 1, pipeline = 1;
   Compute compute = Compute::F32;
   unsigned threads = 1;                        ///< of the host, for each rank
+  const std::atomic<bool>* stop = nullptr;     ///< ends what the host computes
   Processes* processes = nullptr;              ///< that are the ranks, this one among them; none: all ranks are threads of this process
   bool here(int rank) const { return !processes || processes->rank() == rank; }
 };

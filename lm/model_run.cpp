@@ -52,7 +52,7 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   std::mutex mutex;
   auto* const processes = options.processes;
   shard::require(!processes || tp * pp == processes->size(), Code::Usage, [&] { return fmt::format("--tp {} --pp {}: are {} ranks; {} processes were started", tp, pp, tp * pp, processes->size()); });
-  const Ranks ranks{tp, pp, options.compute, processes ? options.threads : std::max(1u, options.threads / static_cast<unsigned>(tp)), processes};
+  const Ranks ranks{tp, pp, options.compute, processes ? options.threads : std::max(1u, options.threads / static_cast<unsigned>(tp)), options.stop, processes};
 
   // What each stage takes is known from its place alone.
   std::vector<StagePlan> plans;

@@ -2,6 +2,7 @@
 #include "lm/weights.h"
 
 #include "libshard/error.h"
+#include "libshard/stop.h"
 #include "lm/message.h"
 
 #include <algorithm>
@@ -265,7 +266,7 @@ void WeightStream::run() {
         if (quit_) return;
         held_->bytes += bytes;
       }
-      shard::require(!stop_ || !*stop_, Code::Io, [] { return "stopped by a signal"; });
+      shard::refuse_stopped(stop_);
       auto view = source_.view(use.name, use.lo, use.count);
       auto weight = view ? view->weight : source_.read(use.name, use.lo, use.count);
       // The budget is given back when the last holder lets go.
@@ -353,7 +354,7 @@ void WeightStream::bring(std::size_t number) {
   held_->changed.notify_all();
   held_->changed.wait(lock, [&] { return entry.state != Entry::State::Coming || error_ || quit_; });
   // A small model is read ahead whole: whoever computes has to look as well.
-  shard::require(!stop_ || !*stop_, Code::Io, [] { return "stopped by a signal"; });
+  shard::refuse_stopped(stop_);
   if (error_ && entry.state != Entry::State::Ready) std::rethrow_exception(error_);
   if (entry.state != Entry::State::Ready) see(lock, entry);
 }

@@ -97,7 +97,9 @@ class Folder {
       if (index_) {
         const auto placed = index_->find(entry.name);
         if (placed == index_->end() || placed->second != names_[i]) {
-          out_.findings.push_back({"unexpected", shard::Finding::Severity::Warning, entry.name, fmt::format("{} holds it; the index does not say so", names_[i])});
+          const auto why = fmt::format("{} holds it; the index does not say so", names_[i]);
+          out_.findings.push_back({"unexpected", shard::Finding::Severity::Warning, entry.name, why});
+          out_.not_carried.push_back({entry.name, why});
           continue;
         }
       }

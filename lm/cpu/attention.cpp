@@ -63,7 +63,7 @@ Tensor attention(const Context& on, const AttentionShape& shape, const Tensor& q
       const auto* value = v.row(b * length + j) + head * shape.value_size;
       std::copy(value, value + shape.value_size, mine.values.data() + j * deep);
     }
-  });
+  }, on.stop);
 
   Tensor out(q.rows(), shape.heads * shape.value_size);
   const auto blocks = (length + kQueries - 1) / kQueries;
@@ -109,7 +109,7 @@ Tensor attention(const Context& on, const AttentionShape& shape, const Tensor& q
       const auto* from = work.sums.data() + i * deep;
       for (Index d = 0; d < shape.value_size; ++d) to[d] = bf16 ? cpu::round_bf16(from[d]) : from[d];
     }
-  });
+  }, on.stop);
   return out;
 }
 

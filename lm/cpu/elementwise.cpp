@@ -133,7 +133,7 @@ void parallel_ranges(const Context& on, Index count, Index grain, const std::fun
   cpu::run_on_workers(static_cast<std::size_t>(pieces), on.threads, [&](std::size_t i) {
     const auto at = static_cast<Index>(i);
     body(count * at / pieces, count * (at + 1) / pieces);
-  });
+  }, on.stop);
 }
 
 void round_values(const Context& on, std::span<float> values) {

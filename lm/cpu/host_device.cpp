@@ -19,7 +19,7 @@ class HostDevice : public Device {
     config_ = config;
     stages_ = stages;
     ops_.clear();
-    for (int i = 0; i < ranks.tensor * ranks.pipeline; ++i) ops_.emplace_back(cpu::Context{ranks.compute, ranks.threads});
+    for (int i = 0; i < ranks.tensor * ranks.pipeline; ++i) ops_.emplace_back(cpu::Context{ranks.compute, ranks.threads, ranks.stop});
     weights_.clear();
     weights_.resize(ops_.size());
   }

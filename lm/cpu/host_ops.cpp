@@ -1,6 +1,7 @@
 // Small loops stand here; the others have files of their own.
 #include "lm/cpu/host_ops.h"
 
+#include "libshard/stop.h"
 #include "lm/cpu/cross_entropy.h"
 
 #include <algorithm>
@@ -18,12 +19,14 @@ Tensor HostOps::linear_f32(const Tensor& x, const Linear& by) {
     cpu::linear(on_, Packed(on_, x), by.weight, by.bias, out);
     return out;
   }
-  for (Index r = 0; r < x.rows(); ++r)
+  for (Index r = 0; r < x.rows(); ++r) {
+    shard::refuse_stopped(on_.stop);
     for (Index n = 0; n < out.columns(); ++n) {
       double sum = by.bias ? static_cast<double>(by.bias.at(0, n)) : 0.0;
       for (Index c = 0; c < x.columns(); ++c) sum += static_cast<double>(x.row(r)[c]) * static_cast<double>(by.weight.at(n, c));
       out.row(r)[n] = static_cast<float>(sum);
     }
+  }
   return out;
 }
 

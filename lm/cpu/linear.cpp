@@ -151,7 +151,7 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
     float added[kRowBlock];
     for (Index r = 0; r < rows; ++r) added[r] = bias ? bias.at(0, row + r) : 0.0f;
     for (Index t = 0; t < tokens; ++t) finish_row(sums + t * width, added, rows, on.compute == Compute::Bf16, out.row(first + t) + column + row);
-  });
+  }, on.stop);
 }
 
 }  // namespace lm::cpu

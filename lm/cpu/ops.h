@@ -4,6 +4,7 @@
 #include "libshard/transformer_config.h"
 #include "lm/ops.h"
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -11,10 +12,11 @@
 
 namespace lm::cpu {
 
-/// How ops compute: precision and threads. Results do not depend on the number of threads.
+/// How ops compute: precision, threads, and the flag that ends them between two of their tasks, with Io. Results do not depend on the number of threads.
 struct Context {
   Compute compute = Compute::F32;
   unsigned threads = 1;
+  const std::atomic<bool>* stop = nullptr;
 };
 
 /// Rounds to bf16, to nearest even, where the context computes in it.

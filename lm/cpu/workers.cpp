@@ -1,6 +1,8 @@
 // A condition variable wakes the helpers; tasks are claimed by a counter.
 #include "lm/cpu/workers.h"
 
+#include "libshard/stop.h"
+
 #include <atomic>
 #include <condition_variable>
 #include <exception>
@@ -22,12 +24,13 @@ class Helpers {
     for (auto& thread : threads_) thread.join();
   }
 
-  void run(std::size_t count, unsigned threads, const std::function<void(std::size_t)>& task) {
+  void run(std::size_t count, unsigned threads, const std::function<void(std::size_t)>& task, const std::atomic<bool>* stop) {
     const auto helpers = static_cast<unsigned>(count < threads ? count : threads) - 1;
     while (threads_.size() < helpers) threads_.emplace_back([this, mine = threads_.size()] { serve(mine); });
     {
       const std::lock_guard lock(mutex_);
       task_ = &task;
+      stop_ = stop;
       count_ = count;
       next_ = 0;
       wanted_ = helpers;
@@ -45,7 +48,10 @@ class Helpers {
  private:
   void work() {
     try {
-      for (std::size_t i; (i = next_.fetch_add(1)) < count_;) (*task_)(i);
+      for (std::size_t i; (i = next_.fetch_add(1)) < count_;) {
+        shard::refuse_stopped(stop_);
+        (*task_)(i);
+      }
     } catch (...) {
       next_ = count_;
       const std::lock_guard lock(mutex_);
@@ -70,6 +76,7 @@ class Helpers {
   std::condition_variable wake_, idle_;
   std::vector<std::thread> threads_;
   const std::function<void(std::size_t)>* task_ = nullptr;
+  const std::atomic<bool>* stop_ = nullptr;
   std::size_t count_ = 0;
   std::atomic<std::size_t> next_ = 0;
   unsigned wanted_ = 0, busy_ = 0;
@@ -80,14 +87,17 @@ class Helpers {
 
 }  // namespace
 
-void run_on_workers(std::size_t count, unsigned threads, const std::function<void(std::size_t)>& task) {
+void run_on_workers(std::size_t count, unsigned threads, const std::function<void(std::size_t)>& task, const std::atomic<bool>* stop) {
   if (count == 0) return;
   if (threads <= 1 || count == 1) {
-    for (std::size_t i = 0; i < count; ++i) task(i);
+    for (std::size_t i = 0; i < count; ++i) {
+      shard::refuse_stopped(stop);
+      task(i);
+    }
     return;
   }
   thread_local Helpers helpers;
-  helpers.run(count, threads, task);
+  helpers.run(count, threads, task, stop);
 }
 
 }  // namespace lm::cpu

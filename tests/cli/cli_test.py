@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import struct
 import subprocess
@@ -251,6 +252,28 @@ class Verify(Case):
         self.refused(4, "reshard", other, self.tmp / "x", "--tp", 1)
         self.refused(4, "hash", other)
         self.assertFalse((self.tmp / "x").exists())
+
+    def test_what_an_index_does_not_list_is_said_by_all(self):
+        copy = self.tmp / "model"
+        shutil.copytree(DATA / "hf/llama_untied_bf16", copy)
+        path = copy / "model-00001-of-00004.safetensors"
+        raw = path.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        header, data = json.loads(raw[8:8 + size]), raw[8 + size:]
+        header["zzz"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data + b"\0" * 4)
+        why = "model-00001-of-00004.safetensors holds it; the index does not say so"
+        for command in ("verify", "validate", "inspect"):
+            status, out = run_json(command, copy)
+            self.assertEqual(status, 0, out)
+            self.assertIn({"rule": "unexpected", "severity": "warning", "key": "zzz", "message": why}, out["findings"])
+        for command in (("hash", copy), ("hash", "-q", copy), ("diff", copy, DATA / "hf/llama_untied_bf16")):
+            status, _, err = run(*command)
+            self.assertEqual((status, err), (0, f"shardkit: warning: zzz: {why}\n"))
+        status, out = run_json("convert", copy, self.tmp / "out", "--to", "torch_dist")
+        self.assertEqual((status, out["dropped"]), (0, [{"key": "zzz", "why": why}]))
 
     def test_replica_and_tie(self):
         found = self.finding("replica", DATA / "hostile/mega_layernorm_replica_differs")

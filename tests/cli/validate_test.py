@@ -194,6 +194,42 @@ class Tokens(Case):
             (self.tmp / "ids.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + struct.pack("<8q", *range(8)))
             self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.npy")
 
+    def test_only_the_ids_of_a_file_are_read(self):
+        """Whatever else it holds: these files are larger than any memory."""
+        huge = 1 << 42
+
+        def write(entries, name="ids.safetensors"):
+            text = json.dumps({key: {"dtype": "U8", "shape": shape, "data_offsets": at} for key, shape, at in entries}).encode()
+            path = self.tmp / name
+            with open(path, "wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text + bytes([1, 2, 3, 4]))
+                file.truncate(8 + len(text) + max(at[1] for _, _, at in entries))
+            return path
+
+        beside = write([("input_ids", [4], [0, 4]), ("weight", [huge], [4, 4 + huge])])
+        self.assertEqual(run_json("validate", LLAMA, "--tokens", beside)[1]["tokens"], 3)
+        said = self.refused(4, "validate", LLAMA, "--tokens", write([("weight", [huge // 2], [0, huge // 2]), ("more", [huge // 2], [huge // 2, huge])]))
+        self.assertIn("should hold input_ids", said)
+        self.assertIn("at most 4194304", self.refused(4, "validate", LLAMA, "--tokens", write([("weight", [2, huge // 2], [0, huge])])))
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({huge},), }}\n".encode()
+        with open(self.tmp / "ids.npy", "wb") as file:
+            file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+            file.truncate(file.tell() + huge)
+        self.assertIn("at most 4194304", self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.npy"))
+        (self.tmp / "ids.txt").write_text("1 " * ((4 << 20) + 1))
+        self.assertIn("at most 4194304", self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt"))
+
+    def test_texts_name_their_files(self):
+        copy = self.tmp / "model"
+        shutil.copytree(DATA / "hf/llama_untied_bf16", copy)
+        shutil.copy(DATA / "tokenizers/gpt2.json", copy / "tokenizer.json")
+        text = self.tmp / "text.txt"
+        text.write_bytes(b"\xff")
+        self.assertIn(f"{text}: is not UTF-8", self.refused(4, "validate", copy, "--text", text))
+        with open(text, "wb") as file:
+            file.truncate(1 << 40)
+        self.assertIn(str(text), self.refused(4, "validate", copy, "--text", text))
+
     def test_rows_of_a_nested_list(self):
         (self.tmp / "ids.txt").write_text("[[1, 2, 3], [4, 5, 6]]")
         self.assertEqual(run_json("validate", LLAMA, "--tokens", self.tmp / "ids.txt")[1]["tokens"], 4)

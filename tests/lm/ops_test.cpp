@@ -3,6 +3,8 @@
 
 #include "lm/cpu/cross_entropy.h"
 #include "lm/cpu/kernel.h"
+#include "lm/cpu/workers.h"
+#include "libshard/error.h"
 
 #include <doctest/doctest.h>
 
@@ -69,6 +71,26 @@ TEST_CASE("a linear's rows and columns do not depend on what else is computed wi
   linear(on, cpu::Packed(on, x), view(w).row_range(61, 17), {}, part);
   for (Index t = 0; t < 40; ++t)
     for (Index n = 0; n < 17; ++n) REQUIRE(part.row(t)[n] == whole.row(t)[61 + n]);
+}
+
+TEST_CASE("the flag ends an op between two tasks") {
+  std::mt19937 random(9);
+  const auto x = random_tensor(600, 32, random), w = random_tensor(600, 32, random);
+  for (const unsigned threads : {1u, 3u}) {
+    std::atomic<bool> stop = false;
+    std::atomic<int> started = 0;
+    const auto tasks = [&] {
+      cpu::run_on_workers(100, threads, [&](std::size_t) { if (++started == 5) stop = true; }, &stop);
+    };
+    CHECK_THROWS_AS(tasks(), shard::Error);
+    CHECK(started < 5 + static_cast<int>(threads));
+    stop = true;
+    const Context on{Compute::F32, threads, &stop}, unstopped{Compute::F32, threads};
+    const AttentionShape shape{.batch = 1, .length = 600, .heads = 2, .ratio = 1, .key_size = 16, .value_size = 16, .scale = 1};
+    CHECK_THROWS_AS(attention(on, shape, x, x, x, {}), shard::Error);
+    Tensor out(600, 600);
+    CHECK_THROWS_AS(linear(on, cpu::Packed(unstopped, x), view(w), {}, out), shard::Error);
+  }
 }
 
 TEST_CASE("linear in bf16 rounds its result once") {
