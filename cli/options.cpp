@@ -5,7 +5,9 @@
 #include "libshard/error.h"
 #include "lm/mapped_file.h"
 
+#include <charconv>
 #include <csignal>
+#include <limits>
 #include <thread>
 
 namespace cli {
@@ -27,8 +29,16 @@ void on_signal(int number) {
 }  // namespace
 
 void ModelOptions::add_to(CLI::App& command) {
+  // CLI11 takes what is too large for the largest number.
+  const auto at_least = [](std::int64_t low) {
+    return [low](const std::string& text) {
+      std::int64_t value = 0;
+      const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+      return error == std::errc() && end == text.data() + text.size() && value >= low ? std::string() : fmt::format("'{}' is no whole number from {} to {}", text, low, std::numeric_limits<std::int64_t>::max());
+    };
+  };
   command.add_option("--iteration", open.iteration, "Iteration of a Megatron run folder (default: the latest)");
-  command.add_option("--vocab-size", open.vocab, "True vocabulary size, where the checkpoint does not say it");
+  command.add_option("--vocab-size", open.vocab, "True vocabulary size, where the checkpoint does not say it")->check(at_least(1));
   command.add_option("--family", open.family, "Hugging Face model family, over what config.json says (see shardkit families)")->type_name("NAME|FILE.json");
   command.add_option("--drop", open.drop, "Leave out tensors whose key fits GLOB")->type_name("GLOB");
   static constexpr std::pair<const char*, const char*> kSizes[] = {
@@ -37,6 +47,7 @@ void ModelOptions::add_to(CLI::App& command) {
       {"expert_ffn", "--moe-ffn-hidden-size"}, {"vocab_multiple", "--make-vocab-size-divisible-by"}};
   for (const auto& [name, flag] : kSizes)
     command.add_option_function<std::int64_t>(flag, [this, key = std::string(name)](std::int64_t value) { open.parameters[key] = value; })
+        ->check(at_least(0))
         ->group("Model sizes that the checkpoint lacks");
   command.add_flag_callback("--swiglu", [this] { open.parameters["gated"] = 1; })->group("Model sizes that the checkpoint lacks");
 }
@@ -59,6 +70,7 @@ shard::Budget RunOptions::budget() const {
 shard::Budget RunOptions::limits() const {
   const auto cores = std::max(1u, std::thread::hardware_concurrency());
   shard::require(threads <= 4096, shard::Code::Usage, [&] { return fmt::format("--threads {}: should be at most 4096", threads); });
+  device_limit();  // a size that is none is refused wherever the work is done
   return {threads ? threads : cores, parse_size(memory), &stop};
 }
 
@@ -76,7 +88,9 @@ std::uint64_t parse_size(const std::string& text) {
   const auto found = units.find(unit);
   double number = 0;
   try {
-    number = digits && digits < 20 ? std::stod(text.substr(0, digits)) : 0;
+    std::size_t read = 0;
+    number = digits && digits < 20 ? std::stod(text.substr(0, digits), &read) : 0;
+    if (read != digits) number = 0;  // "1.2.3"
   } catch (const std::exception&) {
   }
   shard::require(found != units.end() && number > 0 && number * static_cast<double>(found->second) < 9e18, shard::Code::Usage,

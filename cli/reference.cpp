@@ -25,23 +25,25 @@ constexpr std::uint64_t kLongestNpyHeader = (1 << 16) + 12;
 std::vector<Index> integers(const Arrays::Array& array, const std::string& name) {
   std::vector<Index> out;
   for (const auto value : array.values) {
-    shard::require(value == std::floor(value) && std::abs(value) < 9e15, Code::BadFormat, [&] { return fmt::format("{}: holds {}; should hold integers", name, value); });
+    shard::require(value == std::floor(value), Code::BadFormat, [&] { return fmt::format("{}: holds {}; should hold integers", name, value); });
+    shard::require(std::abs(value) < 9e15, Code::BadFormat, [&] { return fmt::format("{}: holds {:.0f}; should hold ids or positions, which are smaller", name, value); });
     out.push_back(static_cast<Index>(value));
   }
   return out;
-}
-
-/// NaN and a number are infinitely far apart; two NaNs, or equal infinities, are not.
-double distance(double a, double b) {
-  if (a == b || (a != a && b != b)) return 0;
-  const auto out = std::abs(a - b);
-  return out == out ? out : INFINITY;
 }
 
 std::string reference_name(const std::string& name) { return name.substr(0, name.find('.')); }
 bool wanted_reference(const std::string& name) {
   const auto head = reference_name(name);
   return name == "input_ids" || name == "labels" || name == "position_ids" || name == "logits" || name == "loss" || head == "mtp" || head == "mtp_step";
+}
+
+Index count_of(const shard::Shape& shape, const std::string& path) {
+  try {
+    return shard::volume(shape);
+  } catch (const shard::Error& error) {
+    throw error.within(path);
+  }
 }
 
 void refuse_more_ids(std::uint64_t count, const std::string& path) {
@@ -78,7 +80,7 @@ std::vector<std::vector<Index>> npy_rows(const formats::File& file, const std::s
   }
   shard::require(shape.size() == 1 || shape.size() == 2, Code::BadFormat, [&] { return fmt::format("{}: has shape {}; should be [n] or [b,n]", path, shard::to_string(shape)); });
   const auto item = static_cast<std::size_t>(type[2] - '0');
-  const auto count = shard::volume(shape);
+  const auto count = count_of(shape, path);
   refuse_more_ids(static_cast<std::uint64_t>(count), path);
   shard::require(static_cast<std::uint64_t>(count) <= (file.size() - at - length) / item, Code::BadFormat, [&] { return fmt::format("{}: ends before its last number", path); });
   std::vector<std::byte> bytes(static_cast<std::size_t>(count) * item);
@@ -91,6 +93,7 @@ std::vector<std::vector<Index>> npy_rows(const formats::File& file, const std::s
     std::uint64_t raw = 0;
     std::memcpy(&raw, from, item);
     if (type[1] == 'i' && item < 8 && (raw >> (8 * item - 1) & 1)) raw |= ~std::uint64_t{0} << (8 * item);
+    shard::require(type[1] == 'i' || raw >> 63 == 0, Code::BadFormat, [&] { return fmt::format("{}: holds {}; should hold token ids", path, raw); });
     rows.back().push_back(static_cast<Index>(raw));
   }
   return rows;
@@ -133,7 +136,7 @@ std::vector<std::vector<Index>> safetensors_rows(const formats::File& file, cons
   auto ids = std::find_if(header.entries.begin(), header.entries.end(), [](const auto& entry) { return entry.name == "input_ids"; });
   if (ids == header.entries.end() && header.entries.size() == 1) ids = header.entries.begin();
   shard::require(ids != header.entries.end() && (ids->shape.size() == 1 || ids->shape.size() == 2), Code::BadFormat, [&] { return fmt::format("{}: should hold input_ids [n] or [b,n]", path); });
-  refuse_more_ids(static_cast<std::uint64_t>(shard::volume(ids->shape)), path);
+  refuse_more_ids(static_cast<std::uint64_t>(count_of(ids->shape, path)), path);
   const auto flat = integers(read_array(file, header, *ids), path);
   const auto columns = static_cast<std::size_t>(ids->shape.back());
   std::vector<std::vector<Index>> rows;
@@ -142,6 +145,12 @@ std::vector<std::vector<Index>> safetensors_rows(const formats::File& file, cons
 }
 
 }  // namespace
+
+double distance(double a, double b) {
+  if (a == b || (a != a && b != b)) return 0;
+  const auto out = std::abs(a - b);
+  return out == out ? out : INFINITY;
+}
 
 const Arrays::Array* Arrays::find(const std::string& name) const {
   const auto found = arrays.find(name);
@@ -176,6 +185,8 @@ Reference read_reference(const std::string& path, Index hidden) {
   out.batch.input_ids = integers(ids, path + ": input_ids");
   same("labels", need("labels"), 2);
   out.batch.labels = integers(need("labels"), path + ": labels");
+  shard::require(std::any_of(out.batch.labels.begin(), out.batch.labels.end(), [](Index id) { return id >= 0; }), Code::BadFormat,
+                 [&] { return fmt::format("{}: labels are all negative, which leaves nothing to be judged", path); });
   if (out.arrays.find("position_ids")) {
     same("position_ids", need("position_ids"), 2);
     out.batch.position_ids = integers(need("position_ids"), path + ": position_ids");
@@ -189,6 +200,7 @@ Reference read_reference(const std::string& path, Index hidden) {
     if (name == "logits" || (name.starts_with("mtp.") && name.ends_with(".logits"))) {
       same(name.c_str(), array, 2);
       shard::require(array.shape.size() == 3 && (out.vocab == 0 || out.vocab == array.shape[2]), Code::BadFormat, [&] { return fmt::format("{}: {} should be [b,s,V]", path, name); });
+      shard::require(array.shape[2] > 0, Code::BadFormat, [&] { return fmt::format("{}: {} has no columns", path, name); });
       out.vocab = array.shape[2];
     }
     if (name.starts_with("mtp.") && (name.ends_with(".loss") || name.ends_with(".labels"))) same(name.c_str(), array, 2);
@@ -200,6 +212,7 @@ Reference read_reference(const std::string& path, Index hidden) {
     if (first == out.arrays.arrays.end() || !first->first.starts_with(prefix)) continue;
     shard::require(in && next, Code::BadFormat, [&] { return fmt::format("{}: {} should come with {}in_hidden and {}next_token_ids", path, first->first, prefix, prefix); });
     const auto rows = static_cast<Index>(next->values.size());
+    shard::require(rows > 0, Code::BadFormat, [&] { return fmt::format("{}: {}next_token_ids is empty", path, prefix); });
     shard::require(static_cast<Index>(in->values.size()) == rows * hidden, Code::BadFormat,
                    [&] { return fmt::format("{}: {}in_hidden has shape {}; {} tokens of {} numbers are expected", path, prefix, shard::to_string(in->shape), rows, hidden); });
     const auto fits = [&](const char* name, const Arrays::Array* array, std::size_t numbers) {
@@ -216,8 +229,8 @@ Reference read_reference(const std::string& path, Index hidden) {
     step.depth = depth;
     step.in_hidden = lm::Tensor(rows, hidden);
     std::transform(in->values.begin(), in->values.end(), step.in_hidden.values().begin(), [](double v) { return static_cast<float>(v); });
-    step.next_token_ids = integers(*next, prefix + "next_token_ids");
-    if (at) step.position_ids = integers(*at, prefix + "position_ids");
+    step.next_token_ids = integers(*next, path + ": " + prefix + "next_token_ids");
+    if (at) step.position_ids = integers(*at, path + ": " + prefix + "position_ids");
     step.position_ids.resize(static_cast<std::size_t>(rows), 0);
     out.steps.push_back(std::move(step));
   }
@@ -270,14 +283,16 @@ void Comparer::on_logits(const lm::LogitsBlock& block) {
   const auto vocab = wanted->shape.back();
   if (static_cast<Index>(wanted->values.size()) != vocab * block.values.rows()) return;
   const auto columns = std::min(block.values.columns(), vocab - block.first_column);
-  double most = 0, peak = 0, sum = 0;
+  double most = 0, peak = 0, wanted_peak = 0, sum = 0;
   for (Index r = 0; r < block.values.rows(); ++r)
     for (Index c = 0; c < columns; ++c) {
       const auto want = wanted->values[static_cast<std::size_t>(r * vocab + block.first_column + c)];
-      const auto off = distance(want, static_cast<double>(block.values.row(r)[c]));
+      const auto found = static_cast<double>(block.values.row(r)[c]);
+      const auto off = distance(want, found);
       most = std::max(most, off);
       sum += off;
-      peak = std::max(peak, std::abs(want));
+      if (std::isfinite(found)) peak = std::max(peak, std::abs(found));
+      if (std::isfinite(want)) wanted_peak = std::max(wanted_peak, std::abs(want));
     }
   if (is_step) {
     auto& step = steps[static_cast<std::size_t>(block.index)];
@@ -289,6 +304,7 @@ void Comparer::on_logits(const lm::LogitsBlock& block) {
   into.logits = true;
   into.max_abs_logits = std::max(into.max_abs_logits, most);
   into.peak = std::max(into.peak, peak);
+  into.wanted_peak = std::max(into.wanted_peak, wanted_peak);
   into.sum_abs_logits += sum;
   into.logits_compared += static_cast<double>(block.values.rows() * std::max<Index>(columns, 0));
 }
@@ -309,6 +325,7 @@ void Comparer::hear(std::string_view text) {
     mine.logits = mine.logits || theirs.logits;
     mine.max_abs_logits = std::max(mine.max_abs_logits, theirs.max_abs_logits);
     mine.peak = std::max(mine.peak, theirs.peak);
+    mine.wanted_peak = std::max(mine.wanted_peak, theirs.wanted_peak);
     mine.sum_abs_logits += theirs.sum_abs_logits;
     mine.logits_compared += theirs.logits_compared;
   };
@@ -320,12 +337,13 @@ void Comparer::hear(std::string_view text) {
   }
 }
 
-void Comparer::losses(const Arrays::Array* wanted, const std::vector<float>& found, Figures& into, std::size_t length, std::size_t rolled) {
-  if (!wanted || wanted->values.size() != found.size() || found.empty()) return;
-  into.loss = true;
+void Comparer::losses(const Arrays::Array* wanted, const std::vector<float>& found, const std::vector<Index>& labels, Figures& into, std::size_t length, std::size_t rolled) {
+  if (!wanted || wanted->values.size() != found.size() || labels.size() != found.size()) return;
   double sum = 0, count = 0;
   for (std::size_t i = 0; i < found.size(); ++i) {
+    if (labels[i] < 0) continue;  // left out, as a loss mask would; what others store there is a matter of taste
     const auto off = distance(wanted->values[i], static_cast<double>(found[i]));
+    into.loss = true;
     into.max_abs_loss = std::max(into.max_abs_loss, off);
     if (i % length + rolled >= length) continue;  // a label rolled in from nowhere
     sum += off;
@@ -336,12 +354,12 @@ void Comparer::losses(const Arrays::Array* wanted, const std::vector<float>& fou
 
 void Comparer::finish(const lm::ForwardResult& result) {
   const auto length = static_cast<std::size_t>(reference_.batch.length);
-  losses(reference_.arrays.find("loss"), result.main.reference, main, length, 0);
+  losses(reference_.arrays.find("loss"), result.main.reference, reference_.batch.labels, main, length, 0);
   for (std::size_t k = 0; k < mtp.size() && k < result.mtp.size(); ++k) {
-    losses(reference_.arrays.find(fmt::format("mtp.{}.loss", k)), result.mtp[k].reference, mtp[k], length, k + 1);
+    losses(reference_.arrays.find(fmt::format("mtp.{}.loss", k)), result.mtp[k].reference, result.mtp_labels[k], mtp[k], length, k + 1);
     if (const auto* labels = reference_.arrays.find(fmt::format("mtp.{}.labels", k)))
       for (std::size_t i = 0; i < labels->values.size() && i < result.mtp_labels[k].size(); ++i)
-        shard::require(static_cast<Index>(labels->values[i]) == result.mtp_labels[k][i], Code::Mismatch, [&] { return fmt::format("mtp.{}.labels: is not labels rolled left {} times", k, k + 1); });
+        shard::require(labels->values[i] == static_cast<double>(result.mtp_labels[k][i]), Code::Mismatch, [&] { return fmt::format("the reference's mtp.{}.labels: should be labels rolled left {} times", k, k + 1); });
   }
   for (std::size_t s = 0; s < steps.size() && s < result.step_hidden.size(); ++s) {
     const auto* hidden = reference_.arrays.find(fmt::format("mtp_step.{}.hidden", reference_.steps[s].depth));

@@ -24,6 +24,9 @@ struct Arrays {
 /// Only names that `wanted` accepts are read. Throws NotFound, BadFormat.
 Arrays read_arrays(const std::string& path, bool (*wanted)(const std::string& name));
 
+/// NaN and a number are infinitely far apart; two NaNs, or equal infinities, are not.
+double distance(double a, double b);
+
 constexpr shard::Index kMostDepths = 64;
 
 struct Reference {
@@ -48,7 +51,8 @@ class Comparer {
   Comparer(const Reference& reference, shard::Index depths);
   void on_logits(const lm::LogitsBlock& block);
   struct Figures {
-    double max_abs_logits = 0, max_abs_loss = 0, mean_abs_loss = 0, peak = 0;
+    double max_abs_logits = 0, max_abs_loss = 0, mean_abs_loss = 0;
+    double peak = 0, wanted_peak = 0;  ///< the largest logit here and in the reference, of those that are finite
     double sum_abs_logits = 0, logits_compared = 0;
     bool logits = false, loss = false;
   };
@@ -67,7 +71,7 @@ class Comparer {
   std::vector<std::string> skipped;
 
  private:
-  static void losses(const Arrays::Array* wanted, const std::vector<float>& found, Figures& into, std::size_t length, std::size_t rolled);
+  static void losses(const Arrays::Array* wanted, const std::vector<float>& found, const std::vector<shard::Index>& labels, Figures& into, std::size_t length, std::size_t rolled);
   const Reference& reference_;
 };
 

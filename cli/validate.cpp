@@ -74,15 +74,16 @@ void refuse_differing_copies(const formats::Checkpoint& checkpoint, const shard:
   shard::refuse(findings);
 }
 
-double mean(const std::vector<float>& losses, const std::vector<Index>& labels, Index length, Index rolled) {
+/// Over labels in [0, limit) that were not rolled in from nowhere; nullopt where there are none.
+std::optional<double> mean(const std::vector<float>& losses, const std::vector<Index>& labels, Index limit, Index length, Index rolled) {
   double sum = 0;
   std::size_t count = 0;
   for (std::size_t i = 0; i < losses.size(); ++i) {
-    if (labels[i] < 0 || static_cast<Index>(i) % length + rolled >= length) continue;
+    if (labels[i] < 0 || labels[i] >= limit || static_cast<Index>(i) % length + rolled >= length) continue;
     sum += static_cast<double>(losses[i]);
     ++count;
   }
-  return count ? sum / static_cast<double>(count) : NAN;
+  return count ? std::optional(sum / static_cast<double>(count)) : std::nullopt;
 }
 
 /// How far two correct forward passes lie apart grows with the largest logit: in f32 up to 5.3e-6 of it over 160 random models
@@ -91,14 +92,16 @@ double mean(const std::vector<float>& losses, const std::vector<Index>& labels, 
 double tolerance(lm::Compute compute, double peak) { return compute == lm::Compute::F32 ? std::max(2e-5, 2e-5 * peak) : std::max(0.02, 1.5e-2 * peak); }
 
 void judge(Validation& v, const std::string& name, double value, double most) {
-  v.checks.push_back({name, fmt::format("{:.2e}, at most {:.2e}", value, most), value <= most});
+  v.checks.push_back({name, fmt::format("{:.2e}, at most {:.2e}", value, most), std::isfinite(most) && value <= most});
 }
 
 void judge_reference(Validation& v, const Comparer& compared, const Reference& reference, lm::Compute compute, Index stored_vocab) {
   const bool loss_fits = reference.vocab <= stored_vocab;
+  const auto before = v.checks.size();
   if (!loss_fits) v.notes.push_back(fmt::format("the reference's loss runs over {} columns, {} are stored here; only logits are compared", reference.vocab, stored_vocab));
   const auto figures = [&](const std::string& name, const Comparer::Figures& f) {
-    const auto most = tolerance(compute, f.logits ? f.peak : v.peak_logit);
+    // The smaller one: one number that is out of bounds, here or there, must not widen what the others may differ by.
+    const auto most = tolerance(compute, f.logits ? std::min(f.peak, f.wanted_peak) : v.peak_logit);
     if (compute == lm::Compute::F32) {
       if (f.logits) judge(v, name + " logits", f.max_abs_logits, most);
       if (f.loss && loss_fits) judge(v, name + " loss", f.max_abs_loss, most);
@@ -127,18 +130,26 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
     if (wanted && depth >= static_cast<Index>(v.mtp.size()))
       v.checks.push_back({fmt::format("reference mtp.{}", depth), fmt::format("the reference holds it; the model has {} MTP layers", v.mtp.size()), false});
   }
-  if (!compared.main.logits && !compared.main.loss) v.notes.push_back("the reference holds neither logits nor a loss that fits; nothing was compared");
+  if (v.checks.size() == before) v.checks.push_back({"reference", "holds neither logits nor a loss that fits; nothing was compared", false});
 }
 
-void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, const shard::Budget& budget, lm::Device& device) {
-  const auto other = open_model(ask, ask.against, budget.threads);
-  const formats::LocalReader reader(other.checkpoint.logical, other.checkpoint.files);
-  for (const auto id : batch.input_ids)
-    shard::require(id < other.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: token {} of {} is outside its vocabulary of {}", ask.against, id, v.input, other.stored_vocab); });
+/// run_model on a checkpoint whose files should stay as they were opened.
+lm::RunReport run_on(const Opened& model, const lm::ForwardRequest& request, const lm::RunOptions& options, lm::Device& device) {
+  const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
+  try {
+    auto out = run_model(reader, formats::kernels(), model.config, request, options, device);
+    model.checkpoint.files->refuse_changed();
+    return out;
+  } catch (const shard::Error& error) {
+    if (error.code == Code::Io) model.checkpoint.files->refuse_changed();  // knows the file's folder, which the model does not
+    throw;
+  }
+}
+
+void judge_against(Validation& v, const ValidateAsk& ask, const Opened& other, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, lm::Device& device) {
   const std::vector<lm::MtpStep> none;
-  const auto theirs = run_model(reader, formats::kernels(), other.config, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options, device);
+  const auto theirs = run_on(other, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options, device);
   shard::refuse(theirs.findings);
-  other.checkpoint.files->refuse_changed();
   std::size_t different = 0, compared = 0;
   double most = 0;
   const auto compare = [&](const std::vector<float>& a, const std::vector<float>& b) {
@@ -146,14 +157,14 @@ void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch
     for (std::size_t i = 0; i < a.size(); ++i)
       if (std::memcmp(&a[i], &b[i], sizeof a[i]) != 0) {
         ++different;
-        most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
+        most = std::max(most, distance(static_cast<double>(a[i]), static_cast<double>(b[i])));
       }
   };
   compare(mine.result.main.limited, theirs.result.main.limited);
   const auto depths = std::min(mine.result.mtp.size(), theirs.result.mtp.size());
   for (std::size_t k = 0; k < depths; ++k) compare(mine.result.mtp[k].limited, theirs.result.mtp[k].limited);
   if (mine.result.mtp.size() != theirs.result.mtp.size())
-    v.notes.push_back(fmt::format("{} MTP layers here, {} in {}; {} were compared", mine.result.mtp.size(), theirs.result.mtp.size(), ask.against, depths));
+    v.checks.push_back({"against " + ask.against + " MTP", fmt::format("{} MTP layers here, {} there; --drop 'mtp.*' leaves them out", mine.result.mtp.size(), theirs.result.mtp.size()), false});
   std::string where;
   for (std::size_t i = 0; i < mine.result.hidden.size() && i < theirs.result.hidden.size(); ++i)
     if (mine.result.hidden[i].digest != theirs.result.hidden[i].digest) {
@@ -166,6 +177,29 @@ void judge_against(Validation& v, const ValidateAsk& ask, const lm::Batch& batch
                       different == 0});
 }
 
+/// Ids that no row stands for have no meaning; of a reference labels may be negative, which leaves them out as a loss mask would.
+void check_ids(const std::string& input, const lm::Batch& batch, const std::optional<Reference>& reference, const Opened& model) {
+  const auto vocab = reference ? model.stored_vocab : model.vocab;
+  const auto check = [&](const std::string& what, const std::vector<Index>& ids, bool negative) {
+    for (const auto id : ids) shard::require((id >= 0 || negative) && id < vocab, Code::Mismatch, [&] { return fmt::format("{}: {} {} is outside the vocabulary of {} of {}", input, what, id, vocab, model.checkpoint.path.string()); });
+  };
+  check("token", batch.input_ids, false);
+  check(reference ? "label" : "token", batch.labels, reference.has_value());
+  if (!reference) return;
+  for (const auto& step : reference->steps) check(fmt::format("mtp_step.{}.next_token_ids", step.depth), step.next_token_ids, false);
+}
+
+/// What of it counts less than it may seem to.
+void say_of_reference(Validation& v, const Reference& reference, const Opened& model) {
+  const auto padding = std::count_if(reference.batch.labels.begin(), reference.batch.labels.end(), [&](Index id) { return id >= model.vocab; });
+  if (padding) v.notes.push_back(fmt::format("{} labels of the reference are padding of the vocabulary of {}; the loss over the true vocabulary leaves them out", padding, model.vocab));
+  const auto& positions = reference.batch.position_ids;
+  bool counted = true;
+  for (std::size_t i = 0; i < positions.size(); ++i) counted = counted && positions[i] == static_cast<Index>(i) % reference.batch.length;
+  if (!counted && !model.checkpoint.logical.tensors.contains("embedding.position.weight"))
+    v.notes.push_back("the reference's position_ids are not 0, 1, 2, …; rotary positions are, as Megatron counts them");
+}
+
 }  // namespace
 
 Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device, lm::Processes* processes) {
@@ -173,7 +207,11 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   const int given = !ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty();
   shard::require(given <= 1 && (ask.reference.empty() || ask.against.empty()), Code::Usage, [] { return "command line: give one of --reference, --tokens and --text; --against goes with tokens or text"; });
   shard::require(ask.compute == "f32" || ask.compute == "bf16", Code::Usage, [&] { return fmt::format("--compute {}: f32 and bf16 are known", ask.compute); });
+  shard::require(!ask.max_loss || !std::isnan(*ask.max_loss), Code::Usage, [] { return "--max-loss nan: is no bound"; });
   const auto model = open_model(ask, ask.path, budget.threads);
+  std::optional<Opened> other;
+  if (!ask.against.empty()) other = open_model(ask, ask.against, budget.threads);
+  const auto& smaller = other && other->vocab < model.vocab ? *other : model;
   if (!processes || processes->rank() == 0) refuse_differing_copies(model.checkpoint, budget);
 
   Validation v;
@@ -186,6 +224,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   v.pp = ask.pp;
   v.vocab = model.vocab;
   v.notes = model.config.notes;
+  if (ask.model.open.vocab && model.config.vocab_size != model.vocab) v.notes.push_back(fmt::format("--vocab-size {} is followed; config.json says {}", model.vocab, model.config.vocab_size));
 
   std::optional<Reference> reference;
   lm::Batch batch;
@@ -200,22 +239,13 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
     batch = read_text_tokens(ask.text, model.checkpoint, model.config.max_position_embeddings, budget.stop);
     v.input = ask.text;
   } else {
-    batch = built_in_tokens(model.vocab, model.config.max_position_embeddings);
+    batch = built_in_tokens(smaller.vocab, model.config.max_position_embeddings);
     v.input = "built-in pseudo-random tokens";
   }
-  for (const auto id : batch.input_ids)
-    shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: token {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
-
-  for (const auto id : batch.labels)  // negative ones are left out of means, as a loss mask would
-    shard::require(id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: label {} is outside the vocabulary of {}", v.input, id, model.stored_vocab); });
-
-  if (reference)
-    for (const auto& step : reference->steps)
-      for (const auto id : step.next_token_ids)
-        shard::require(id >= 0 && id < model.stored_vocab, Code::Mismatch, [&] { return fmt::format("{}: mtp_step.{}.next_token_ids holds {}; the vocabulary is {}", v.input, step.depth, id, model.stored_vocab); });
+  check_ids(v.input, batch, reference, smaller);
+  if (reference) say_of_reference(v, *reference, model);
 
   const lm::RunOptions options{ask.compute == "bf16" ? lm::Compute::Bf16 : lm::Compute::F32, ask.tp, ask.pp, budget.threads, budget.memory, budget.stop, processes};
-  const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);
   std::optional<Comparer> comparer;
   if (reference) comparer.emplace(*reference, model.config.mtp_num_layers);
   static const std::vector<lm::MtpStep> kNone;
@@ -223,8 +253,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   lm::ForwardRequest request{batch, reference ? reference->steps : kNone, model.vocab, reference_vocab, {}, true};
   if (comparer) request.on_logits = [&](const lm::LogitsBlock& block) { comparer->on_logits(block); };
   v.load_seconds = since(start);
-  const auto report = run_model(reader, formats::kernels(), model.config, request, options, device);
-  model.checkpoint.files->refuse_changed();
+  const auto report = run_on(model, request, options, device);
   for (auto& note : device.notes()) v.notes.push_back(std::move(note));
   v.load_seconds += report.load_seconds;
   v.forward_seconds = report.seconds - report.load_seconds;
@@ -238,23 +267,26 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
 
   const auto& result = report.result;
   v.tokens = batch.batch * batch.length;
-  v.loss = mean(result.main.all, batch.labels, batch.length, 0);
-  v.loss_true_vocab = mean(result.main.limited, batch.labels, batch.length, 0);
-  v.token_loss = result.main.limited;
+  v.loss = mean(result.main.all, batch.labels, model.stored_vocab, batch.length, 0).value_or(NAN);
+  v.loss_true_vocab = mean(result.main.limited, batch.labels, model.vocab, batch.length, 0).value_or(NAN);
+  for (std::size_t i = 0; i < result.main.limited.size(); ++i)
+    if (batch.labels[i] >= 0 && batch.labels[i] < model.vocab) v.token_loss.push_back(result.main.limited[i]);
   v.peak_logit = result.peak_logit;
   v.hidden = result.hidden;
   v.pipeline = shard::place_layers(v.layout.value_or(shard::Parallel()), model.config.num_layers, model.config.mtp_num_layers);
   v.tied = model.config.tied;
   bool finite = result.nonfinite_logits == 0 && std::isfinite(v.loss);
   for (std::size_t k = 0; k < result.mtp.size(); ++k) {
-    const auto loss = mean(result.mtp[k].all, result.mtp_labels[k], batch.length, static_cast<Index>(k) + 1);
+    const auto of_tokens = mean(result.mtp[k].all, result.mtp_labels[k], model.stored_vocab, batch.length, static_cast<Index>(k) + 1);
+    if (!of_tokens) v.notes.push_back(fmt::format("MTP depth {}: no label lies that far ahead; its loss is not known", k));
+    const auto loss = of_tokens.value_or(NAN);
     v.mtp.push_back({static_cast<Index>(k), loss, loss * model.config.mtp_loss_scaling_factor / static_cast<double>(model.config.mtp_num_layers), std::nullopt, std::nullopt});
-    finite = finite && std::isfinite(v.mtp.back().loss);
+    finite = finite && (!of_tokens || std::isfinite(loss));
   }
   std::string first_bad;
   for (const auto& stats : result.hidden)
     if (stats.nonfinite && first_bad.empty()) first_bad = fmt::format("{} has {} numbers that are not finite", stats.name, stats.nonfinite);
-  v.checks.push_back({"finite", finite ? "losses and logits are finite" : first_bad.empty() ? fmt::format("{} logits are not finite", result.nonfinite_logits) : first_bad, finite});
+  v.checks.push_back({"finite", finite ? "losses and logits are finite" : !first_bad.empty() ? first_bad : result.nonfinite_logits ? fmt::format("{} logits are not finite", result.nonfinite_logits) : "a loss is not finite", finite});
   if (comparer) {
     if (processes) {
       const auto all = processes->all_gather(comparer->tell());
@@ -269,7 +301,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
     v.checks.push_back({"better than chance", fmt::format("{:.6f} on this text; ln {} is {:.6f}", v.loss_true_vocab, model.vocab, chance), v.loss_true_vocab < chance});
   }
   if (ask.max_loss) v.checks.push_back({"max loss", fmt::format("{:.6f}, at most {:g}", v.loss_true_vocab, *ask.max_loss), v.loss_true_vocab <= *ask.max_loss});
-  if (!ask.against.empty()) judge_against(v, ask, batch, report, options, budget, device);
+  if (other) judge_against(v, ask, *other, batch, report, options, device);
   v.all_seconds = since(start);
   return v;
 }

@@ -49,6 +49,12 @@ class Fields {
     shard::require(value && *value > 0, Code::BadFormat, [&] { return fmt::format("{}: lacks {}", where_, *names.begin()); });
     return *value;
   }
+  double positive(const char* name) const {
+    const auto value = real({name});
+    shard::require(value.has_value(), Code::BadFormat, [&] { return fmt::format("{}: lacks {}", where_, name); });
+    shard::require(*value > 0, Code::BadFormat, [&] { return fmt::format("{}: {} is {}; should be positive", where_, name, *value); });
+    return *value;
+  }
   /// Every so many layers are of another kind.
   Index step(std::initializer_list<const char*> names, Index otherwise) const {
     const auto value = integer(names).value_or(otherwise);
@@ -263,12 +269,16 @@ class Reader {
     rope.max_position = positions;
     if (kind == "linear") {
       rope.type = RopeConfig::Type::Linear;
+      rope.factor = scaling->positive("factor");
     } else if (kind == "dynamic") {
       rope.type = RopeConfig::Type::Dynamic;
+      rope.factor = scaling->positive("factor");
     } else if (kind == "llama3") {
       rope.type = RopeConfig::Type::Llama3;
-      rope.low_freq_factor = scaling->real({"low_freq_factor"}).value_or(1);
-      rope.high_freq_factor = scaling->real({"high_freq_factor"}).value_or(4);
+      rope.factor = scaling->positive("factor");
+      rope.low_freq_factor = scaling->positive("low_freq_factor");
+      rope.high_freq_factor = scaling->positive("high_freq_factor");
+      shard::require(original > 0, Code::BadFormat, [&] { return fmt::format("{}: original_max_position_embeddings is {}; should be positive", scaling->where(), original); });
     } else if (kind == "yarn") {
       rope.type = RopeConfig::Type::Yarn;
       const auto or_default = [&](const char* name, double otherwise) {
@@ -295,18 +305,24 @@ class Reader {
     return rope;
   }
 
+  /// transformers takes the name of 4.x before its own, unless it is empty.
+  std::optional<Fields> rope_scaling() const {
+    const auto* older = all_.find("rope_scaling");
+    return all_.object(older && !older->empty() ? "rope_scaling" : "rope_parameters");
+  }
+
   void rope() {
     if (type_ == "gpt2") return;
     const auto theta = all_.real({"rope_theta", "rotary_emb_base"}).value_or(class_.rope_theta);
     const auto partial = all_.real({"partial_rotary_factor", "rotary_pct"}).value_or(class_.partial);
-    auto newer = all_.object("rope_parameters");
-    if (newer && newer->has("full_attention")) {
-      out_.rope = rope_from(newer->object("full_attention"), theta, partial);
-      const auto sliding = newer->object("sliding_attention");
+    const auto scaling = rope_scaling();
+    if (scaling && scaling->has("full_attention")) {
+      out_.rope = rope_from(scaling->object("full_attention"), theta, partial);
+      const auto sliding = scaling->object("sliding_attention");
       out_.rope_local = rope_from(sliding, 10000, partial);
       return;
     }
-    out_.rope = rope_from(newer ? newer : all_.object("rope_scaling"), theta, partial);
+    out_.rope = rope_from(scaling, theta, partial);
     if (type_ == "gemma3_text") {
       out_.rope_local = rope_from(std::nullopt, all_.real({"rope_local_base_freq"}).value_or(10000), partial);
     }
@@ -345,8 +361,7 @@ class Reader {
     if (type_ == "gemma2" || type_ == "gemma3_text") return 1 / std::sqrt(all_.real({"query_pre_attn_scalar"}).value_or(256));
     if (deepseek()) {
       const auto scale = 1 / std::sqrt(static_cast<double>(out_.qk_head_dim + out_.qk_pos_emb_head_dim));
-      auto scaling = all_.object("rope_parameters");
-      if (!scaling) scaling = all_.object("rope_scaling");
+      const auto scaling = rope_scaling();
       if (!scaling || scaling->text({"rope_type", "type"}, "default") == "default") return scale;
       const auto all = scaling->real({"mscale_all_dim"}).value_or(0);
       const auto m = all != 0 ? concentration(scaling->real({"factor"}).value_or(1), all) : 1;

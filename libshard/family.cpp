@@ -61,20 +61,19 @@ class Expression {
     if (std::isdigit(static_cast<unsigned char>(word.front()))) return std::stoll(std::string(word.substr(0, 15)));
     const auto found = params_.find(word);
     require(found != params_.end(), Code::Mismatch, [&] {
-      return fmt::format("model: '{}' is not known from args or config; give --{}", word, flag_of(word));
+      return fmt::format("model: '{}' is not known from args or config{}", word, remedy(word));
     });
     return found->second;
   }
-  static std::string flag_of(std::string_view word) {
+  /// Only some sizes have a flag.
+  static std::string remedy(std::string_view word) {
     static const std::map<std::string, std::string, std::less<>> flags{
         {"heads", "num-attention-heads"}, {"groups", "num-query-groups"}, {"head", "kv-channels"},
         {"hidden", "hidden-size"},        {"ffn", "ffn-hidden-size"},     {"layers", "num-layers"},
         {"experts", "num-experts"},       {"vocab", "vocab-size"},        {"positions", "max-position-embeddings"},
-        {"expert_ffn", "moe-ffn-hidden-size"}};
-    if (const auto found = flags.find(word); found != flags.end()) return found->second;
-    std::string out(word);
-    std::replace(out.begin(), out.end(), '_', '-');
-    return out;
+        {"expert_ffn", "moe-ffn-hidden-size"}, {"gated", "swiglu"}};
+    const auto found = flags.find(word);
+    return found == flags.end() ? std::string() : "; give --" + found->second;
   }
   bool eat(char c) {
     while (at_ < text_.size() && text_[at_] == ' ') ++at_;
@@ -262,9 +261,15 @@ Factors factors(const Row& row, const Params& params) {
     out.sizes.push_back(evaluate(word, params));
     out.dim.push_back(dim);
     require(out.sizes.back() >= 0, Code::Mismatch,
-            [&] { return fmt::format("{}: dimension '{}' is negative", row.key, word); });
+            [&] { return fmt::format("{}: dimension '{}' is {}; should not be negative", row.key, word, out.sizes.back()); });
   }
-  volume(out.sizes);  // refuses products that overflow
+  auto counted = out.sizes;  // beside a dimension of nothing, the others are multiplied, too
+  std::replace(counted.begin(), counted.end(), Index{0}, Index{1});
+  try {
+    volume(counted);  // refuses products that overflow
+  } catch (const Error& error) {
+    throw error.within(row.key);
+  }
   return out;
 }
 

@@ -274,6 +274,8 @@ Tensor LanguageModule::compute_mtp_single_step(Weights& weights, const MtpStep& 
   shard::require(step.depth >= 0 && step.depth < config_.mtp_num_layers, Code::Mismatch,
                  [&] { return fmt::format("mtp_step.{}: the model predicts {} tokens ahead", step.depth, config_.mtp_num_layers); });
   const auto rows = step.in_hidden.rows();
+  shard::require(rows > 0 && static_cast<Index>(step.next_token_ids.size()) == rows && static_cast<Index>(step.position_ids.size()) == rows, Code::Mismatch,
+                 [&] { return fmt::format("mtp_step.{}: {} rows of in_hidden, {} ids and {} positions; should be as many, and some", step.depth, rows, step.next_token_ids.size(), step.position_ids.size()); });
   // The method passes no rotary table; latent attention builds its own for rows 0 … N−1.
   const auto rope = config_.multi_latent_attention ? on_.rope(config_.rope, rows) : Rope{};
   return on_.recorded(fmt::format("mtp {} × {}", step.depth, rows), step.in_hidden, step.next_token_ids, step.position_ids,

@@ -9,6 +9,8 @@
 #include "libshard/translate.h"
 
 #include <algorithm>
+#include <cctype>
+#include <utility>
 
 namespace formats::hf {
 namespace {
@@ -48,6 +50,34 @@ std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& optio
   out->folder = folder;
   if (embedded.empty()) out->files = small_files(folder);
   return out;
+}
+
+/// Sizes are whole numbers; anything else would be taken for a field that is not there.
+void check_sizes(const Family& family, const nlohmann::ordered_json& config, const std::string& where) {
+  const auto check = [&](const std::string& field) {
+    const auto found = config.find(field);
+    if (found == config.end() || found->is_null() || found->is_boolean()) return;
+    const bool fits = found->is_number_integer() && found->get<Index>() >= 0;  // from 2^63 on, they are negative
+    shard::require(fits, Code::BadFormat, [&] { return fmt::format("{}: {} is {}; should be a whole number or a switch", where, field, found->dump().substr(0, 40)); });
+  };
+  for (const auto& entry : family.params.items())
+    for (const auto& choice : entry.value().is_array() ? entry.value() : nlohmann::json::array({entry.value()})) {
+      std::string word;
+      for (const char c : choice.get<std::string>() + " ") {
+        if (std::isalnum(static_cast<unsigned char>(c)) || c == '_') word += c;
+        else check(std::exchange(word, {}));
+      }
+    }
+}
+
+/// A table with other rows than config.json says is none that transformers would load.
+void check_vocabulary(const Checkpoint& checkpoint, const OpenOptions& options, std::vector<Finding>& findings) {
+  const auto table = checkpoint.logical.tensors.find("embedding.word.weight");
+  if (table == checkpoint.logical.tensors.end() || table->second.natural.empty()) return;
+  const auto rows = table->second.natural[0];
+  const auto add = [&](const std::string& said) { findings.push_back({"padding", Finding::Severity::Error, table->first, fmt::format("holds {} rows; {}", rows, said)}); };
+  if (const auto told = checkpoint.params.find("vocab"); told != checkpoint.params.end() && told->second != rows) add(fmt::format("config.json says a vocabulary of {}", told->second));
+  else if (options.vocab && *options.vocab > rows) add(fmt::format("--vocab-size {} was given", *options.vocab));
 }
 
 bool dropped(const std::vector<std::string>& patterns, const std::string& key) {
@@ -183,6 +213,7 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   checkpoint.family = family.name;
   if (options.adapter.empty() && is_adapter(checkpoint.folder)) checkpoint.not_carried.push_back({"adapter_config.json", "a LoRA adapter beside the weights; --merge-lora merges it"});
   auto& params = checkpoint.params;
+  check_sizes(family, state->config, (checkpoint.folder / "config.json").string());
   params = params_of(family, state->config);
   for (const auto& [name, value] : options.parameters) params[name] = value;
   if (const auto vocab = params.find("vocab"); vocab != params.end()) checkpoint.vocab = vocab->second;
@@ -229,10 +260,11 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
     findings.push_back({"missing", Finding::Severity::Warning, "mtp.0", fmt::format("config.json says {} MTP layers; none is here: transformers saves such models without them", params.at("mtp"))});
     params["mtp"] = 0;
   }
+  check_vocabulary(checkpoint, options, findings);
   for (const auto& [name, what, held] : {std::tuple{"layers", "layers", layers}, std::tuple{"experts", "experts", experts}, std::tuple{"mtp", "MTP layers", depths}})
     if (const auto told = params.contains(name) ? params.at(name) : 0; told != held)
       findings.push_back({told > held ? "missing" : "unexpected", Finding::Severity::Error, fmt::format("{}.{}", name, std::min(told, held)),
-                          fmt::format("the checkpoint holds {} {}; config.json says {}", held, what, told)});
+                          fmt::format("the checkpoint holds {} {}; {} {}", held, what, options.parameters.contains(name) ? "the command line says" : "config.json says", told)});
   check_expected(checkpoint.logical, table, params, {nullptr, layers, experts, depths}, findings);
   for (const auto& [key, tensor] : checkpoint.logical.tensors) check_cover(tensor, findings, 2);
   if (!pairs.empty() && !options.dequantise) keep_pairs(checkpoint, pairs, first_computed, end_computed);

@@ -26,13 +26,24 @@ class Reader {
     const auto found = args_.value(name);
     if (!found) return std::nullopt;
     const auto kind = graph_.kind(*found);
-    if (kind != Kind::Float && kind != Kind::Int && kind != Kind::Bool) return std::nullopt;
+    shard::require(kind == Kind::Float || kind == Kind::Int || kind == Kind::Bool, Code::BadFormat, [&] { return fmt::format("args.{}: is no number", name); });
     return graph_.real(*found);
   }
   double real(const char* name, double otherwise) const { return real(name).value_or(otherwise); }
-  Index integer(const char* name, Index otherwise) const { return args_.integer(name).value_or(otherwise); }
-  bool flag(const char* name) const { return args_.flag(name); }
-  std::string text(const char* name, const char* otherwise) const { return args_.text(name).value_or(otherwise); }
+  Index integer(const char* name, Index otherwise) const {
+    const auto value = real(name);
+    shard::require(!value || (*value == std::floor(*value) && std::abs(*value) < 9e15), Code::BadFormat, [&] { return fmt::format("args.{}: is {}; should be an integer", name, *value); });
+    return value ? *args_.integer(name) : otherwise;
+  }
+  bool flag(const char* name) const { return real(name).value_or(0) != 0; }
+  std::string text(const char* name, const char* otherwise) const {
+    if (const auto found = args_.value(name)) {
+      const auto kind = graph_.kind(*found);
+      shard::require(kind != Kind::Float && kind != Kind::Int && kind != Kind::Bool, Code::BadFormat, [&] { return fmt::format("args.{}: is a number; should be a name", name); });
+    }
+    return args_.text(name).value_or(otherwise);
+  }
+  bool set(const char* name) const { return args_.flag(name) || !args_.text(name).value_or("").empty(); }
   bool has(const char* name) const { return args_.value(name).has_value(); }
   Index needed(const char* name) const {
     const auto value = args_.integer(name);
@@ -161,8 +172,9 @@ void read_router(const Reader& args, TransformerConfig& out) {
 
 TransformerConfig model_config(const Graph& graph, Ref ref, const shard::Params& params, std::optional<Index> vocab) {
   const Reader args(graph, ref);
+  for (const auto* name : {"vocab_size", "padded_vocab_size"}) args.integer(name, 0);  // were taken for absent where they are no numbers
   for (const auto* name : {"heterogeneous_layers_config_path", "hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model"})
-    if (args.has(name) && (!args.text(name, "").empty() || args.flag(name))) shard::fail(Code::BadFormat, "args.{}: is set; this forward pass knows plain decoders", name);
+    if (args.set(name)) shard::fail(Code::BadFormat, "args.{}: is set; this forward pass knows plain decoders", name);
   for (const auto* name : {"enable_hyper_connections", "multi_modal", "moe_router_force_load_balancing"}) args.refuse(name);
   TransformerConfig out;
   const auto size = [&](const char* param, const char* name) {
@@ -236,13 +248,14 @@ TransformerConfig model_config(const Graph& graph, Ref ref, const shard::Params&
   const auto moe = per_layer(args, "moe_layer_freq", out.num_layers, true, [](Index i, Index n) { return i % n == 0; });
   const auto skip_rope = per_layer(args, "no_rope_freq", out.num_layers, false, [](Index i, Index n) { return i % n == n - 1; });
   const auto window = args.list("window_size");
+  shard::require(!args.has("window_size") || (window && window->size() == 2), Code::BadFormat, [] { return "args.window_size: should be two integers"; });
   const auto sliding = per_layer(args, "window_attn_skip_freq", out.num_layers, true, [](Index i, Index n) { return (i + 1) % n != 0; });
   for (Index i = 0; i < out.num_layers; ++i) {
     const auto at = static_cast<std::size_t>(i);
     shard::LayerConfig layer;
     layer.moe = out.num_experts > 0 && moe[at];
     layer.rope = out.rope.type != RopeConfig::Type::None && !skip_rope[at];
-    if (window && window->size() == 2 && (*window)[0] >= 0 && sliding[at]) layer.window = (*window)[0] + 1;
+    if (window && (*window)[0] >= 0 && sliding[at]) layer.window = (*window)[0] + 1;
     layer.softmax_scale = scale;
     out.layers.push_back(layer);
   }

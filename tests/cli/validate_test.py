@@ -52,6 +52,16 @@ def patch(path, offset, data):
     pathlib.Path(path).write_bytes(raw)
 
 
+def numbers(path, name, change):
+    """Rewrites a tensor's numbers with change(list), which alters it."""
+    offset, record = tensors_of(path)[name]
+    begin, end = record["data_offsets"]
+    form = f"<{(end - begin) // {'I64': 8, 'F32': 4}[record['dtype']]}{'q' if record['dtype'] == 'I64' else 'f'}"
+    values = list(struct.unpack(form, pathlib.Path(path).read_bytes()[offset:offset + end - begin]))
+    change(values)
+    patch(path, offset, struct.pack(form, *values))
+
+
 class Reference(Case):
     def near(self, checkpoint, reference, *more):
         status, out = run_json("validate", checkpoint, "--reference", reference, *more)
@@ -93,6 +103,8 @@ class Reference(Case):
         one, step = self.tmp / "one.safetensors", "mtp_step.0."
         rewritten(DEEPSEEK_REFERENCE, one, {})
         self.near(DEEPSEEK, one)
+        rewritten(DEEPSEEK_REFERENCE, one, emptied=(step + "in_hidden", step + "next_token_ids"), names={step + name: None for name in ("position_ids", "hidden", "logits")})
+        self.assertIn("next_token_ids is empty", self.refused(4, "validate", DEEPSEEK, "--reference", one))
         for names in ({step + "in_hidden": None}, {step + "next_token_ids": None}, {step + "logits": step + "hidden", step + "hidden": step + "logits"}, {step + "hidden": step + "position_ids", step + "position_ids": None}):
             rewritten(DEEPSEEK_REFERENCE, one, names)
             self.refused(4, "validate", DEEPSEEK, "--reference", one)
@@ -134,6 +146,60 @@ class Reference(Case):
         (copy / "config.json").write_text(json.dumps(config))
         self.assertEqual(run("validate", copy, "--reference", source / "reference.safetensors")[0], 1)
 
+    def test_a_number_out_of_bounds_bounds_nothing(self):
+        one = self.tmp / "one.safetensors"
+        for checkpoint, reference, name in ((LLAMA, LLAMA_REFERENCE, "logits"), (DEEPSEEK, DEEPSEEK_REFERENCE, "mtp.0.logits")):
+            rewritten(reference, one)
+            numbers(one, name, lambda values: values.__setitem__(7, float("-inf")))
+            status, out = run_json("validate", checkpoint, "--reference", one)
+            self.assertEqual(status, 1, out["checks"])
+            self.assertNotIn("at most inf", str(out["checks"]))
+        copy = self.copy("hf/gemma2_tied_bf16")  # a model of which one matrix is a million times too large, in bf16 judged by means
+        file = copy / "model.safetensors"
+        offset, record = tensors_of(file)["model.norm.weight"]
+        patch(file, offset, b"\x80\x4b" * 3)
+        self.assertEqual(run("validate", copy, "--reference", copy / "reference.safetensors", "--compute", "bf16")[0], 1)
+        rewritten(DATA / "hf/qwen3_moe_bf16/reference.safetensors", one)
+        numbers(one, "logits", lambda values: values.__setitem__(7, 1000.0))
+        self.assertEqual(run("validate", DATA / "hf/llama_untied_bf16", "--reference", one, "--compute", "bf16")[0], 1)
+
+    def test_nothing_to_compare(self):
+        one = self.tmp / "one.safetensors"
+        rewritten(LLAMA_REFERENCE, one, {"logits": None, "loss": None})
+        status, out = run_json("validate", LLAMA, "--reference", one)
+        self.assertEqual(status, 1)
+        self.assertIn("nothing was compared", out["checks"][-1]["figure"])
+        size, header = struct.unpack("<Q", (raw := LLAMA_REFERENCE.read_bytes())[:8])[0], json.loads(raw[8:8 + struct.unpack("<Q", raw[:8])[0]])
+        header["logits"] |= {"shape": [2, 16, 0], "data_offsets": [header["logits"]["data_offsets"][0]] * 2}
+        kept = {name: record for name, record in header.items() if name in ("input_ids", "labels")}
+        body = b"".join(raw[8 + size:][slice(*record["data_offsets"])] for record in kept.values())
+        for i, record in enumerate(kept.values()):
+            record["data_offsets"] = [256 * i, 256 * (i + 1)]
+        text = json.dumps(kept | {"logits": header["logits"] | {"data_offsets": [512, 512]}}).encode()
+        one.write_bytes(struct.pack("<Q", len(text)) + text + body)
+        self.assertIn("logits has no columns", self.refused(4, "validate", LLAMA, "--reference", one))
+
+    def test_labels_that_are_left_out(self):
+        one = self.tmp / "one.safetensors"
+        rewritten(LLAMA_REFERENCE, one)
+        for name, value in (("labels", -100), ("loss", 0)):
+            numbers(one, name, lambda values: values.__setitem__(slice(0, 5), [value] * 5))
+        self.near(LLAMA, one)
+        numbers(one, "labels", lambda values: values.__setitem__(slice(None), [-100] * len(values)))
+        self.assertIn("negative", self.refused(4, "validate", LLAMA, "--reference", one))
+
+    def test_labels_and_positions_that_count_less(self):
+        one = self.tmp / "one.safetensors"
+        rewritten(LLAMA_REFERENCE, one, {"loss": None})
+        numbers(one, "labels", lambda values: values.__setitem__(3, 253))
+        numbers(one, "position_ids", lambda values: values.__setitem__(3, 5))
+        _, before = run_json("validate", LLAMA, "--reference", LLAMA_REFERENCE)
+        status, out = run_json("validate", LLAMA, "--reference", one)
+        self.assertEqual(status, 0, out["checks"])
+        self.assertRegex(str(out["notes"]), "1 labels of the reference.*position_ids")
+        self.assertGreater(abs(out["loss"] - out["loss_true_vocab"]), abs(before["loss"] - before["loss_true_vocab"]))
+        self.assertEqual(before["notes"], [])
+
     def test_no_reference_file(self):
         self.refused(3, "validate", LLAMA, "--reference", self.tmp / "none")
         self.refused(4, "validate", LLAMA, "--reference", DATA / "hf/gemma2_tied_bf16/model.safetensors")
@@ -163,9 +229,28 @@ class Against(Case):
         self.assertEqual(status, 1)
         self.assertIn("first part ways at mtp 0", out)
 
-    def test_no_vocabulary(self):
-        for size in (0, -1):
-            self.assertIn("vocabulary", self.refused(6, "validate", DATA / "hf/llama_untied_bf16", "--vocab-size", size))
+    def test_mtp_layers_on_one_side(self):
+        copy = self.copy("hf/deepseek_v3_mtp_bf16")
+        file = copy / "model.safetensors"
+        rewritten(file, file, {name: None for name in tensors_of(file) if name.startswith("model.layers.4.")})
+        whole = DATA / "hf/deepseek_v3_mtp_bf16"
+        for a, b in ((copy, whole), (whole, copy)):
+            status, out, _ = run("validate", a, "--against", b)
+            self.assertEqual(status, 1, out)
+            self.assertIn("MTP layers here", out)
+        self.ok("validate", copy, "--against", whole, "--drop", "mtp.*")
+
+    def test_sizes_of_the_vocabulary(self):
+        source = DATA / "hf/llama_untied_bf16"
+        for size in (0, -1, "99999999999999999999", "x"):
+            self.assertIn("--vocab-size", self.refused(2, "validate", source, "--vocab-size", size))
+        self.assertIn("--vocab-size 251", self.refused(6, "validate", source, "--vocab-size", 251))
+        copy = self.copy("hf/llama_untied_bf16")
+        config = json.loads((copy / "config.json").read_text())
+        for size in (1, 7, 249, 251, 2**31):
+            (copy / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+            self.assertIn(f"config.json says a vocabulary of {size}", self.refused(6, "validate", copy))
+            self.finding("padding", copy)
 
 
 class Tokens(Case):
@@ -189,10 +274,23 @@ class Tokens(Case):
         self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
         (self.tmp / "ids.txt").write_text("1")
         self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.txt")
+        for ids, word in (("1 2 251", "token 251 is outside the vocabulary of 250"), ("1 251 2", "token 251"), ("1 2 -1", "token -1")):
+            (self.tmp / "ids.txt").write_text(ids)
+            self.assertIn(word, self.refused(6, "validate", LLAMA, "--tokens", self.tmp / "ids.txt"))
+        (self.tmp / "ids.txt").write_text("1 200 201 202")
+        self.refused(6, "validate", DATA / "hf/llama_untied_bf16", "--vocab-size", 7, "--tokens", self.tmp / "ids.txt")
+        header = b"{'descr': '<u8', 'fortran_order': False, 'shape': (3,), }\n"
+        (self.tmp / "ids.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + struct.pack("<3Q", 1, 2, 2**64 - 1))
+        self.assertIn("18446744073709551615", self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.npy"))
         for shape in ("(9223372036854775807,)", "(4611686018427387904, 4)", "(-8,)", "(0,)", "()", "(9,)"):
             header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
             (self.tmp / "ids.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + struct.pack("<8q", *range(8)))
-            self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.npy")
+            self.assertIn("ids.npy", self.refused(4, "validate", LLAMA, "--tokens", self.tmp / "ids.npy"))
+
+    def test_a_row_without_a_token_two_ahead(self):
+        (self.tmp / "ids.txt").write_text("1 2")
+        status, out = run_json("validate", DEEPSEEK, "--tokens", self.tmp / "ids.txt")
+        self.assertEqual((status, out["mtp"][0]["loss"]), (0, None), out["checks"])
 
     def test_only_the_ids_of_a_file_are_read(self):
         """Whatever else it holds: these files are larger than any memory."""
@@ -239,6 +337,9 @@ class Tokens(Case):
         self.assertEqual((status, out["ok"]), (0, True))
         self.assertEqual(run("validate", LLAMA, "--max-loss", out["loss_true_vocab"] + 0.01)[0], 0)
         self.assertEqual(run("validate", LLAMA, "--max-loss", out["loss_true_vocab"] - 0.01)[0], 1)
+        self.refused(2, "validate", LLAMA, "--max-loss", "nan")
+        for sizes in (("--mem-limit", "1.2.3MB"), ("--device-mem-limit", "x"), ("--num-layers", "99999999999999999999")):
+            self.refused(2, "validate", LLAMA, *sizes)
 
 
 class Findings(Case):
@@ -294,6 +395,37 @@ class Findings(Case):
         self.assertNotEqual(run("validate", copy)[0], 0)
         (copy / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "spiral"}}))
         self.refused(4, "validate", copy)
+        llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        for field in llama3:
+            if field != "rope_type":
+                (copy / "config.json").write_text(json.dumps(config | {"rope_parameters": llama3 | {field: -1}}))
+                self.assertIn(field, self.refused(4, "validate", copy))
+        (copy / "config.json").write_text(json.dumps(config | {"rope_parameters": {k: v for k, v in llama3.items() if k != "factor"}}))
+        self.assertIn("lacks factor", self.refused(4, "validate", copy))
+        # transformers takes the older name where both are there.
+        (copy / "config.json").write_text(json.dumps(config | {"rope_scaling": llama3}))
+        self.assertEqual(run("validate", copy, "--reference", copy / "reference.safetensors")[0], 1)
+
+    def test_sizes_that_are_none(self):
+        for name, change, status, word in (("llama_untied_bf16", {"hidden_size": 1.5}, 4, "config.json: hidden_size is 1.5"), ("llama_untied_bf16", {"head_dim": -8}, 4, "config.json: head_dim is -8"),
+                                           ("llama_untied_bf16", {"intermediate_size": "x"}, 4, 'config.json: intermediate_size is "x"'), ("llama_untied_bf16", {"hidden_size": 2**64 - 1}, 4, "hidden_size"),
+                                           ("gpt2_tied_f32", {"n_head": 2**62}, 4, "64 bits"), ("gpt2_tied_f32", {"n_head": 2**61 + 5}, 4, "64 bits")):
+            with self.subTest(f"{name} {change}"):
+                copy = self.tmp / "copy"
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(DATA / "hf" / name, copy)
+                config = json.loads((copy / "config.json").read_text())
+                (copy / "config.json").write_text(json.dumps(config | change))
+                self.assertIn(word, self.refused(status, "validate", copy))
+        self.assertIn("the command line says 3", self.refused(6, "validate", DATA / "hf/llama_untied_bf16", "--num-layers", 3))
+
+    def test_args_that_are_no_numbers(self):
+        for name in ("rotary_base", "softmax_scale", "vocab_size", "kv_channels", "multi_latent_attention", "use_rope_scaling"):
+            copy = self.tmp / name
+            shutil.copytree(next((DATA / "legacy/llama_untied_bf16").iterdir()), copy)
+            for file in copy.rglob("model_optim_rng.pt"):
+                edit_archive(file, lambda root: setattr(root["args"], name, "x"))
+            self.assertIn(f"args.{name}: is no number", self.refused(4, "validate", copy))
 
     def test_config_that_ended_the_process_or_was_not_understood(self):
         for name, change, word in (("deepseek_v3_mtp_bf16", {"moe_layer_freq": 0}, "moe_layer_freq"), ("gemma2_tied_bf16", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
