@@ -131,7 +131,7 @@ TEST_CASE("a mixture of experts, weighed behind or before, is what the CPU's loo
         CAPTURE(mode.bf16());
         CAPTURE(tokens);
         CAPTURE(on_input);
-        const Index experts = 5, topk = 2, hidden = 40, wide = 72, rows = tokens * topk;
+        const Index experts = 5, topk = 2, hidden = 40, wide = tokens == 7 ? 36 : 72, rows = tokens * topk;  // 36: rows that start at no 16 bytes
         const auto x = random_tensor(mode, tokens, hidden);
         std::vector<std::int32_t> expert;
         std::vector<float> weight;
