@@ -7,6 +7,7 @@
 #include "cli/parts.h"
 #include "cli/print.h"
 #include "cli/receipt.h"
+#include "cli/report_files.h"
 #include "formats/hf/lora.h"
 #include "formats/kernels.h"
 #include "formats/target.h"
@@ -213,6 +214,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto start = std::chrono::steady_clock::now();
   const auto device = device_of(ask, crew);
   const auto budget = ask.run.limits();
+  if (!lies_in(ask.report, ask.to)) require_writable({{"--report", ask.report}}, ask.from);  // DST is not there yet
   auto open = ask.model.open;
   open.threads = budget.threads;
   const auto origin = origin_of(ask);

@@ -1,6 +1,7 @@
 // The receipt is JSON, but neither written nor read as one tree: the origins of 100 000 tensors are many.
 #include "cli/receipt.h"
 
+#include "cli/report_files.h"
 #include "formats/file_digest.h"
 #include "formats/hash.h"
 #include "formats/json.h"
@@ -10,7 +11,7 @@
 #include "libshard/provenance.h"
 
 #include <algorithm>
-#include <fstream>
+#include <sstream>
 
 namespace cli {
 namespace {
@@ -116,18 +117,17 @@ bool is_digest(const Tree& value) {
 }  // namespace
 
 void write_report(const std::string& path, Json summary, const std::optional<ReceiptSource>& receipt, const shard::Budget& budget, bool quiet) {
-  std::ofstream file(path);
+  std::ostringstream out;
   auto text = summary.dump(2, ' ', false, Json::error_handler_t::replace);
   if (receipt) {
     text.resize(text.rfind('\n'));  // before the closing brace
-    file << text << ",\n\"receipt\": ";
-    write_receipt(file, *receipt, budget, quiet);
-    file << "\n}\n";
+    out << text << ",\n\"receipt\": ";
+    write_receipt(out, *receipt, budget, quiet);
+    out << "\n}\n";
   } else {
-    file << text << '\n';
+    out << text << '\n';
   }
-  file.flush();
-  shard::require(file.good(), Code::Io, [&] { return fmt::format("{}: cannot write the report", path); });
+  write_text(path, out.view());
 }
 
 Receipt read_receipt(const std::string& path) {

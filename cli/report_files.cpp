@@ -37,12 +37,6 @@ Place place_of(const std::string& path) {
 /// Both kinds of report begin so, and no file of a checkpoint does.
 bool is_report(const fs::path& path) { return std::ifstream(path, std::ios::binary).peek() == '<'; }
 
-bool lies_in(const fs::path& path, const fs::path& checkpoint) {
-  std::error_code error;
-  const auto home = fs::canonical(checkpoint, error);
-  return !error && std::mismatch(home.begin(), home.end(), path.begin(), path.end()).first == home.end();
-}
-
 void write_all(const fs::path& path, int flags, std::string_view text) {
   const int fd = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | flags, 0666);
   bool good = fd >= 0;
@@ -59,6 +53,12 @@ void write_all(const fs::path& path, int flags, std::string_view text) {
 
 }  // namespace
 
+bool lies_in(const fs::path& file, const fs::path& folder) {
+  std::error_code error;
+  const auto home = fs::weakly_canonical(fs::absolute(folder, error), error), path = fs::weakly_canonical(fs::absolute(file, error), error);
+  return !error && !home.empty() && std::mismatch(home.begin(), home.end(), path.begin(), path.end()).first == home.end();
+}
+
 void require_writable(const std::vector<ReportFile>& reports, const fs::path& checkpoint) {
   std::vector<fs::path> seen;
   for (const auto& [flag, path] : reports) {
@@ -68,6 +68,7 @@ void require_writable(const std::vector<ReportFile>& reports, const fs::path& ch
     shard::require(!fs::is_directory(place.path), Code::Io, [&] { return named("is a folder; should be a file"); });
     const auto target = place.in_place ? place.path : folder_of(place.path);
     shard::require(::access(target.c_str(), W_OK) == 0, Code::Io, [&] { return named(fmt::format("cannot write: {}", std::strerror(errno))); });
+    shard::require(place.in_place || fs::is_directory(target), Code::Io, [&] { return named(fmt::format("cannot write: {} is no folder", target.string())); });
     if (place.exists && !fs::is_regular_file(place.path)) continue;
     shard::require(std::find(seen.begin(), seen.end(), place.path) == seen.end(), Code::Usage, [&] { return named("is another report's file, too; should be one of its own"); });
     seen.push_back(place.path);

@@ -177,6 +177,15 @@ class Receipt(Case):
         self.ok(source[0], DATA / source[1], self.tmp / "out", *flags, "--report", self.tmp / "report.json", "-q")
         return self.tmp / "out", self.tmp / "report.json"
 
+    def test_where_no_report_can_be(self):
+        source = DATA / DENSE / "tp2pp2"
+        args = ("convert", source, self.tmp / "out", "--to", "torch_dist", "-q", "--report")
+        for place in (self.tmp / "nowhere/report.json", self.tmp, "/dev/null/x"):
+            self.refused(7, *args, place)  # before anything is written
+        self.assertFalse((self.tmp / "out").exists())
+        self.ok(*args, self.tmp / "out/report.json")
+        self.assertIn("receipt", json.loads((self.tmp / "out/report.json").read_text()))
+
     def test_says_where_everything_came_from(self):
         out, report = self.written(("convert", DENSE + "/tp2pp2"), "--to", "torch_dist", "--tp", 4, "--pp", 1)
         summary = json.loads(report.read_text())
