@@ -20,6 +20,7 @@ import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)  # tests run beside each other
 
 
 def b(**more):
