@@ -224,6 +224,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   shard::require(!source.needs_weights_only || ask.weights_only, shard::Code::BadFormat,
                  [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });
   refuse(source.findings);
+  shard::require(!source.stored.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
   auto options = target_options(ask, source);
   const auto path = ask.dry_run ? std::filesystem::temp_directory_path() / fmt::format("shardkit-plan-{}", ::getpid()) : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
@@ -233,6 +234,9 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   auto target = formats::create(crew ? crew->folder() : part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
   target.notes.insert(target.notes.begin(), source.notes.begin(), source.notes.end());
   target.notes.insert(target.notes.begin(), origin.notes.begin(), origin.notes.end());
+  if (options.dtype && size_of(*options.dtype) < 4 && *options.dtype != shard::DType::BF16)
+    target.notes.push_back(fmt::format("{} holds no larger numbers than {}: what was larger is infinite or NaN now; shardkit verify counts such numbers", shard::name(*options.dtype),
+                                       *options.dtype == shard::DType::F16 ? "65504" : *options.dtype == shard::DType::F8E5M2 ? "57344" : "448"));
   const auto& filled_source = target.source ? *target.source : source;
   const formats::LocalReader reader(filled_source.logical, filled_source.files);
   const auto whole = make_plan(filled_source.logical, target.logical,                                     // plan

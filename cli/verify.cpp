@@ -53,6 +53,7 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared
 
 Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   Result out{checkpoint.findings, {}, ""};
+  if (checkpoint.stored.tensors.empty()) out.findings.push_back({"missing", Finding::Severity::Error, "", "no tensors are there at all"});
   const auto stored = readable(checkpoint.stored, checkpoint.findings);
   auto logical = readable(checkpoint.logical, checkpoint.findings);
   const auto replicas = compare_replicas(logical);

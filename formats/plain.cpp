@@ -70,8 +70,9 @@ class Walk {
     }
     auto stride = tensor.strides;
     for (auto& step : stride) step *= static_cast<Index>(size_of(tensor.dtype));
-    auto& stored = out_.stored.tensors[path];
-    stored = {path, tensor.dtype, tensor.sizes, tensor.sizes, {{shard::whole(tensor.sizes), {at->second, tensor.offset, stride}, {}}}, false};
+    const auto [place, alone] = out_.stored.tensors.try_emplace(path);
+    shard::require(alone, Code::BadFormat, [&] { return fmt::format("'{}': two tensors are named so, one of them inside a container", path); });
+    place->second = {path, tensor.dtype, tensor.sizes, tensor.sizes, {{shard::whole(tensor.sizes), {at->second, tensor.offset, stride}, {}}}, false};
   }
 
   Checkpoint& out_;

@@ -4,6 +4,7 @@
 #include "libshard/error.h"
 #include "libshard/inspectors.h"
 #include "libshard/parallel.h"
+#include "libshard/stop.h"
 
 #include <algorithm>
 #include <mutex>
@@ -14,10 +15,11 @@ namespace {
 
 /// The numbers of one shard that are not finite; `first` counts elements of its box in row-major order.
 NonFinite scan_shard(SummedSource& source, const ShardedTensor& tensor, const Shard& shard, std::uint64_t begin, std::uint64_t end,
-                     std::uint64_t block, Buffers& buffers) {
+                     std::uint64_t block, const std::atomic<bool>* stop, Buffers& buffers) {
   NonFinite sum;
   const auto item = size_of(tensor.dtype);
   const auto add = [&](std::span<const std::byte> bytes, auto&& element) {
+    refuse_stopped(stop);  // a view may have as many elements as it likes
     auto found = count_nonfinite(bytes, tensor.dtype);
     if (found.nan + found.inf == 0) return;
     found.first = element(found.first);
@@ -115,14 +117,14 @@ std::vector<Finding> scan_bytes(const Reader& from, const ShardedStateDict& stor
   std::vector<Buffers> buffers(std::max(1u, budget.threads));
   std::atomic<std::uint64_t> done = 0;
   run_tasks(tasks.size() + differences.size(), budget.threads, [&](std::size_t i, unsigned worker) {
-    require(!budget.stop || !*budget.stop, Code::Io, [] { return "stopped by a signal"; });
+    refuse_stopped(budget.stop);
     if (i >= tasks.size()) {
       auto& difference = differences[i - tasks.size()];
       difference = compare_places(source, replicas.comparisons[i - tasks.size()], block, buffers[worker]);
       return;
     }
     try {
-      found[i] = scan_shard(source, *tasks[i].tensor, *tasks[i].shard, tasks[i].begin, tasks[i].end, block, buffers[worker]);
+      found[i] = scan_shard(source, *tasks[i].tensor, *tasks[i].shard, tasks[i].begin, tasks[i].end, block, budget.stop, buffers[worker]);
     } catch (const Error& error) {  // a damaged chunk of a compressed file: the others can still be checked
       if (error.code != Code::BadFormat) throw;
       const std::lock_guard lock(damage_mutex);

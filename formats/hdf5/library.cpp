@@ -8,8 +8,8 @@ std::size_t never(unsigned, std::size_t, const unsigned*, std::size_t, std::size
 
 }  // namespace
 
-std::mutex& library() {
-  static std::mutex mutex;
+std::recursive_mutex& library() {
+  static std::recursive_mutex mutex;
   return mutex;
 }
 

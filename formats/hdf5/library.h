@@ -12,8 +12,8 @@
 
 namespace formats::hdf5 {
 
-/// Held around every call into the library.
-std::mutex& library();
+/// Held around every call into the library; again by what ends while an error unwinds.
+std::recursive_mutex& library();
 
 /// Owns one handle of any kind.
 class Handle {

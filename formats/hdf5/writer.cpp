@@ -130,6 +130,9 @@ class Writer {
   }
 
   void tensors(const std::vector<Wish>& wishes) {
+    for (const auto& wish : wishes)  // its names are C's
+      shard::require(!wish.key.empty() && wish.key.find('\0') == wish.key.npos, Code::BadFormat,
+                     [&] { return fmt::format("a key that is empty or holds a NUL has no name in HDF5: '{}'", wish.key.c_str()); });
     const std::lock_guard lock(library());
     const bool grouped = can_be_grouped(wishes);
     for (std::size_t i = 0; i < wishes.size(); ++i) add(wishes[i], grouped ? grouped_path(wishes[i].key) : fmt::format("tensors/{:06d}", i));

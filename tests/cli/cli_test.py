@@ -44,6 +44,26 @@ class Inspect(Case):
         self.refused(3, "inspect", self.tmp / "nothing")
         self.refused(4, "inspect", self.tmp)
 
+    def test_what_no_target_can_name_or_hold(self):
+        def write(name, keys):
+            folder = self.tmp / name
+            folder.mkdir()
+            head = json.dumps({key: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, key in enumerate(keys)}).encode()
+            (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + struct.pack(f"<{len(keys)}f", *([1e30] * len(keys))))
+            return folder
+
+        for name, keys in (("nul", ["a\0x", "a\0y"]), ("unnamed", ["", "b"])):  # HDF5's names are C's; the first ended in a deadlock
+            self.assertIn("has no name in HDF5", self.refused(4, "convert", write(name, keys), self.tmp / "out", "--to", "hdf5", "-q"))
+        nothing = write("nothing", [])
+        self.assertIn("holds no tensors", self.refused(6, "convert", nothing, self.tmp / "out", "--to", "dcp", "-q"))
+        self.assertEqual(run("verify", nothing)[0], 1)
+        self.assertFalse((self.tmp / "out").exists())
+        large = write("large", ["a"])
+        for dtype in ("f16", "f8_e4m3", "f8_e5m2"):
+            status, out = run_json("convert", large, self.tmp / dtype, "--to", "hf", "--dtype", dtype)
+            self.assertEqual((status, any("shardkit verify counts" in note for note in out["notes"])), (0, True), out["notes"])
+            self.assertEqual(run("verify", self.tmp / dtype)[0], 1)
+
 
 class Usage(Case):
     def test_statuses(self):
