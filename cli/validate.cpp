@@ -10,6 +10,7 @@
 #include "libshard/error.h"
 #include "libshard/inspectors.h"
 #include "libshard/source.h"
+#include "libshard/stop.h"
 
 #include <algorithm>
 #include <chrono>
@@ -67,7 +68,7 @@ void refuse_differing_copies(const formats::Checkpoint& checkpoint, const shard:
   shard::Buffers buffers;
   std::vector<Finding> findings;
   for (const auto& comparison : plan.comparisons) {
-    shard::require(!budget.stop || !*budget.stop, Code::Io, [] { return "stopped by a signal"; });
+    shard::refuse_stopped(budget.stop);
     const auto difference = shard::compare_places(source, comparison, shard::kBlock, buffers);
     if (difference.count) findings.push_back(shard::describe_difference(source, plan.tensors[comparison.copy.tensor], comparison, difference));
   }
@@ -202,12 +203,16 @@ void say_of_reference(Validation& v, const Reference& reference, const Opened& m
 
 }  // namespace
 
-Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device, lm::Processes* processes) {
-  const auto start = std::chrono::steady_clock::now();
+void check_ask(const ValidateAsk& ask) {
   const int given = !ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty();
   shard::require(given <= 1 && (ask.reference.empty() || ask.against.empty()), Code::Usage, [] { return "command line: give one of --reference, --tokens and --text; --against goes with tokens or text"; });
   shard::require(ask.compute == "f32" || ask.compute == "bf16", Code::Usage, [&] { return fmt::format("--compute {}: f32 and bf16 are known", ask.compute); });
   shard::require(!ask.max_loss || !std::isnan(*ask.max_loss), Code::Usage, [] { return "--max-loss nan: is no bound"; });
+}
+
+Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Device& device, lm::Processes* processes) {
+  const auto start = std::chrono::steady_clock::now();
+  check_ask(ask);
   const auto model = open_model(ask, ask.path, budget.threads);
   std::optional<Opened> other;
   if (!ask.against.empty()) other = open_model(ask, ask.against, budget.threads);

@@ -5,6 +5,7 @@
 #include "formats/hash.h"
 #include "libshard/error.h"
 #include "libshard/parallel.h"
+#include "libshard/stop.h"
 
 #include <algorithm>
 
@@ -20,7 +21,7 @@ FileDigest digest_file(const std::filesystem::path& path, const shard::Budget& b
   std::vector<shard::Digest> leaves(static_cast<std::size_t>((file.size() + kLeaf - 1) / kLeaf));
   std::vector<std::vector<std::byte>> buffers(std::max(1u, budget.threads));
   shard::run_tasks(leaves.size(), budget.threads, [&](std::size_t i, unsigned worker) {
-    shard::require(!budget.stop || !*budget.stop, shard::Code::Io, [] { return "stopped by a signal"; });
+    shard::refuse_stopped(budget.stop);
     auto& buffer = buffers[worker];
     buffer.resize(static_cast<std::size_t>(std::min(kLeaf, file.size() - i * kLeaf)));
     file.read(i * kLeaf, buffer);

@@ -7,6 +7,7 @@
 #include "libshard/kernel_copy.h"
 #include "libshard/parallel.h"
 #include "libshard/source.h"
+#include "libshard/stop.h"
 #include "libshard/target.h"
 
 #include <algorithm>
@@ -100,7 +101,7 @@ class Execution {
   // --- carrying out -------------------------------------------------------------------------------------------------
 
   void carry_out(const Unit& unit, Buffers& buffers) {
-    require(!budget_.stop || !*budget_.stop, Code::Io, [] { return "stopped by a signal"; });
+    refuse_stopped(budget_.stop);
     switch (unit.kind) {
       case Unit::Kind::Contiguous: return contiguous(plan_.copies[unit.index], unit.begin, unit.end, buffers);
       case Unit::Kind::Rows: return rows(groups_[unit.index], unit.begin, unit.end, buffers);

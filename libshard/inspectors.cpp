@@ -5,6 +5,7 @@
 #include "libshard/parallel.h"
 #include "libshard/range_reader.h"
 #include "libshard/source.h"
+#include "libshard/stop.h"
 
 #include <algorithm>
 #include <cstring>
@@ -60,7 +61,7 @@ std::map<std::string, Digest> digest_tensors(const Reader& from, std::optional<I
   std::vector<Buffers> buffers(std::max(1u, budget.threads));
   std::atomic<std::uint64_t> done = 0;
   run_tasks(leaves.size(), budget.threads, [&](std::size_t i, unsigned worker) {
-    require(!budget.stop || !*budget.stop, Code::Io, [] { return "stopped by a signal"; });
+    refuse_stopped(budget.stop);
     const auto& leaf = leaves[i];
     const auto bytes = Buffers::need(buffers[worker].c, static_cast<std::uint64_t>(leaf.hi - leaf.lo) * size_of(tensors[leaf.tensor]->dtype));
     readers[leaf.tensor].read(leaf.lo, leaf.hi, bytes, buffers[worker]);
@@ -123,7 +124,7 @@ std::vector<TensorDifference> diff_tensors(const Reader& a, std::optional<Index>
   std::vector<Both> buffers(std::max(1u, budget.threads));
   std::atomic<std::uint64_t> done = 0;
   run_tasks(leaves.size(), budget.threads, [&](std::size_t i, unsigned worker) {
-    require(!budget.stop || !*budget.stop, Code::Io, [] { return "stopped by a signal"; });
+    refuse_stopped(budget.stop);
     const auto& leaf = leaves[i];
     const auto& pair = pairs[leaf.pair];
     auto& mine = buffers[worker];

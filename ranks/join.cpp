@@ -1,6 +1,8 @@
 // Rank 0 takes whoever knows the secret and is a rank that is missing; strangers are closed without a word, and cannot make it wait.
 #include "ranks/join.h"
 
+#include "libshard/stop.h"
+
 #include <fcntl.h>
 #include <poll.h>
 #include <unistd.h>
@@ -42,7 +44,7 @@ bool same_secret(std::string_view a, std::string_view b) {
 }
 
 void check_stop(const std::atomic<bool>* stop) {
-  shard::require(!stop || !*stop, Code::Io, [] { return "stopped by a signal"; });
+  shard::refuse_stopped(stop);
 }
 
 std::string seconds(milliseconds patience) { return fmt::format("{:g} s", static_cast<double>(patience.count()) / 1000); }

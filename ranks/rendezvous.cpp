@@ -1,6 +1,7 @@
 // A star around rank 0. One thread a process reads whatever comes, so that a failure is heard at any time; rank 0 passes it on.
 #include "ranks/rendezvous.h"
 
+#include "libshard/stop.h"
 #include "ranks/join.h"
 
 #include <poll.h>
@@ -137,7 +138,7 @@ struct Rendezvous::State {
     std::unique_lock lock(mutex);
     while (peer.texts.empty()) {
       if (failure) throw *failure;
-      shard::require(!stop || !*stop, Code::Io, [] { return "stopped by a signal"; });
+      shard::refuse_stopped(stop);
       shard::require(!peer.left, Code::Io, [&] { return fmt::format("rank {}: has finished already", rank_of(peer)); });
       changed.wait_for(lock, milliseconds(100));
     }

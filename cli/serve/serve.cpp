@@ -153,8 +153,7 @@ fs::path existing_folder(const std::string& flag, const std::string& text) {
 
 /// What no checkpoint could be judged by would make an error of each, and call --on-bad.
 void check_watched(const ValidateAsk& ask) {
-  shard::require(!ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty() <= 1, Code::Usage, [] { return "command line: give one of --reference, --tokens and --text"; });
-  shard::require(ask.compute == "f32" || ask.compute == "bf16", Code::Usage, [&] { return fmt::format("--compute {}: f32 and bf16 are known", ask.compute); });
+  check_ask(ask);
   shard::require(ask.tp >= 1 && ask.tp <= 64 && ask.pp >= 1 && ask.pp <= 64, Code::Usage, [&] { return fmt::format("--tp {} --pp {}: should be 1 to 64", ask.tp, ask.pp); });
   shard::require(!ask.max_loss || std::isfinite(*ask.max_loss), Code::Usage, [&] { return fmt::format("--max-loss {}: should be a number", *ask.max_loss); });
   if (!ask.tokens.empty()) read_tokens(ask.tokens);

@@ -122,7 +122,6 @@ struct Point {
 struct Machine {
   std::recursive_mutex mutex;
   std::map<int, Arena> arenas;                 ///< by device, made when first used
-  std::size_t limit = kArena;                  ///< bytes of each
   int depth = 0;                               ///< pieces of work that wait for each other
   Emulated told;
   std::uint64_t done = 0;                      ///< pieces of work
@@ -136,7 +135,7 @@ thread_local int current_device = 0;
 
 Arena& arena_of(int device) {
   auto& arena = machine().arenas[device];
-  arena.limit = machine().limit;
+  arena.limit = std::min(machine().told.memory, kArena);
   return arena;
 }
 
@@ -176,7 +175,6 @@ void emulate(const Emulated& device) {
   auto& all = machine();
   const std::lock_guard lock(all.mutex);
   all.told = device;
-  all.limit = std::min(device.memory, kArena);
 }
 
 void let_others_work(const Work& wait) {

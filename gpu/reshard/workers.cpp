@@ -3,6 +3,7 @@
 
 #include "libshard/error.h"
 #include "libshard/parallel.h"
+#include "libshard/stop.h"
 
 #include <algorithm>
 #include <limits>
@@ -68,7 +69,7 @@ void Workers::run(std::size_t count, const std::function<void(std::size_t i, Bat
 }
 
 void Workers::start(Worker& worker, Batch& batch) {
-  shard::require(!budget_.stop || !*budget_.stop, shard::Code::Io, [] { return "stopped by a signal"; });
+  shard::refuse_stopped(budget_.stop);
   auto& lane = *worker.lanes[worker.next];
   worker.next = (worker.next + 1) % worker.lanes.size();
   told_(lane.finish());

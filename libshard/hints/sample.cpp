@@ -2,6 +2,7 @@
 #include "libshard/hints/sample.h"
 
 #include "libshard/error.h"
+#include "libshard/stop.h"
 
 #include <algorithm>
 #include <cmath>
@@ -51,7 +52,7 @@ const ShardedTensor* Side::find(std::string_view key) const {
 Index Side::rows(const ShardedTensor& tensor) const { return tensor.vocabulary ? rows_that_count(tensor, vocab_) : extent(tensor).rows; }
 
 std::span<const std::byte> Side::read(const ShardedTensor& tensor, Index flat, Index count) {
-  require(!budget_.stop || !*budget_.stop, Code::Io, [] { return "stopped by a signal"; });
+  refuse_stopped(budget_.stop);
   auto found = readers_.find(&tensor);
   if (found == readers_.end()) {
     if (readers_.size() >= kReaders) readers_.clear();
