@@ -4,6 +4,7 @@
 #include "formats/checkpoint.h"
 #include "lm/language_module.h"
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <optional>
@@ -54,6 +55,7 @@ class Comparer {
     double max_abs_logits = 0, max_abs_loss = 0, mean_abs_loss = 0;
     double peak = 0, wanted_peak = 0;  ///< the largest logit here and in the reference, of those that are finite
     double sum_abs_logits = 0, logits_compared = 0;
+    double mean_abs_logits() const { return sum_abs_logits / std::max(1.0, logits_compared); }
     bool logits = false, loss = false;
   };
   struct Step {

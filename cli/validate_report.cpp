@@ -51,6 +51,7 @@ Json validation_json(const Validation& v) {
            {"seconds", {{"load", v.load_seconds}, {"forward", v.forward_seconds}, {"all", v.all_seconds}}}};
   if (v.reference)
     out["reference"] = {{"max_abs_logits", v.reference->logits ? number(v.reference->max_abs_logits) : Json(nullptr)},
+                        {"mean_abs_logits", v.reference->logits ? number(v.reference->mean_abs_logits()) : Json(nullptr)},
                         {"max_abs_loss", v.reference->loss ? number(v.reference->max_abs_loss) : Json(nullptr)},
                         {"mean_abs_loss", v.reference->loss ? number(v.reference->mean_abs_loss) : Json(nullptr)}};
   else out["reference"] = nullptr;

@@ -41,6 +41,7 @@ set_property(TEST bench_gpu_model PROPERTY ENVIRONMENT "SHARDKIT=$<TARGET_FILE:s
 add_python_test(attacks attacks attacks/attacks_test.py)
 add_python_test(peers peers peers/peers_test.py)
 add_python_test(peers_forward peers peers/forward_test.py)
+add_python_test(peers_fp8 peers peers/fp8_test.py)
 add_python_test(peers_families peers peers/families_test.py)
 add_python_test(peers_lora peers peers/lora_test.py)
 add_python_test(peers_mup peers peers/mup_test.py)

@@ -54,6 +54,11 @@ void LocalReader::read(std::uint32_t stream, std::uint64_t offset, std::span<std
   else files_->get(range.file)->read(range.offset + offset, into);
 }
 
+const shard::ScaledMatrix* LocalReader::scaled_matrix(std::uint32_t stream) const {
+  const auto* const computed = files_->computed(described_.streams.at(stream).file);
+  return computed ? computed->scaled_matrix() : nullptr;
+}
+
 std::optional<shard::FileRange> LocalReader::file_range(std::uint32_t stream) const {
   const auto& range = described_.streams[stream];
   if (files_->computed(range.file)) return std::nullopt;

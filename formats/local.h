@@ -16,6 +16,8 @@ struct ComputedBytes {
   virtual ~ComputedBytes() = default;
   /// Thread safe. Throws as a file's read would.
   virtual void read(std::uint64_t offset, std::span<std::byte> into) const = 0;
+  /// What they are computed from, where it is that.
+  virtual const shard::ScaledMatrix* scaled_matrix() const { return nullptr; }
 };
 
 /// Open files by index, the least recently opened closed first when there are too many. Thread safe.
@@ -47,6 +49,7 @@ class LocalReader final : public shard::Reader {
   const shard::ShardedStateDict& describe() const override { return described_; }
   void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const override;
   std::optional<shard::FileRange> file_range(std::uint32_t stream) const override;
+  const shard::ScaledMatrix* scaled_matrix(std::uint32_t stream) const override;
 
  private:
   shard::ShardedStateDict described_;

@@ -18,12 +18,24 @@ struct FileRange {
   std::shared_ptr<const void> owner;  ///< keeps the descriptor open
 };
 
+/// A stored matrix of e4m3 numbers, row by row, with one factor for each block of rows and columns, whose product a stream reads as.
+struct ScaledMatrix {
+  virtual ~ScaledMatrix() = default;
+  Index rows = 0, columns = 0, block_rows = 0, block_columns = 0;
+  /// From number `first` on. Thread safe.
+  virtual void numbers(std::uint64_t first, std::span<std::byte> into) const = 0;
+  /// [⌈rows/block_rows⌉, ⌈columns/block_columns⌉].
+  virtual std::vector<float> scales() const = 0;
+};
+
 struct Reader {
   virtual ~Reader() = default;
   virtual const ShardedStateDict& describe() const = 0;
   /// Fills `into` from `offset` of a stream; thread safe.
   virtual void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const = 0;
   virtual std::optional<FileRange> file_range(std::uint32_t stream) const = 0;
+  /// What the stream is computed from; null where that is something else.
+  virtual const ScaledMatrix* scaled_matrix(std::uint32_t) const { return nullptr; }
 };
 
 /// Without commit() nothing is left behind.

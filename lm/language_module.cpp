@@ -215,7 +215,7 @@ Tensor LanguageModule::embed(Weights& weights, const Ids& ids, const Ids& positi
   auto factor = config_.embedding_multiplier;
   if (config_.embedding_multiplier_rounded) {
     // Gemma's √h is a number of the weights' type, which in f32 computation is f32.
-    factor = on_.compute() == Compute::Bf16 ? static_cast<double>(cpu::round_bf16(static_cast<float>(factor))) : static_cast<double>(static_cast<float>(factor));
+    factor = rounds_to_bf16(on_.compute()) ? static_cast<double>(cpu::round_bf16(static_cast<float>(factor))) : static_cast<double>(static_cast<float>(factor));
   }
   if (source_.has(kPositions)) on_.add(out, weights.gather(kPositions, positions, 0, source_.shape(kPositions)[0]));
   on_.scale(out, factor);

@@ -44,9 +44,11 @@ struct AttentionShape {
   bool off_by_one = false;
 };
 
-/// A linear's weight [outputs, inputs] and its bias [outputs], or none.
+/// A linear's weight [outputs, inputs] and its bias [outputs], or none. A weight in e4m3 has scales, one for each block that it touches: the product
+/// then takes its input so as well.
 struct Linear {
   Weight weight, bias;
+  Weight scales = {};
 };
 
 /// One of several linears of the same input.

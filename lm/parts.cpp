@@ -69,6 +69,17 @@ Box part_of(const TransformerConfig& config, const std::string& name, Sides whol
   return {{mine.lo, 0}, {mine.count, whole.columns}};
 }
 
+Box part_of(const TransformerConfig& config, const WeightSource& source, const std::string& name, TensorRank at) {
+  const std::string weight(weight_of_scales(name));
+  if (weight.empty()) return part_of(config, name, source.sides(name), at);
+  auto out = part_of(config, weight, source.sides(weight), at);
+  for (std::size_t axis = 0; axis < out.lo.size(); ++axis) {
+    out.size[axis] = blocks_of(out.size[axis], out.lo[axis] % kScaleBlock);
+    out.lo[axis] /= kScaleBlock;
+  }
+  return out;
+}
+
 std::uint64_t Part::bytes() const { return static_cast<std::uint64_t>(shard::volume(box.size)) * size_of(type); }
 
 bool needs(const Parts& parts, const WeightUse& use) {
@@ -92,14 +103,14 @@ std::vector<int> readers_of(const WeightSource& source, const std::vector<Weight
 Parts parts_of(const TransformerConfig& config, const WeightSource& source, const std::vector<WeightUse>& uses, TensorRank at) {
   Parts out;
   for (const auto& use : uses)
-    if (const auto box = part_of(config, use.name, source.sides(use.name), at); !shard::empty(box)) out.try_emplace(use.name, Part{source.type_of(use.name), box});
+    if (const auto box = part_of(config, source, use.name, at); !shard::empty(box)) out.try_emplace(use.name, Part{source.type_of(use.name), box});
   return out;
 }
 
 Weight RankStream::take(const std::string& name, Index lo) {
   const auto weight = whole_.take(name, lo);
   if (at_.size == 1) return weight;
-  const auto mine = shard::intersect({{lo, 0}, {weight.rows, weight.columns}}, part_of(config_, name, whole_.source().sides(name), at_));
+  const auto mine = shard::intersect({{lo, 0}, {weight.rows, weight.columns}}, part_of(config_, whole_.source(), name, at_));
   if (!mine) return {};
   return weight.row_range(mine->lo[0] - lo, mine->size[0]).column_range(mine->lo[1], mine->size[1]);
 }

@@ -27,6 +27,8 @@ struct TensorRank {
 /// The box of weight `name` [rows, columns] (a vector is one row) that the rank computes with; empty where it needs none of it: the bias of a sum over
 /// ranks is the first one's to add. Throws Mismatch where heads or groups do not divide it.
 shard::Box part_of(const shard::TransformerConfig& config, const std::string& name, Sides whole, TensorRank at);
+/// The same of a weight of `source`; of scales, all whose blocks the part of their weight touches.
+shard::Box part_of(const shard::TransformerConfig& config, const WeightSource& source, const std::string& name, TensorRank at);
 
 /// What a rank holds of a weight.
 struct Part {

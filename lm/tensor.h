@@ -8,7 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -17,8 +19,15 @@ namespace lm {
 using shard::Index;
 
 /// What products take and what every op's result is rounded to. In Bf16 the host keeps activations in f32, each value rounded
-/// to bf16 where torch would store it; sums are f32 in both.
-enum class Compute { F32, Bf16 };
+/// to bf16 where torch would store it; sums are f32 in all. Fp8 is Bf16, but that layers' linears see both sides in e4m3 with a
+/// scale for each block (lm/scaled_blocks.h).
+enum class Compute { F32, Bf16, Fp8 };
+/// Whether results are rounded to bf16.
+constexpr bool rounds_to_bf16(Compute compute) { return compute != Compute::F32; }
+/// "f32", "bf16", "fp8".
+constexpr std::optional<Compute> compute_named(std::string_view name) {
+  return name == "f32" ? std::optional(Compute::F32) : name == "bf16" ? std::optional(Compute::Bf16) : name == "fp8" ? std::optional(Compute::Fp8) : std::nullopt;
+}
 
 /// Row-major [rows, columns], owned, not zeroed: f32 on the host. A device chooses memory and type, which its ops alone read.
 class Tensor {
@@ -61,20 +70,23 @@ struct Ids {
 struct Weight {
   std::shared_ptr<const std::byte> owner;
   const std::byte* data = nullptr;
-  shard::DType dtype = shard::DType::F32;  ///< F32 or BF16
+  shard::DType dtype = shard::DType::F32;  ///< F32 or BF16; F8E4M3 where scales lie beside it
   Index rows = 0, columns = 0, stride = 0; ///< elements from one row to the next
+  Index first_row = 0, first_column = 0;   ///< of the whole weight, where this is a part of it
 
   explicit operator bool() const { return data != nullptr; }
   Weight row_range(Index lo, Index count) const {
     auto out = *this;
     out.data += static_cast<std::size_t>(lo * stride) * size_of(dtype);
     out.rows = count;
+    out.first_row += lo;
     return out;
   }
   Weight column_range(Index lo, Index count) const {
     auto out = *this;
     out.data += static_cast<std::size_t>(lo) * size_of(dtype);
     out.columns = count;
+    out.first_column += lo;
     return out;
   }
   float at(Index row, Index column) const {

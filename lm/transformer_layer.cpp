@@ -40,7 +40,7 @@ class Layer {
   Weight take_if(const std::string& name) { return has(name) ? take(name) : Weight{}; }
   Linear parameters(const std::string& name) {
     auto weight = take(name + ".weight");
-    return {std::move(weight), take_if(name + ".bias")};
+    return {std::move(weight), take_if(name + ".bias"), take_if(name + ".weight_scale")};
   }
   void expect(const Linear& p, const std::string& name, Index rows, Index columns) const {
     shard::require(p.weight.rows == rows && p.weight.columns == columns, Code::Mismatch, [&] {
@@ -221,7 +221,7 @@ std::vector<WeightUse> layer_uses(const WeightSource& source, const TransformerC
                                   const std::string& prefix, int times) {
   std::vector<WeightUse> out;
   const auto use = [&](const std::string& name) {
-    for (const auto* part : {".weight", ".bias"})
+    for (const auto* part : {".weight", ".weight_scale", ".bias"})
       if (source.has(prefix + name + part)) out.push_back({prefix + name + part, 0, -1, times});
   };
   const auto one = [&](const std::string& name) {

@@ -21,11 +21,15 @@ WeightSource::WeightSource(const shard::Reader& from, const shard::Kernels& kern
     : dict_(from.describe()), kernels_(kernels), compute_(compute), source_(from, kernels) {
   for (const auto& [key, tensor] : dict_.tensors)
     for (const auto& shard : tensor.shards) source_.touch(shard.place.stream, key);
+  if (compute_ != Compute::Fp8) return;
+  for (const auto& [key, tensor] : dict_.tensors)
+    if (is_block_scaled(key) && tensor.natural.size() == 2) scale_shapes_[scales_of(key)] = {blocks_of(tensor.natural[0]), blocks_of(tensor.natural[1])};
 }
 
-bool WeightSource::has(const std::string& name) const { return dict_.tensors.contains(name) || dict_.ties.contains(name); }
+bool WeightSource::has(const std::string& name) const { return dict_.tensors.contains(name) || dict_.ties.contains(name) || scale_shapes_.contains(name); }
 
 const shard::Shape& WeightSource::shape(const std::string& name) const {
+  if (const auto scales = scale_shapes_.find(name); scales != scale_shapes_.end()) return scales->second;
   shard::require(has(name), Code::Mismatch, [&] { return fmt::format("{}: is missing; the model's configuration calls for it", name); });
   return dict_.at(name).natural;
 }
@@ -46,11 +50,15 @@ WeightSource::Rows WeightSource::rows_of(const std::string& name, Index lo, Inde
   if (count < 0) count = rows - lo;
   shard::require(lo >= 0 && lo + count <= rows, Code::Mismatch, [&, rows = rows] { return fmt::format("{}: has {} rows; row {} is asked for", name, rows, lo + count - 1); });
   auto type = dict_.at(name).dtype == DType::BF16 ? DType::BF16 : DType::F32;
-  if (compute_ == Compute::Bf16 && !name.ends_with("expert_bias")) type = DType::BF16;
+  if (rounds_to_bf16(compute_) && !name.ends_with("expert_bias")) type = DType::BF16;
+  if (scaled(name)) type = DType::F8E4M3;
   return {dict_.at(name), lo, count, columns, type};
 }
 
+shard::DType WeightSource::type_of(const std::string& name) const { return scale_shapes_.contains(name) ? DType::F32 : rows_of(name, 0, -1).type; }
+
 std::uint64_t WeightSource::bytes_of(const std::string& name, Index lo, Index count) const {
+  if (const auto scales = scale_shapes_.find(name); scales != scale_shapes_.end()) return static_cast<std::uint64_t>(shard::volume(scales->second)) * sizeof(float);
   const auto rows = rows_of(name, lo, count);
   return static_cast<std::uint64_t>(rows.count * rows.columns) * size_of(rows.type);
 }
@@ -65,6 +73,7 @@ std::shared_ptr<const MappedFile> WeightSource::mapped(std::uint32_t stream) {
 }
 
 std::optional<WeightSource::View> WeightSource::view(const std::string& name, Index lo, Index count) {
+  if (scale_shapes_.contains(name) || scaled(name)) return std::nullopt;
   const auto [tensor, first, rows, columns, type] = rows_of(name, lo, count);
   if (type != tensor.dtype || rows * columns == 0) return std::nullopt;
   const auto run = shard::RangeReader(source_, tensor).dense(first * columns, (first + rows) * columns);
@@ -79,10 +88,59 @@ std::optional<WeightSource::View> WeightSource::view(const std::string& name, In
     if (bytes.size() >= kWorthACall) MappedFile::forget(bytes);
   });
   viewed_ += run->bytes;
-  return View{{std::move(owner), bytes.data(), type, rows, columns, columns}, bytes, *run};
+  return View{{std::move(owner), bytes.data(), type, rows, columns, columns, first}, bytes, *run};
+}
+
+Weight WeightSource::read_scaled(const std::string& name) {
+  const auto [tensor, first, rows, columns, type] = rows_of(name, 0, -1);
+  const auto across = blocks_of(columns);
+  const auto numbers = take_buffer(static_cast<std::size_t>(rows * columns)), factors = take_buffer(static_cast<std::size_t>(blocks_of(rows) * across) * sizeof(float));
+  auto* const scales = reinterpret_cast<float*>(factors.get());
+  shard::require(shard::castable(tensor.dtype, DType::F32), Code::BadFormat,
+                 [&, &tensor = tensor] { return fmt::format("{}: holds {}; a forward pass takes floating point", name, shard::name(tensor.dtype)); });
+  const shard::RangeReader reader(source_, tensor);
+  const auto run = reader.dense(0, rows * columns);
+  const auto* stored = run && run->offset == 0 ? source_.reader().scaled_matrix(run->stream) : nullptr;
+  if (stored && (stored->rows != rows || stored->columns != columns || stored->block_rows != kScaleBlock || stored->block_columns != kScaleBlock)) stored = nullptr;
+  if (stored) {
+    const auto as_stored = stored->scales();
+    std::copy(as_stored.begin(), as_stored.end(), scales);
+    stored->numbers(0, {numbers.get(), static_cast<std::size_t>(rows * columns)});
+  }
+  // A block row at a time, looked at as it is stored.
+  const auto most = static_cast<std::size_t>(std::min(rows, kScaleBlock) * columns);
+  const auto raw = take_buffer(most * size_of(tensor.dtype)), wide = take_buffer(most * sizeof(float));
+  auto* const values = reinterpret_cast<float*>(wide.get());
+  shard::Buffers work;
+  for (Index lo = 0; lo < rows; lo += kScaleBlock) {
+    const auto some = std::min(kScaleBlock, rows - lo);
+    const auto count = static_cast<std::size_t>(some * columns);
+    reader.read(lo * columns, (lo + some) * columns, {raw.get(), count * size_of(tensor.dtype)}, work);
+    kernels_.cast({raw.get(), count * size_of(tensor.dtype)}, tensor.dtype, {wide.get(), count * sizeof(float)}, DType::F32);
+    note(name, lo, {wide, wide.get(), DType::F32, some, columns, columns}, look({wide.get(), count * sizeof(float)}, DType::F32, 1));
+    if (stored) continue;
+    auto* const to = numbers.get() + lo * columns;
+    auto* const factor = scales + lo / kScaleBlock * across;
+    if (tensor.dtype == DType::F8E4M3) std::copy_n(raw.get(), count, to), std::fill_n(factor, across, 1.0f);
+    else quantise_rows(values, some, columns, to, factor);
+  }
+  const std::lock_guard lock(mutex_);
+  scales_[scales_of(name)] = {factors, factors.get(), DType::F32, blocks_of(rows), across, across};
+  return {numbers, numbers.get(), type, rows, columns, columns};
+}
+
+Weight WeightSource::read_scales(const std::string& name) {
+  for (;; read_scaled(std::string(weight_of_scales(name)))) {
+    const std::lock_guard lock(mutex_);
+    if (const auto known = scales_.find(name); known != scales_.end()) return known->second;
+  }
 }
 
 Weight WeightSource::read(const std::string& name, Index lo, Index rows) {
+  if (const auto whole = scale_shapes_.contains(name); whole || scaled(name)) {
+    shard::require(lo == 0 && rows < 0, Code::Mismatch, [&] { return fmt::format("{}: is taken whole", name); });
+    return whole ? read_scales(name) : read_scaled(name);
+  }
   if (auto seen = view(name, lo, rows)) return seen->weight;
   const auto [tensor, first, count, columns, type] = rows_of(name, lo, rows);
   const auto elements = static_cast<std::size_t>(count * columns);
@@ -95,7 +153,7 @@ Weight WeightSource::read(const std::string& name, Index lo, Index rows) {
     data = take_buffer(elements * size_of(type));
     kernels_.cast({stored.get(), elements * size_of(tensor.dtype)}, tensor.dtype, {data.get(), elements * size_of(type)}, type);
   }
-  return {data, data.get(), type, count, columns, columns};
+  return {data, data.get(), type, count, columns, columns, first};
 }
 
 Tensor WeightSource::gather(const std::string& name, std::span<const Index> ids, Index lo, Index hi) {
@@ -122,6 +180,7 @@ Tensor WeightSource::gather(const std::string& name, std::span<const Index> ids,
 }
 
 void WeightSource::check(const std::string& name, Index lo, const Weight& weight) {
+  if (scale_shapes_.contains(name) || scaled(name)) return;  // read() looked
   note(name, lo, weight, look({weight.data, static_cast<std::size_t>(weight.rows * weight.columns) * size_of(weight.dtype)}, weight.dtype, 1));
 }
 

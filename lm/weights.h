@@ -5,6 +5,7 @@
 #include "libshard/range_reader.h"
 #include "lm/look.h"
 #include "lm/mapped_file.h"
+#include "lm/scaled_blocks.h"
 #include "lm/tensor.h"
 
 #include <condition_variable>
@@ -51,13 +52,14 @@ class WeightSource {
   /// Keeps a reference to `from`. `exact`: names that keep their type in Bf16 (a router's selection bias).
   WeightSource(const shard::Reader& from, const shard::Kernels& kernels, Compute compute);
 
+  /// Tensors, and in Fp8 the scales of those that products take so.
   bool has(const std::string& name) const;
   /// Natural shape. Throws Mismatch where there is no such tensor.
   const shard::Shape& shape(const std::string& name) const;
   Sides sides(const std::string& name) const;
   shard::DType dtype(const std::string& name) const;
-  /// What read() gives it as.
-  shard::DType type_of(const std::string& name) const { return rows_of(name, 0, -1).type; }
+  /// What read() gives it as: in Fp8 a layer's linears as e4m3, whose scales are then read by their own name; both are read whole.
+  shard::DType type_of(const std::string& name) const;
   /// Bytes that read() gives.
   std::uint64_t bytes_of(const std::string& name, Index lo = 0, Index count = -1) const;
   /// A weight in its file's memory, for as long as the weight is held; not looked at.
@@ -102,6 +104,9 @@ class WeightSource {
   };
   Rows rows_of(const std::string& name, Index lo, Index count) const;
   std::shared_ptr<const MappedFile> mapped(std::uint32_t stream);
+  bool scaled(const std::string& name) const { return scale_shapes_.contains(scales_of(name)); }
+  Weight read_scaled(const std::string& name);
+  Weight read_scales(const std::string& name);
   void note(const std::string& name, Index lo, const Weight& weight, const Sight& sight);
   bool is_matrix(const std::string& name) const;
   void refuse_torn() const;
@@ -113,6 +118,8 @@ class WeightSource {
   mutable std::mutex mutex_;
   std::map<std::string, std::map<Index, Seen>> seen_;  ///< by name and first row
   std::map<std::uint32_t, std::shared_ptr<const MappedFile>> mapped_;  ///< by file
+  std::map<std::string, shard::Shape> scale_shapes_;   ///< by the scales' name
+  std::map<std::string, Weight> scales_;               ///< found when their weight was read
   std::atomic<std::uint64_t> viewed_ = 0;
 };
 

@@ -77,7 +77,7 @@ ValidateAsk read_ask(const fs::path& root, std::string_view body) {
   }
   if (!unknown.empty()) throw Refusal{400, fmt::format("request: unknown key {}; known are checkpoint, reference, tokens, text, against, compute, tp, pp, iteration, max_loss", unknown)};
   if (ask.path.empty()) throw Refusal{400, "request: \"checkpoint\" is missing"};
-  if (ask.compute != "f32" && ask.compute != "bf16") throw Refusal{400, fmt::format("compute: '{}'; f32 and bf16 are known", clipped(ask.compute))};
+  if (!lm::compute_named(ask.compute)) throw Refusal{400, fmt::format("compute: '{}'; f32, bf16 and fp8 are known", clipped(ask.compute))};
   if (!ask.reference.empty() + !ask.tokens.empty() + !ask.text.empty() > 1) throw Refusal{400, "request: give one of reference, tokens and text"};
   if (!ask.reference.empty() && !ask.against.empty()) throw Refusal{400, "request: against goes with tokens or text, not with reference"};
   return ask;

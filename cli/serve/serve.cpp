@@ -257,7 +257,7 @@ void add_serve(CLI::App& app, Action& action) {
   command->add_option("--tokens", ask->watched.tokens, "For --watch: token ids")->type_name("FILE");
   command->add_option("--text", ask->watched.text, "For --watch: text for the checkpoint's own tokenizer")->type_name("FILE");
   command->add_option("--max-loss", ask->watched.max_loss, "For --watch: bad above this mean loss");
-  command->add_option("--compute", ask->watched.compute, "For --watch: f32 or bf16 (default f32)");
+  command->add_option("--compute", ask->watched.compute, "For --watch: f32, bf16 or fp8 (default f32)");
   add_attention_option(*command, ask->watched.attention);
   command->add_option("--tp", ask->watched.tp, "For --watch: tensor parallel ranks, as threads (default 1)");
   command->add_option("--pp", ask->watched.pp, "For --watch: pipeline stages, as threads (default 1)");

@@ -22,34 +22,43 @@ constexpr std::array<float, 16> kFp4{0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1
 
 Index blocks(Index size, Index block) { return (size - 1) / block + 1; }
 
-class Fp8 final : public ComputedElements {
+class Fp8 final : public ComputedElements, public shard::ScaledMatrix {
  public:
   Fp8(const Checkpoint& checkpoint, const QuantisedPair& pair, DType dtype)
       : Fp8(checkpoint, checkpoint.stored.at(pair.weight), checkpoint.stored.at(pair.scale), pair, dtype) {}
+  const shard::ScaledMatrix* scaled_matrix() const override { return this; }
+  void numbers(std::uint64_t first, std::span<std::byte> into) const override { weight_.read(first, into); }
+  std::vector<float> scales() const override { return scales(0, blocks(rows, block_rows)); }
 
  protected:
   void compute(std::uint64_t first, std::span<float> out) const override {
     std::vector<std::byte> numbers(out.size());
     weight_.read(first, numbers);
-    const auto per_row = (columns_ - 1) / block_columns_ + 1;  // scales
-    const auto begin = first / columns_ / block_rows_, end = (first + out.size() - 1) / columns_ / block_rows_ + 1;
-    const auto item = size_of(scale_type_);
-    std::vector<std::byte> raw((end - begin) * per_row * item);
-    scale_.read(begin * per_row * item, raw);
-    std::vector<float> scales((end - begin) * per_row);
-    shard::cast(raw, scale_type_, std::as_writable_bytes(std::span(scales)), DType::F32);
-    dequantise_fp8(numbers, scales, first, columns_, block_rows_, block_columns_, out);
+    const auto width = static_cast<std::uint64_t>(columns), height = static_cast<std::uint64_t>(block_rows);
+    const auto begin = first / width / height, end = (first + out.size() - 1) / width / height + 1;
+    dequantise_fp8(numbers, scales(static_cast<Index>(begin), static_cast<Index>(end)), first, width, height, static_cast<std::uint64_t>(block_columns), out);
   }
 
  private:
   Fp8(const Checkpoint& checkpoint, const shard::ShardedTensor& weight, const shard::ShardedTensor& scale, const QuantisedPair& pair, DType dtype)
       : ComputedElements(dtype, static_cast<std::uint64_t>(shard::volume(weight.global_shape))), weight_(bytes_of(checkpoint, weight)),
-        scale_(bytes_of(checkpoint, scale)), scale_type_(scale.dtype), columns_(static_cast<std::uint64_t>(weight.global_shape[1])),
-        block_rows_(static_cast<std::uint64_t>(pair.block_rows)), block_columns_(static_cast<std::uint64_t>(pair.block_columns)) {}
+        scale_(bytes_of(checkpoint, scale)), scale_type_(scale.dtype) {
+    rows = weight.global_shape[0], columns = weight.global_shape[1];
+    block_rows = pair.block_rows, block_columns = pair.block_columns;
+  }
+
+  /// Of block rows [begin, end).
+  std::vector<float> scales(Index begin, Index end) const {
+    const auto per_row = static_cast<std::uint64_t>(blocks(columns, block_columns)), count = static_cast<std::uint64_t>(end - begin) * per_row, item = size_of(scale_type_);
+    std::vector<std::byte> raw(count * item);
+    scale_.read(static_cast<std::uint64_t>(begin) * per_row * item, raw);
+    std::vector<float> out(count);
+    shard::cast(raw, scale_type_, std::as_writable_bytes(std::span(out)), DType::F32);
+    return out;
+  }
 
   StoredBytes weight_, scale_;
   DType scale_type_;
-  std::uint64_t columns_, block_rows_, block_columns_;
 };
 
 class Mxfp4 final : public ComputedElements {

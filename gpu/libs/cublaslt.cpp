@@ -20,7 +20,7 @@ namespace {
 using shard::Code;
 using shard::DType;
 
-constexpr std::size_t kLeastVersion = 120000;
+constexpr std::size_t kLeastVersion = 120000, kLeastForBlocks = 120900;
 
 struct Api {
   explicit Api(const Library& library) {
@@ -141,6 +141,10 @@ struct Matmul::State {
     good(!shape.w_by_inner, "fp8 weights must be stored [n, k]");
     good(shape.inner % 16 == 0 && shape.columns % 16 == 0 && shape.x_pitch % 16 == 0 && shape.w_pitch % 16 == 0, "fp8 needs k, n and pitches that 16 divides");
     good(!shape.bias || shape.out_type != DType::F32, "fp8 with f32 output takes no bias");
+    if (!shape.scaled_blocks) return;
+    good(info.major == 9, fmt::format("scales of blocks need compute capability 9.0; {} has {}.{}", info.name, info.major, info.minor));
+    good(api.version() >= kLeastForBlocks && kKnowsBlocks, fmt::format("scales of blocks need version 12.9, in the library and when this was built; the library is {}", version));
+    good(shape.rows % 4 == 0 && shape.inner % 512 == 0 && shape.batch == 1 && !shape.bias, "scales of blocks take rows that 4 and an inner side that 512 divides, one product at a time and no bias");
   }
 
   cublasLtMatrixLayout_t layout(DType type, std::int64_t rows, std::int64_t columns, std::int64_t pitch, const MatmulShape& shape, std::int64_t step) const {
@@ -153,6 +157,17 @@ struct Matmul::State {
     }
     return out;
   }
+
+#if CUBLAS_VERSION >= 120900
+  static constexpr bool kKnowsBlocks = true;
+  void set_blocks(cublasLtMatmulDesc_t desc) const {
+    set(desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F);
+    set(desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F);
+  }
+#else
+  static constexpr bool kKnowsBlocks = false;
+  void set_blocks(cublasLtMatmulDesc_t) const {}
+#endif
 
   void set_scales(cublasLtMatmulDesc_t desc, const MatmulOperands& operands) const {
     set(desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(operands.w_scale));
@@ -172,6 +187,7 @@ struct Matmul::State {
       set(plan.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, aligned_so);
     }
     if (is_fp8(shape.type)) set_scales(plan.desc, operands);
+    if (shape.scaled_blocks) set_blocks(plan.desc);
     const auto w_rows = shape.w_by_inner ? shape.columns : shape.inner, w_columns = shape.w_by_inner ? shape.inner : shape.columns;
     plan.a = layout(shape.w_type, w_rows, w_columns, shape.w_pitch, shape, shape.w_step);
     plan.b = layout(shape.type, shape.inner, shape.rows, shape.x_pitch, shape, shape.x_step);

@@ -21,6 +21,7 @@ struct MatmulShape {
   bool tf32 = false;                                   ///< f32 operands may lose mantissa to be multiplied on tensor cores
   std::int64_t batch = 1, x_step = 0, w_step = 0, out_step = 0;
   shard::DType w_type = type;
+  bool scaled_blocks = false;                          ///< fp8: the factors are those of gpu/ops/scaled.h, w's for whole blocks from its first number on
   auto operator<=>(const MatmulShape&) const = default;
 };
 
@@ -28,7 +29,8 @@ struct MatmulOperands {
   const std::byte *x = nullptr, *w = nullptr, *bias = nullptr;
   std::byte* out = nullptr;
   float alpha = 1, beta = 0;
-  const float *x_scale = nullptr, *w_scale = nullptr;  ///< fp8: one factor a tensor, in device memory; null is 1
+  const float *x_scale = nullptr, *w_scale = nullptr;  ///< fp8: one factor a tensor, in device memory; null is 1. With scaled_blocks: x's with a pitch of
+                                                       ///< shape.rows, w's with one of inner/128
 };
 
 /// One device's products, for one stream at a time: its workspace is one piece. A shape costs a search for its algorithm when it is first

@@ -9,6 +9,7 @@
 #include "gpu/ops/rows.h"
 #include "libshard/error.h"
 #include "lm/cpu/ops.h"
+#include "lm/scaled_blocks.h"
 
 #include <algorithm>
 
@@ -68,6 +69,12 @@ T* part(const std::shared_ptr<std::byte>& memory, std::size_t at) {
 View view_of(const lm::Tensor& x) { return {x.data(), x.dtype(), x.rows(), x.columns(), x.columns()}; }
 View view_of(const lm::Weight& weight) { return {const_cast<std::byte*>(weight.data), weight.dtype, weight.rows, weight.columns, weight.stride}; }
 
+/// Of a linear with scales.
+static ScaledWeight scaled_weight_of(const lm::Linear& by) {
+  const auto& [weight, bias, scales] = by;
+  return {view_of(weight), reinterpret_cast<const float*>(scales.data), scales.stride, weight.first_row - scales.first_row * lm::kScaleBlock, weight.first_column - scales.first_column * lm::kScaleBlock};
+}
+
 DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(entered(options_.device)) {
   try {
     if (is_emulated() && options_.cublaslt.empty()) products_ = "own kernels: the device is emulated";
@@ -75,7 +82,18 @@ DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(e
   } catch (const shard::Error& error) {
     products_ = fmt::format("own kernels: {}", error.what());
   }
+  if (options_.compute == lm::Compute::Fp8) scaled_.emplace(matmul_ ? &*matmul_ : nullptr, stream_);
 }
+
+/// A linear's input, and what products in fp8 see of it, by its first lane's place in a block: made when first asked for.
+struct DeviceInput {
+  struct Scaled {
+    std::shared_ptr<std::byte> memory;
+    ScaledRows rows;
+  };
+  View x;
+  mutable std::map<lm::Index, Scaled> scaled;
+};
 
 DeviceOps::~DeviceOps() {
   try {
@@ -91,7 +109,11 @@ std::uint64_t DeviceOps::held() const {
   return out;
 }
 
-std::vector<std::string> DeviceOps::notes() const { return {"products by " + products_}; }
+std::vector<std::string> DeviceOps::notes() const {
+  std::vector<std::string> out{"products by " + products_};
+  if (scaled_) out.push_back("products in fp8 by " + scaled_->by());
+  return out;
+}
 
 lm::Tensor DeviceOps::make(DType type, Index rows, Index columns) { return {arena_.take(static_cast<std::size_t>(rows * columns) * size_of(type)), type, rows, columns}; }
 lm::Tensor DeviceOps::make(Index rows, Index columns) { return make(type(), rows, columns); }
@@ -146,7 +168,25 @@ View DeviceOps::as(DType wanted, const View& view, Tensor& keep) {
 
 void DeviceOps::store(Tensor& x, const Tensor& f32) { convert(stream_, view_of(x), view_of(f32)); }
 
-lm::Packed DeviceOps::pack(const Tensor& x) { return {x.rows(), x.columns(), std::make_shared<const View>(view_of(x))}; }
+lm::Packed DeviceOps::pack(const Tensor& x) { return {x.rows(), x.columns(), std::make_shared<const DeviceInput>(DeviceInput{view_of(x), {}})}; }
+
+const ScaledRows& DeviceOps::scaled_input(const DeviceInput& input, Index first) {
+  const auto [known, fresh] = input.scaled.try_emplace(first);
+  auto& [keep, out] = known->second;
+  if (!fresh) return out;
+  const auto& x = input.x;
+  out.first = first;
+  out.scale_pitch = (x.rows + 3) / 4 * 4;
+  const auto stride = (x.columns + 15) / 16 * 16;
+  Parts parts;
+  const auto numbers = parts.add<std::byte>(static_cast<std::size_t>(x.rows * stride)), scales = parts.add<float>(static_cast<std::size_t>(lm::blocks_of(x.columns, first) * out.scale_pitch));
+  keep = scratch(parts.size());
+  out.numbers = {part<std::byte>(keep, numbers), DType::F8E4M3, x.rows, x.columns, stride};
+  out.scales = part<float>(keep, scales);
+  quantise_rows(stream_, x, out);
+  return out;
+}
+
 
 void DeviceOps::product(const View& x, const Linear& by, const View& out) {
   const auto w = view_of(by.weight), bias = view_of(by.bias);
@@ -168,11 +208,15 @@ void DeviceOps::linear(const lm::Packed& x, const Linear& by, Tensor& out) {
 }
 
 void DeviceOps::linears(const lm::Packed& packed, std::span<const lm::LinearInto> all) {
-  const auto& x = *static_cast<const View*>(packed.form.get());
+  const auto& input = *static_cast<const DeviceInput*>(packed.form.get());
+  const auto& x = input.x;
   std::vector<LinearViews> thin;
   for (const auto& [by, out] : all) {
     check_features(x, by, view_of(out));
-    if (is_thin(x, view_of(by.weight))) thin.push_back({view_of(by.weight), view_of(by.bias), view_of(out)});
+    if (by.scales) {
+      const auto w = scaled_weight_of(by);
+      (*scaled_)(scaled_input(input, w.first_column), w, view_of(by.bias), view_of(out), stream_);
+    } else if (is_thin(x, view_of(by.weight))) thin.push_back({view_of(by.weight), view_of(by.bias), view_of(out)});
     else product(x, by, view_of(out));
   }
   thin_linears(stream_, x, thin);
@@ -261,7 +305,7 @@ lm::Routing DeviceOps::route(const shard::RouterConfig& config, const Tensor& lo
   out->memory = scratch(parts.size());
   out->expert = part<std::int32_t>(out->memory, expert);
   out->weight = part<float>(out->memory, weight);
-  gpu::route(stream_, config, view_of(logits), view_of(bias), options_.compute == lm::Compute::Bf16 && !config.fp32, out->expert, out->weight);
+  gpu::route(stream_, config, view_of(logits), view_of(bias), lm::rounds_to_bf16(options_.compute) && !config.fp32, out->expert, out->weight);
   return {std::move(out)};
 }
 
@@ -281,16 +325,18 @@ lm::Tensor DeviceOps::experts(const shard::TransformerConfig& config, const Tens
   const auto tokens = x.rows(), count = config.num_experts, rows = tokens * chosen.topk;
   // Every expert's linear of one kind, as one list of addresses.
   struct Kind {
-    std::vector<const std::byte*> data, bias;
+    std::vector<const std::byte*> data, bias, scales;
     lm::Weight like;
+    ScaledWeight scaled;
     DType bias_type = DType::F32;
     void add(const Linear& linear) {
-      if (data.empty()) like = linear.weight, bias_type = linear.bias.dtype;
+      if (data.empty()) like = linear.weight, bias_type = linear.bias.dtype, scaled = linear.scales ? scaled_weight_of(linear) : ScaledWeight{};
       shard::require(linear.weight.rows == like.rows && linear.weight.columns == like.columns && linear.weight.stride == like.stride && linear.weight.dtype == like.dtype &&
                          (!linear.bias || linear.bias.dtype == bias_type),
                      shard::Code::Mismatch, [] { return std::string("model: experts of one layer differ in shape or type"); });
       data.push_back(linear.weight.data);
       if (linear.bias) bias.push_back(linear.bias.data);
+      if (linear.scales) scales.push_back(linear.scales.data);
     }
   } gate, up, down;
   for (Index e = 0; e < count; ++e) {
@@ -310,21 +356,26 @@ lm::Tensor DeviceOps::experts(const shard::TransformerConfig& config, const Tens
   permute(stream_, tokens, chosen.topk, count, chosen.expert, chosen.weight, order);
   auto gathered = make(rows, x.columns());
   gather_rows(stream_, view_of(gathered), view_of(x), order.token, config.moe_probs_on_input ? order.weight : nullptr);
-  const auto by = [&](const Kind& kind, const Tensor& in, const float* row_weights) {
+  const auto by = [&](const Kind& kind, const DeviceInput& in, const float* row_weights) {
     auto out = make(rows, kind.like.rows);
     // One type for both; biases of other types would need a list of copies.
-    shard::require(kind.bias.empty() || kind.bias_type == kind.like.dtype, shard::Code::Mismatch,
+    const bool scaled = !kind.scales.empty();
+    shard::require(kind.bias.empty() || scaled || kind.bias_type == kind.like.dtype, shard::Code::Mismatch,
                    [&] { return fmt::format("model: experts with {} weights and {} biases are not supported on a device", shard::name(kind.like.dtype), shard::name(kind.bias_type)); });
-    const ExpertWeights w{pointers(kind.data), kind.bias.empty() ? nullptr : pointers(kind.bias), kind.like.dtype, kind.like.rows, kind.like.columns, kind.like.stride};
-    grouped_linear(stream_, view_of(in), w, count, order.offsets, order.tiles, row_weights, view_of(out));
+    const ExpertWeights w{pointers(kind.data), kind.bias.empty() ? nullptr : pointers(kind.bias), scaled ? kind.bias_type : kind.like.dtype, kind.like.rows, kind.like.columns, kind.like.stride};
+    if (scaled)
+      grouped_scaled_linear(stream_, scaled_input(in, kind.scaled.first_column), w, reinterpret_cast<const float* const*>(pointers(kind.scales)), kind.scaled, count, order.offsets, order.tiles,
+                            row_weights, view_of(out));
+    else grouped_linear(stream_, in.x, w, count, order.offsets, order.tiles, row_weights, view_of(out));
     return out;
   };
-  auto fed = by(up, gathered, nullptr);
-  const auto opened = gate.data.empty() ? Tensor() : by(gate, gathered, nullptr);
+  const DeviceInput chosen_rows{view_of(gathered), {}};
+  auto fed = by(up, chosen_rows, nullptr);
+  const auto opened = gate.data.empty() ? Tensor() : by(gate, chosen_rows, nullptr);
   activate(config, gate.data.empty() ? nullptr : &opened, fed);
   const bool weighed = !config.moe_probs_on_input;
   if (weighed) scale_rows(stream_, view_of(fed), order.weight);
-  const auto parts_out = by(down, fed, weighed ? order.weight : nullptr);
+  const auto parts_out = by(down, DeviceInput{view_of(fed), {}}, weighed ? order.weight : nullptr);
   auto out = make(tokens, config.hidden_size);
   combine(stream_, view_of(out), view_of(parts_out), chosen.topk, order.row);
   return out;

@@ -4,6 +4,7 @@
 #include "gpu/libs/cublaslt.h"
 #include "gpu/libs/cudnn.h"
 #include "gpu/model/arena.h"
+#include "gpu/model/scaled_products.h"
 #include "gpu/model/step_inputs.h"
 #include "gpu/runtime.h"
 #include "gpu/view.h"
@@ -24,6 +25,8 @@ inline const std::int64_t* on_device(const lm::Ids& ids) { return reinterpret_ca
 
 /// What computes attention of that shape: `asked`, or for Auto the first that can of flash, local and unfused. Throws Device where `asked` cannot.
 lm::AttentionBackend choose_attention(lm::AttentionBackend asked, const lm::AttentionShape& shape);
+
+struct DeviceInput;
 
 struct OpsOptions {
   int device = 0;
@@ -111,10 +114,12 @@ class DeviceOps : public lm::Ops {
     Index length;
     lm::Rope rope;
   };
-  shard::DType type() const { return options_.compute == lm::Compute::Bf16 ? shard::DType::BF16 : shard::DType::F32; }
+  shard::DType type() const { return lm::rounds_to_bf16(options_.compute) ? shard::DType::BF16 : shard::DType::F32; }
   void fused(const lm::AttentionShape& shape, const View& q, const View& k, const View& v, bool sinks, const View& out);
   void unfused(lm::AttentionShape shape, const View& q, const View& k, const View& v, const View& sinks, const View& out);
   void product(const View& x, const Linear& by, const View& out);
+  /// As products in fp8 see it whose weight begins `first` columns behind a block's start; lasts as long as `input`.
+  const ScaledRows& scaled_input(const DeviceInput& input, Index first);
   StepInputs places(const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions);
   Recording record(const Tensor& hidden, const std::vector<Index>& ids, const std::vector<Index>& positions, const Step& step);
   /// `view`, or a copy of it as `type` in `keep`.
@@ -127,6 +132,7 @@ class DeviceOps : public lm::Ops {
   Stream stream_;
   Arena arena_;
   std::optional<Matmul> matmul_;
+  std::optional<ScaledProducts> scaled_;             ///< in Fp8
   std::optional<FusedAttention> fused_;              ///< loaded when first asked for
   std::string products_;                             ///< by what, and why
   std::vector<Angles> ropes_;                        ///< recorded work reads them

@@ -17,7 +17,7 @@ std::string text_of(std::uint64_t bytes) {
 }  // namespace
 
 std::uint64_t activation_bytes(const shard::TransformerConfig& config, const lm::Ranks& ranks, lm::Index rows) {
-  const std::uint64_t item = ranks.compute == lm::Compute::Bf16 ? 2 : 4, wide = 4;
+  const std::uint64_t item = lm::rounds_to_bf16(ranks.compute) ? 2 : 4, wide = 4;
   const auto count = [](lm::Index n) { return static_cast<std::uint64_t>(std::max<lm::Index>(n, 0)); };
   const auto per_rank = [&](lm::Index n) { return (count(n) + static_cast<std::uint64_t>(ranks.tensor) - 1) / static_cast<std::uint64_t>(ranks.tensor); };
   const auto hidden = count(config.hidden_size);

@@ -45,7 +45,8 @@ std::uint64_t Resident::size() const {
 lm::Weight RankWeights::take(const std::string& name, lm::Index lo) {
   const auto rows = held_.view(name);
   const auto skipped = std::clamp<lm::Index>(lo - held_.box(name).lo[0], 0, rows.rows);
-  return {{}, rows.at(skipped, 0), rows.type, rows.rows - skipped, rows.columns, rows.stride};
+  const auto& at = held_.box(name).lo;
+  return {{}, rows.at(skipped, 0), rows.type, rows.rows - skipped, rows.columns, rows.stride, at[0] + skipped, at[1]};
 }
 
 lm::Tensor RankWeights::gather(const std::string& name, const lm::Ids& ids, lm::Index lo, lm::Index hi) {

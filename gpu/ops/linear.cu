@@ -42,12 +42,7 @@ struct GroupedLinear : Tile {
   GPU_CODE void operator()(Block& block) const {
     const auto tile = static_cast<std::int32_t>(block.y());
     if (tile >= tiles[experts]) return;  // the launch is for the worst case
-    int expert = 0, above = experts;     // the last with tiles[expert] ≤ tile
-    while (above - expert > 1) {
-      const auto middle = (expert + above) / 2;
-      if (tiles[middle] <= tile) expert = middle;
-      else above = middle;
-    }
+    const int expert = expert_of(tiles, experts, tile);
     const Index row = offsets[expert] + (tile - tiles[expert]) * kExpertTile, column = static_cast<Index>(block.x()) * Tile::kColumns;
     auto mine = x.from(row);
     mine.rows = offsets[expert + 1] - row;

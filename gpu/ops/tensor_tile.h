@@ -52,7 +52,7 @@ struct TensorTile {
     });
   }
 
- private:
+ protected:
   template <int kCount>
   GPU_CODE static void load_rows(unsigned thread, const Operand& from, std::int64_t at, std::int64_t depth, Bf16 (&to)[kCount][kPitch]) {
     constexpr int kChunks = kDepth / 8;

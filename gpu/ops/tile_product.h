@@ -28,6 +28,17 @@ struct Operand {
   }
 };
 
+/// The last expert with tiles[expert] ≤ tile: whose rows that tile has.
+GPU_CODE int expert_of(const std::int32_t* tiles, int experts, std::int32_t tile) {
+  int expert = 0, above = experts;
+  while (above - expert > 1) {
+    const auto middle = (expert + above) / 2;
+    if (tiles[middle] <= tile) expert = middle;
+    else above = middle;
+  }
+  return expert;
+}
+
 struct TileProduct {
   static constexpr int kRows = 64, kColumns = 64, kDepth = 16;
   static constexpr unsigned kThreads = 256;

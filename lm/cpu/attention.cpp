@@ -71,7 +71,7 @@ Tensor attention(const Context& on, const AttentionShape& shape, const Tensor& q
     std::vector<float> scores, sums;
   };
   const auto& kernel = cpu::products();
-  const bool bf16 = on.compute == Compute::Bf16;
+  const bool bf16 = rounds_to_bf16(on.compute);
   const auto factor = static_cast<float>(shape.scale), cap = static_cast<float>(shape.softcap);
   cpu::run_on_workers(static_cast<std::size_t>(shape.batch * shape.heads * blocks), on.threads, [&](std::size_t task) {
     const auto first = static_cast<Index>(task) % blocks * kQueries, head = static_cast<Index>(task) / blocks % shape.heads,

@@ -97,7 +97,7 @@ void norm_row(const Context& on, const float* x, float* y, Index n, shard::Norma
   const auto mean = layer ? static_cast<float>(sum_of(x, n) / static_cast<double>(n)) : 0.0f;
   const auto variance = squares_of(x, n, mean) / static_cast<double>(n);
   apply_norm(x, y, n, mean, static_cast<float>(1.0 / std::sqrt(variance + epsilon)), weights.weight.empty() ? nullptr : weights.weight.data(),
-             weights.bias.empty() ? nullptr : weights.bias.data(), on.compute == Compute::Bf16, !layer && !zero_centered);
+             weights.bias.empty() ? nullptr : weights.bias.data(), rounds_to_bf16(on.compute), !layer && !zero_centered);
 }
 
 SHARD_CLONES void silu_gate(const float* gate, float* up, Index n, float offset, bool bf16) {
@@ -137,7 +137,7 @@ void parallel_ranges(const Context& on, Index count, Index grain, const std::fun
 }
 
 void round_values(const Context& on, std::span<float> values) {
-  if (on.compute == Compute::Bf16) round_all(values.data(), static_cast<Index>(values.size()));
+  if (rounds_to_bf16(on.compute)) round_all(values.data(), static_cast<Index>(values.size()));
 }
 
 Tensor normalize(const Context& on, const Tensor& x, shard::Normalization kind, double epsilon, bool zero_centered, const Weight& weight,
@@ -163,7 +163,7 @@ void normalize_pieces(const Context& on, float* first, Index rows, Index row_str
 }
 
 void activate(const Context& on, const shard::TransformerConfig& config, const Tensor* gate, Tensor& up) {
-  const bool bf16 = on.compute == Compute::Bf16;
+  const bool bf16 = rounds_to_bf16(on.compute);
   const auto offset = static_cast<float>(config.glu_linear_offset);
   const auto clamp = config.activation_clamp ? static_cast<float>(*config.activation_clamp) : 0.0f;
   parallel_ranges(on, up.rows(), 4, [&](Index lo, Index hi) {
@@ -190,7 +190,7 @@ void activate(const Context& on, const shard::TransformerConfig& config, const T
 
 void add(const Context& on, Tensor& a, const Tensor& b) {
   parallel_ranges(on, a.rows(), 64, [&](Index lo, Index hi) {
-    for (Index r = lo; r < hi; ++r) add_row(a.row(r), b.row(r), a.columns(), on.compute == Compute::Bf16);
+    for (Index r = lo; r < hi; ++r) add_row(a.row(r), b.row(r), a.columns(), rounds_to_bf16(on.compute));
   });
 }
 

@@ -14,7 +14,7 @@ void weigh_rows(const Context& on, Tensor& x, const std::vector<float>& weights)
 
 Tensor product(const Context& on, const Packed& x, const Linear& by) {
   Tensor out(x.tokens(), by.weight.rows);
-  linear(on, x, by.weight, by.bias, out);
+  linear(on, x, by, out);
   return out;
 }
 
@@ -25,7 +25,7 @@ Tensor weighed(const Context& on, const shard::TransformerConfig& config, const 
   const auto gate = expert.gate.weight ? product(on, packed, expert.gate) : Tensor();
   activate(on, config, expert.gate.weight ? &gate : nullptr, up);
   weigh_rows(on, up, weights);
-  auto out = product(on, Packed(on, up), {expert.down.weight, {}});
+  auto out = product(on, Packed(on, up), {expert.down.weight, {}, expert.down.scales});
   if (!expert.down.bias) return out;
   for (Index r = 0; r < out.rows(); ++r)
     for (Index c = 0; c < out.columns(); ++c) out.row(r)[c] += expert.down.bias.at(0, c) * weights[static_cast<std::size_t>(r)];

@@ -11,7 +11,7 @@ namespace lm::cpu {
 
 lm::Packed HostOps::pack(const Tensor& x) { return {x.rows(), x.columns(), std::make_shared<const Packed>(on_, x)}; }
 
-void HostOps::linear(const lm::Packed& x, const Linear& by, Tensor& out) { cpu::linear(on_, *static_cast<const Packed*>(x.form.get()), by.weight, by.bias, out); }
+void HostOps::linear(const lm::Packed& x, const Linear& by, Tensor& out) { cpu::linear(on_, *static_cast<const Packed*>(x.form.get()), by, out); }
 
 Tensor HostOps::linear_f32(const Tensor& x, const Linear& by) {
   Tensor out(x.rows(), by.weight.rows);

@@ -4,9 +4,11 @@
 #include "lm/cpu/workers.h"
 #include "lm/cpu/ops.h"
 #include "libshard/error.h"
+#include "lm/scaled_blocks.h"
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 namespace lm::cpu {
 namespace {
@@ -97,8 +99,16 @@ struct Scratch {
 
 }  // namespace
 
+/// What is made of the input for linears in e4m3.
+struct Packed::Scaled {
+  Context on;
+  Tensor x;
+  std::map<Index, Packed> made;       // by the first lane's place in its block
+};
+
 Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features_(x.columns()) {
-  const bool pairs = on.compute == Compute::Bf16 && cpu::products().bf16;
+  if (on.compute == Compute::Fp8) scaled_ = std::make_shared<Scaled>(Scaled{on, x.clone(), {}});
+  const bool pairs = rounds_to_bf16(on.compute) && cpu::products().bf16;
   const auto words = pairs ? (features_ + 1) / 2 : features_, row = pitch(words);
   memory_ = take_buffer(static_cast<std::size_t>(tokens_ * row) * 4);
   if (pairs) pairs_ = reinterpret_cast<std::uint32_t*>(memory_.get());
@@ -114,6 +124,25 @@ Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features
       narrow_row(x.row(t), features_, reinterpret_cast<std::uint16_t*>(to));
     }
   });
+}
+
+const Packed& Packed::scaled(Index first) const {
+  const auto known = scaled_->made.find(first);
+  if (known != scaled_->made.end()) return known->second;
+  const Context wide{Compute::F32, scaled_->on.threads, scaled_->on.stop};
+  auto rounded = scaled_->x.clone();
+  parallel_ranges(wide, tokens_, 16, [&](Index lo, Index hi) {
+    for (Index t = lo; t < hi; ++t) round_e4m3_blocks(rounded.row(t), features_, first);
+  });
+  return scaled_->made.emplace(first, Packed(wide, rounded)).first->second;
+}
+
+void linear(const Context& on, const Packed& x, const Linear& by, Tensor& out) {
+  if (!by.scales) return linear(on, x, by.weight, by.bias, out);
+  const auto& w = by.weight;
+  Tensor wide(w.rows, w.columns);
+  parallel_ranges(on, w.rows, 16, [&](Index lo, Index hi) { widen_scaled(w, by.scales, lo, hi, wide.row(lo)); });
+  linear(on, x.scaled(w.first_column % kScaleBlock), {{}, wide.data(), shard::DType::F32, w.rows, w.columns, w.columns}, by.bias, out);
 }
 
 void linear(const Context& on, const Packed& x, const Weight& w, const Weight& bias, Tensor& out, Index column) {
@@ -150,7 +179,7 @@ void linear(const Context& on, const Packed& x, const Weight& w, const Weight& b
     }
     float added[kRowBlock];
     for (Index r = 0; r < rows; ++r) added[r] = bias ? bias.at(0, row + r) : 0.0f;
-    for (Index t = 0; t < tokens; ++t) finish_row(sums + t * width, added, rows, on.compute == Compute::Bf16, out.row(first + t) + column + row);
+    for (Index t = 0; t < tokens; ++t) finish_row(sums + t * width, added, rows, rounds_to_bf16(on.compute), out.row(first + t) + column + row);
   }, on.stop);
 }
 

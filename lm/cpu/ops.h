@@ -29,17 +29,24 @@ class Packed {
   Packed(const Context& on, const Tensor& x);
   Index tokens() const { return tokens_; }
   Index features() const { return features_; }
+  /// In Fp8: as linears see `x` whose weight begins `first` columns behind a block's start. Made when first asked for, by one thread.
+  const Packed& scaled(Index first) const;
 
  private:
   friend void linear(const Context&, const Packed&, const Weight&, const Weight&, Tensor&, Index);
+  struct Scaled;
   Index tokens_, features_;
   std::shared_ptr<std::byte> memory_;
   float* f32_ = nullptr;              ///< [tokens][features], rows apart
   std::uint32_t* pairs_ = nullptr;    ///< or [tokens][⌈features/2⌉] pairs of bf16
+  std::shared_ptr<Scaled> scaled_;    ///< in Fp8
 };
 
 /// out[t, column + n] = Σ_k x[t, k]·w[n, k] + bias[n]; `w` [n, features], `bias` [n] or none. Rounded once.
 void linear(const Context& on, const Packed& x, const Weight& w, const Weight& bias, Tensor& out, Index column = 0);
+
+/// The same by any linear: one in e4m3 takes x.scaled(), whose products with its widened numbers are summed in f32.
+void linear(const Context& on, const Packed& x, const Linear& by, Tensor& out);
 
 /// y = norm(x) over rows, statistics in f32. `weight` and `bias` [columns] may be none (L2 norm of Megatron).
 Tensor normalize(const Context& on, const Tensor& x, shard::Normalization kind, double epsilon, bool zero_centered, const Weight& weight,

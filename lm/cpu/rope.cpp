@@ -113,7 +113,7 @@ RopeTable rope_table(const RopeConfig& config, Index length) {
 
 void apply_rope(const Context& on, const RopeTable& table, float* first, Index rows, Index row_stride, Index heads, Index head_stride, Index length) {
   if (table.half == 0) return;
-  const bool bf16 = on.compute == Compute::Bf16;
+  const bool bf16 = rounds_to_bf16(on.compute);
   const auto half = table.half;
   // The table as torch holds it: in bf16 its numbers are rounded.
   auto c = table.cos, s = table.sin;

@@ -83,7 +83,7 @@ Routing route(const Context& on, const RouterConfig& config, const Tensor& logit
       }
       for (Index i = 0; i < config.topk; ++i) {
         auto value = weight[static_cast<std::size_t>(i)] * static_cast<float>(config.scaling);
-        if (on.compute == Compute::Bf16 && !config.fp32) value = cpu::round_bf16(value);
+        if (rounds_to_bf16(on.compute) && !config.fp32) value = cpu::round_bf16(value);
         out.expert[static_cast<std::size_t>(t * config.topk + i)] = chosen[static_cast<std::size_t>(i)];
         out.weight[static_cast<std::size_t>(t * config.topk + i)] = value;
       }

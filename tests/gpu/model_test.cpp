@@ -26,7 +26,7 @@ TEST_CASE("an attention backend is chosen by what it can do") {
 
 TEST_CASE("activations stay within what the memory plan says") {
   for (const auto* name : {"hf/gpt2_tied_f32", "hf/gemma2_tied_bf16", "hf/deepseek_v3_mtp_bf16", "hf/qwen3_moe_bf16"})
-    for (const auto compute : {Compute::F32, Compute::Bf16}) {
+    for (const auto compute : {Compute::F32, Compute::Bf16, Compute::Fp8}) {
       CAPTURE(std::string(name));
       const Model model(name);
       const formats::LocalReader reader(model.checkpoint.logical, model.checkpoint.files);

@@ -23,6 +23,8 @@ struct Desc {
   cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
   const void *bias = nullptr, *a_scale = nullptr, *b_scale = nullptr;
   cudaDataType_t bias_type = static_cast<cudaDataType_t>(-1);
+  cublasLtMatmulMatrixScale_t a_mode = CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F, b_mode = CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F;
+  bool blocks() const { return a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F; }
 };
 struct Layout {
   cudaDataType_t type;
@@ -94,6 +96,8 @@ cublasStatus_t check(const Desc& desc, const Layout& a, const Layout& b, const L
   if (is_fp8(a.type) && (!ta || tb || m % 16 || k % 16 || a.pitch % 16 || b.pitch % 16 || (a.type == CUDA_R_8F_E5M2 && b.type == CUDA_R_8F_E5M2))) return CUBLAS_STATUS_NOT_SUPPORTED;
   if (a.type == CUDA_R_32F && d.type != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
   if ((a.type == CUDA_R_16F && d.type == CUDA_R_16BF) || (a.type == CUDA_R_16BF && d.type == CUDA_R_16F)) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (desc.blocks() != (desc.b_mode == CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F) || (desc.blocks() && (!is_fp8(a.type) || n % 4 || !aligned(desc.a_scale, 16) || !aligned(desc.b_scale, 16))))
+    return CUBLAS_STATUS_NOT_SUPPORTED;
   if (desc.epilogue == CUBLASLT_EPILOGUE_BIAS && desc.bias_type != d.type) return CUBLAS_STATUS_NOT_SUPPORTED;
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -141,6 +145,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasL
     case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return take(of(desc).bias_type, from, size);
     case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: return take(of(desc).a_scale, from, size);
     case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: return take(of(desc).b_scale, from, size);
+    case CUBLASLT_MATMUL_DESC_A_SCALE_MODE: return take(of(desc).a_mode, from, size);
+    case CUBLASLT_MATMUL_DESC_B_SCALE_MODE: return take(of(desc).b_mode, from, size);
     default: return CUBLAS_STATUS_INVALID_VALUE;
   }
 }
@@ -213,7 +219,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
   if (!kept || (biased && !how.bias)) return CUBLAS_STATUS_INVALID_VALUE;
   const float by = *static_cast<const float*>(alpha), more = *static_cast<const float*>(beta);
   fake_enqueue(stream, [=] {
-    const float scale = by * (how.a_scale ? *static_cast<const float*>(how.a_scale) : 1) * (how.b_scale ? *static_cast<const float*>(how.b_scale) : 1);
+    const float scale = how.blocks() ? by : by * (how.a_scale ? *static_cast<const float*>(how.a_scale) : 1) * (how.b_scale ? *static_cast<const float*>(how.b_scale) : 1);
     const bool tf32 = how.compute == CUBLAS_COMPUTE_32F_FAST_TF32;
     for (std::int64_t batch = 0; batch < ld.batch; ++batch)
       for (std::int64_t column = 0; column < ld.columns; ++column)
@@ -223,6 +229,11 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
             auto x = read(a, batch * la.step + (ta ? row * la.pitch + i : i * la.pitch + row), la.type);
             auto y = read(b, batch * lb.step + (tb ? i * lb.pitch + column : column * lb.pitch + i), lb.type);
             if (tf32) x = as_tf32(x), y = as_tf32(y);
+            if (how.blocks()) {  // K-major in columns of a multiple of 4, and N-major
+              const auto column_of_scales = ((k + 127) / 128 + 3) / 4 * 4;
+              x *= static_cast<const float*>(how.a_scale)[row / 128 * column_of_scales + i / 128];
+              y *= static_cast<const float*>(how.b_scale)[i / 128 * ld.columns + column];
+            }
             sum += x * y;
           }
           float out = scale * sum;
