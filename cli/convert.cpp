@@ -214,7 +214,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto start = std::chrono::steady_clock::now();
   const auto device = device_of(ask, crew);
   const auto budget = ask.run.limits();
-  if (!lies_in(ask.report, ask.to)) require_writable({{"--report", ask.report}}, ask.from);  // DST is not there yet
+  if (!formats::lies_in(ask.report, ask.to)) require_writable({{"--report", ask.report}}, ask.from);  // DST is not there yet
   auto open = ask.model.open;
   open.threads = budget.threads;
   const auto origin = origin_of(ask);

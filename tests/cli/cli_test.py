@@ -98,6 +98,8 @@ class Outcome(Case):
         self.assertEqual(out["target"]["layout"]["tp"], 4)
         self.assertIn("rng_state", [d["key"] for d in out["dropped"]])
         self.assertEqual(json.loads(report.read_text())["tensors"], out["tensors"])
+        self.ok("convert", LLAMA, f"{self.tmp}/e/", "--to", "hf", "--report", self.tmp / "e/report.json", "-q")
+        self.assertTrue((self.tmp / "e/report.json").exists())
 
     def test_plan_writes_nothing(self):
         _, out = run_json("plan", LLAMA, self.tmp / "d", "--to", "torch_dist")
