@@ -306,7 +306,7 @@ void add_options(CLI::App& command, ConvertAsk& ask) {
 }
 
 void add_format(CLI::App& command, ConvertAsk& ask, bool required) {
-  auto* option = command.add_option("--to", ask.format, "torch_dist, mp_rank, dcp or hf")->type_name("FORMAT");
+  auto* option = command.add_option("--to", ask.format, "torch_dist, mp_rank, dcp, hf or hdf5")->type_name("FORMAT");
   if (required) option->required();
   command.add_option("--dtype", ask.dtype, "Cast floating tensors: bf16, f16, f32 …");
   command.add_option("--max-shard-size", ask.max_shard_size, "Largest safetensors file (default 1GB)")->type_name("SIZE");

@@ -169,6 +169,8 @@ class Outcome(Case):
     def test_iteration(self):
         self.ok("inspect", LLAMA, "--iteration", 10)
         self.refused(3, "inspect", LLAMA, "--iteration", 11)
+        for number in ("99999999999999999999", "-1", "x"):
+            self.assertIn("--iteration", self.refused(2, "inspect", LLAMA, "--iteration", number))
 
 
 class SameBytes(Case):
