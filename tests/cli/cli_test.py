@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import unittest
+import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json  # noqa: E402
@@ -54,6 +55,10 @@ class Inspect(Case):
 
         for name, keys in (("nul", ["a\0x", "a\0y"]), ("unnamed", ["", "b"])):  # HDF5's names are C's; the first ended in a deadlock
             self.assertIn("has no name in HDF5", self.refused(4, "convert", write(name, keys), self.tmp / "out", "--to", "hdf5", "-q"))
+        self.ok("convert", write("named", ["zzz"]), self.tmp / "surrogate", "--to", "dcp", "-q")
+        metadata = self.tmp / "surrogate/.metadata"
+        metadata.write_bytes(metadata.read_bytes().replace(b"zzz", "\ud800".encode(errors="surrogatepass")))
+        self.assertIn("the name is no UTF-8", self.refused(4, "convert", self.tmp / "surrogate", self.tmp / "out", "--to", "hf", "-q"))
         nothing = write("nothing", [])
         self.assertIn("holds no tensors", self.refused(6, "convert", nothing, self.tmp / "out", "--to", "dcp", "-q"))
         self.assertEqual(run("verify", nothing)[0], 1)
@@ -63,6 +68,19 @@ class Inspect(Case):
             status, out = run_json("convert", large, self.tmp / dtype, "--to", "hf", "--dtype", dtype)
             self.assertEqual((status, any("shardkit verify counts" in note for note in out["notes"])), (0, True), out["notes"])
             self.assertEqual(run("verify", self.tmp / dtype)[0], 1)
+
+
+    def test_a_view_that_is_no_plain_memory_is_named(self):
+        def text(what):
+            return b"X" + struct.pack("<I", len(what)) + what
+
+        storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\1tQ"
+        pickle = b"\x80\2}" + text(b"model") + b"}" + text(b"odd") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\1\x85K\1\x85\x89ccollections\nOrderedDict\n)R}" + text(b"neg") + b"\x88stRss."
+        path = self.tmp / "model.pt"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in (("data.pkl", pickle), ("data/0", b"\0" * 4), ("version", b"3")):
+                archive.writestr(f"model/{name}", data)
+        self.assertIn("'model.odd': tensor: a lazily transformed one ('neg') is not supported", self.refused(4, "inspect", path))
 
 
 class Usage(Case):
