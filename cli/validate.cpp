@@ -275,6 +275,11 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   for (const auto& finding : report.findings)
     if (finding.rule == "checksum") shard::refuse({finding});
   v.findings = model.checkpoint.findings;  // none is an error: open_model refuses those
+  if (other)
+    for (auto finding : other->checkpoint.findings) {
+      finding.message = fmt::format("{}: {}", ask.against, finding.message);
+      v.findings.push_back(std::move(finding));
+    }
   v.findings.insert(v.findings.end(), report.findings.begin(), report.findings.end());
   v.weights = report.weights;
   for (auto& finding : lm::norm_outliers(v.weights)) v.findings.push_back(std::move(finding));
