@@ -214,7 +214,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto start = std::chrono::steady_clock::now();
   const auto device = device_of(ask, crew);
   const auto budget = ask.run.limits();
-  if (!lies_in(ask.report, ask.to)) require_writable({{"--report", ask.report}}, ask.from);  // DST is not there yet
+  if (!formats::lies_in(ask.report, ask.to)) require_writable({{"--report", ask.report}}, ask.from);  // DST is not there yet
   auto open = ask.model.open;
   open.threads = budget.threads;
   const auto origin = origin_of(ask);
@@ -306,7 +306,7 @@ void add_options(CLI::App& command, ConvertAsk& ask) {
 }
 
 void add_format(CLI::App& command, ConvertAsk& ask, bool required) {
-  auto* option = command.add_option("--to", ask.format, "torch_dist, mp_rank, dcp or hf")->type_name("FORMAT");
+  auto* option = command.add_option("--to", ask.format, "torch_dist, mp_rank, dcp, hf or hdf5")->type_name("FORMAT");
   if (required) option->required();
   command.add_option("--dtype", ask.dtype, "Cast floating tensors: bf16, f16, f32 …");
   command.add_option("--max-shard-size", ask.max_shard_size, "Largest safetensors file (default 1GB)")->type_name("SIZE");

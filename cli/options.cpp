@@ -37,7 +37,7 @@ void ModelOptions::add_to(CLI::App& command) {
       return error == std::errc() && end == text.data() + text.size() && value >= low ? std::string() : fmt::format("'{}' is no whole number from {} to {}", text, low, std::numeric_limits<std::int64_t>::max());
     };
   };
-  command.add_option("--iteration", open.iteration, "Iteration of a Megatron run folder (default: the latest)");
+  command.add_option("--iteration", open.iteration, "Iteration of a Megatron run folder (default: the latest)")->check(at_least(0));
   command.add_option("--vocab-size", open.vocab, "True vocabulary size, where the checkpoint does not say it")->check(at_least(1));
   command.add_option("--family", open.family, "Hugging Face model family, over what config.json says (see shardkit families)")->type_name("NAME|FILE.json");
   command.add_option("--drop", open.drop, "Leave out tensors whose key fits GLOB")->type_name("GLOB");

@@ -1,6 +1,7 @@
 // Written beside and renamed; only what has no place beside it, a pipe say, is written as it is.
 #include "cli/report_files.h"
 
+#include "formats/file.h"
 #include "libshard/error.h"
 
 #include <algorithm>
@@ -53,12 +54,6 @@ void write_all(const fs::path& path, int flags, std::string_view text) {
 
 }  // namespace
 
-bool lies_in(const fs::path& file, const fs::path& folder) {
-  std::error_code error;
-  const auto home = fs::weakly_canonical(fs::absolute(folder, error), error), path = fs::weakly_canonical(fs::absolute(file, error), error);
-  return !error && !home.empty() && std::mismatch(home.begin(), home.end(), path.begin(), path.end()).first == home.end();
-}
-
 void require_writable(const std::vector<ReportFile>& reports, const fs::path& checkpoint) {
   std::vector<fs::path> seen;
   for (const auto& [flag, path] : reports) {
@@ -72,7 +67,7 @@ void require_writable(const std::vector<ReportFile>& reports, const fs::path& ch
     if (place.exists && !fs::is_regular_file(place.path)) continue;
     shard::require(std::find(seen.begin(), seen.end(), place.path) == seen.end(), Code::Usage, [&] { return named("is another report's file, too; should be one of its own"); });
     seen.push_back(place.path);
-    shard::require(!place.exists || is_report(place.path) || !lies_in(place.path, checkpoint), Code::Usage, [&] { return named("is a file of the checkpoint; should be another"); });
+    shard::require(!place.exists || is_report(place.path) || !formats::lies_in(place.path, checkpoint), Code::Usage, [&] { return named("is a file of the checkpoint; should be another"); });
   }
 }
 

@@ -16,8 +16,6 @@ struct ReportFile {
 /// To be asked before the work. Throws Usage where two are one file, or where one would replace a file of the checkpoint that is no such report; Io where it
 /// could not be written.
 void require_writable(const std::vector<ReportFile>& reports, const std::filesystem::path& checkpoint);
-/// Whether the file's folder is `folder` or below it, whether they are there or not.
-bool lies_in(const std::filesystem::path& file, const std::filesystem::path& folder);
 /// Whole, or what was there before. Throws Io.
 void write_text(const std::string& path, std::string_view text);
 

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <set>
 
 namespace cli {
 namespace {
@@ -103,6 +104,18 @@ void judge(Validation& v, const std::string& name, double value, double most) {
   v.checks.push_back({name, fmt::format("{:.2e}, at most {:.2e}", value, most), std::isfinite(most) && value <= most});
 }
 
+/// "0" of "mtp.0.logits" and "mtp_step.0.hidden", whatever number stands there.
+std::set<std::string> depths_of(const Arrays& arrays) {
+  std::set<std::string> out;
+  for (const auto& entry : arrays.arrays)
+    for (const std::string_view head : {"mtp.", "mtp_step."}) {
+      if (!entry.first.starts_with(head)) continue;
+      const auto end = entry.first.find_first_not_of("0123456789", head.size());
+      if (end != head.size() && end != std::string::npos && entry.first[end] == '.') out.insert(entry.first.substr(head.size(), end - head.size()));
+    }
+  return out;
+}
+
 void judge_reference(Validation& v, const Comparer& compared, const Reference& reference, lm::Compute compute, Index stored_vocab) {
   const bool loss_fits = reference.vocab <= stored_vocab;
   const auto before = v.checks.size();
@@ -131,13 +144,9 @@ void judge_reference(Validation& v, const Comparer& compared, const Reference& r
         if (m.step->logits) judge(v, fmt::format("reference mtp_step.{} logits", m.depth), m.step->max_abs_logits, most);
       }
   }
-  for (Index depth = 0; depth < kMostDepths; ++depth) {
-    const bool wanted = std::any_of(reference.arrays.arrays.begin(), reference.arrays.arrays.end(), [&](const auto& entry) {
-      return entry.first.starts_with(fmt::format("mtp.{}.", depth)) || entry.first.starts_with(fmt::format("mtp_step.{}.", depth));
-    });
-    if (wanted && depth >= static_cast<Index>(v.mtp.size()))
-      v.checks.push_back({fmt::format("reference mtp.{}", depth), fmt::format("the reference holds it; the model has {} MTP layers", v.mtp.size()), false});
-  }
+  for (const auto& depth : depths_of(reference.arrays))
+    if (std::none_of(v.mtp.begin(), v.mtp.end(), [&](const auto& m) { return std::to_string(m.depth) == depth; }))
+      v.checks.push_back({"reference mtp." + depth, fmt::format("the reference holds it; the model has {} MTP layers", v.mtp.size()), false});
   if (v.checks.size() == before) v.checks.push_back({"reference", "holds neither logits nor a loss that fits; nothing was compared", false});
 }
 
@@ -273,6 +282,11 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   for (const auto& finding : report.findings)
     if (finding.rule == "checksum") shard::refuse({finding});
   v.findings = model.checkpoint.findings;  // none is an error: open_model refuses those
+  if (other)
+    for (auto finding : other->checkpoint.findings) {
+      finding.message = fmt::format("{}: {}", ask.against, finding.message);
+      v.findings.push_back(std::move(finding));
+    }
   v.findings.insert(v.findings.end(), report.findings.begin(), report.findings.end());
   v.weights = report.weights;
   for (auto& finding : lm::norm_outliers(v.weights)) v.findings.push_back(std::move(finding));

@@ -83,6 +83,10 @@ void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, c
   options.threads = budget.threads;
   const auto other = formats::open(ask.against, options);
   refuse(other.findings);
+  for (auto finding : other.findings) {
+    finding.message = fmt::format("{}: {}", ask.against, finding.message);
+    out.findings.push_back(std::move(finding));
+  }
   const formats::LocalReader a(checkpoint.logical, checkpoint.files), b(other.logical, other.files);
   const auto vocab = checkpoint.vocab ? checkpoint.vocab : other.vocab;
   for (const auto& difference : diff_tensors(a, vocab, b, vocab, formats::kernels(), budget, out.findings))

@@ -34,10 +34,11 @@ Facts regular_file(int fd, const std::string& name) {
   return {static_cast<std::uint64_t>(info.st_size), std::int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
 }
 
-/// With links resolved; "" where that cannot be.
-fs::path resolved(const fs::path& folder) {
+/// Absolute and with links resolved; "" where that cannot be.
+fs::path resolved(const fs::path& path) {
   std::error_code error;
-  return fs::weakly_canonical(folder.empty() ? "." : folder, error);
+  const auto out = fs::weakly_canonical(path.empty() ? fs::current_path(error) : fs::absolute(path, error), error);
+  return out.has_filename() || !out.has_relative_path() ? out : out.parent_path();  // "out/" that is not there keeps its slash
 }
 
 }  // namespace
@@ -137,10 +138,13 @@ fs::path inside(const fs::path& folder, std::string_view name) {
   const auto real = fs::weakly_canonical(path, error);
   if (error == std::errc::too_many_symbolic_link_levels) refuse("is a link that goes in a circle");
   if (error) shard::fail(Code::Io, "{}: cannot resolve: {}", path.string(), error.message());
-  const auto home = resolved(folder);
-  const auto [at_home, unused] = std::mismatch(home.begin(), home.end(), real.begin(), real.end());
-  if (at_home != home.end() && real.parent_path() != cache_blobs(home)) refuse("is a link that leads out of the checkpoint");
+  if (!lies_in(real, folder) && real.parent_path() != cache_blobs(folder)) refuse("is a link that leads out of the checkpoint");
   return path;
+}
+
+bool lies_in(const fs::path& path, const fs::path& folder) {
+  const auto home = resolved(folder), real = resolved(path);
+  return !home.empty() && std::mismatch(home.begin(), home.end(), real.begin(), real.end()).first == home.end();
 }
 
 std::optional<fs::path> cache_blobs(const fs::path& folder) {

@@ -66,6 +66,9 @@ class OutFile {
 /// does not open.
 std::filesystem::path inside(const std::filesystem::path& folder, std::string_view name);
 
+/// Whether `path` is `folder` or lies below it, whether they are there or not: links are resolved as far as the paths exist, the rest is taken as text.
+bool lies_in(const std::filesystem::path& path, const std::filesystem::path& folder);
+
 /// `…/models--X/blobs` where `folder` is or lies in `…/models--X/snapshots`, with links resolved.
 std::optional<std::filesystem::path> cache_blobs(const std::filesystem::path& folder);
 

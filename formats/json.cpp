@@ -23,7 +23,17 @@ std::string printable(std::string_view text) {
 
 std::string json_problem(const nlohmann::json::exception& error) {
   constexpr std::size_t kLongest = 300;
-  return printable(std::string_view(error.what()).substr(0, kLongest));
+  std::string out = printable(std::string_view(error.what()).substr(0, kLongest));
+  // "[json.exception.parse_error.101] parse error at line 1, column 9: syntax error while parsing value - WHAT; last read: TEXT"
+  const auto replace = [&](std::size_t at, std::string_view what, std::string_view by) {
+    if (at != out.npos) out.replace(at, what.size(), by);
+  };
+  if (const auto name = out.find("] "); out.starts_with('[') && name != out.npos) out.erase(0, name + 2);
+  if (!out.starts_with("parse error at ")) return out;
+  replace(0, "parse error at ", "no JSON at ");
+  replace(out.find("syntax error while parsing "), "syntax error while parsing ", "");
+  replace(out.find(" - "), " - ", ": ");
+  return out;
 }
 
 std::string shown(std::string_view text) {

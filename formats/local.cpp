@@ -3,10 +3,13 @@
 
 #include "libshard/error.h"
 
+#include <algorithm>
+
 namespace formats {
 namespace {
 
 constexpr std::size_t kMostOpen = 512;
+constexpr std::uint64_t kCompareBlock = 1 << 20;
 
 }  // namespace
 
@@ -64,6 +67,17 @@ std::optional<shard::FileRange> LocalReader::file_range(std::uint32_t stream) co
   if (files_->computed(range.file)) return std::nullopt;
   const auto file = files_->get(range.file);
   return shard::FileRange{file->descriptor(), range.offset, file};
+}
+
+bool same_bytes(const shard::Reader& reader, const shard::Place& a, const shard::Place& b, std::uint64_t bytes) {
+  std::vector<std::byte> left(kCompareBlock), right(kCompareBlock);
+  for (std::uint64_t at = 0; at < bytes; at += kCompareBlock) {
+    const auto size = std::min(kCompareBlock, bytes - at);
+    reader.read(a.stream, a.offset + at, std::span(left).first(size));
+    reader.read(b.stream, b.offset + at, std::span(right).first(size));
+    if (!std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(size), right.begin())) return false;
+  }
+  return true;
 }
 
 }  // namespace formats

@@ -56,4 +56,7 @@ class LocalReader final : public shard::Reader {
   std::shared_ptr<const FilePool> files_;
 };
 
+/// Whether `bytes` from two places on, as one run each, are the same.
+bool same_bytes(const shard::Reader& reader, const shard::Place& a, const shard::Place& b, std::uint64_t bytes);
+
 }  // namespace formats

@@ -36,7 +36,7 @@ class Walk {
     while (!stack.empty()) {
       const auto [path, ref, depth] = stack.back();
       stack.pop_back();
-      if (const auto tensor = tensor_of(g, ref)) {
+      if (const auto tensor = tensor_at(path, ref)) {
         add(path, *tensor);
         continue;
       }
@@ -59,6 +59,12 @@ class Walk {
   }
 
  private:
+  std::optional<StoredTensor> tensor_at(const std::string& path, pickle::Ref ref) const try {
+    return tensor_of(archive_.graph, ref);
+  } catch (const shard::Error& error) {
+    throw error.within(fmt::format("'{}'", path));
+  }
+
   void add(std::string path, const StoredTensor& tensor) {
     if (path.empty()) path = "tensor";
     const auto* record = archive_.zip.find("data/" + tensor.storage);

@@ -17,10 +17,6 @@ namespace fs = std::filesystem;
 
 std::string clipped(const std::string& text) { return text.size() > 200 ? text.substr(0, 200) + "…" : text; }
 
-bool inside(const fs::path& root, const fs::path& path) {
-  return std::mismatch(root.begin(), root.end(), path.begin(), path.end()).first == root.end();
-}
-
 std::string text_of(const nlohmann::json& value, const std::string& key) {
   if (!value.is_string()) throw Refusal{400, fmt::format("{}: is a JSON {}; should be a string", key, value.type_name())};
   return value.get<std::string>();
@@ -40,10 +36,10 @@ std::string confined(const fs::path& root, const std::string& key, const std::st
   // Resolves links as far as the path exists; the rest is taken as text, so that what lies outside looks the same whether it is there or not.
   const auto path = fs::weakly_canonical(root / given, error);
   if (error) throw Refusal{404, fmt::format("{}: '{}': not found", key, clipped(given)), 3};
-  if (!inside(root, path)) throw Refusal{403, fmt::format("{}: '{}' is outside the root; should be inside", key, clipped(given))};
+  if (!formats::lies_in(path, root)) throw Refusal{403, fmt::format("{}: '{}' is outside the root; should be inside", key, clipped(given))};
   if (!fs::exists(path, error)) throw Refusal{404, fmt::format("{}: '{}': not found", key, clipped(given)), 3};
   // A snapshot's files lie beside it.
-  if (const auto blobs = formats::cache_blobs(path); blobs && !inside(root, *blobs))
+  if (const auto blobs = formats::cache_blobs(path); blobs && !formats::lies_in(*blobs, root))
     throw Refusal{403, fmt::format("{}: '{}' is of a Hugging Face cache whose blobs are outside the root; should be inside", key, clipped(given))};
   return path.lexically_relative(root).string();
 }

@@ -187,8 +187,9 @@ Family family_named(const std::string& name) {
   for (const auto& family : families())
     if (family.name == name) return family;
   shard::require(name.ends_with(".json"), Code::NotFound, [&] { return fmt::format("--family {}: is not built in (see shardkit families), and no .json file", name); });
+  const auto content = parse_json(read_text(name, kLargestFile), name);
   try {
-    return parse(parse_json(read_text(name, kLargestFile), name));
+    return parse(content);
   } catch (const shard::Error& error) {
     throw error.within(name);
   }

@@ -21,7 +21,6 @@ using shard::Finding;
 using shard::Index;
 
 constexpr std::uint64_t kLargestSmallFile = 256u << 20;
-constexpr std::uint64_t kCompareBlock = 1 << 20;
 
 /// Names that travel with a model; anything else in the folder may be a weight in another format, or a stranger's.
 constexpr const char* kSmallFiles[] = {"config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
@@ -105,16 +104,7 @@ std::vector<shard::Row> rows_for(const Family& family, const shard::ShardedState
 /// Whether two tensors of one shard each, as safetensors hold them, have the same bytes.
 bool same_bytes(const Checkpoint& checkpoint, const shard::ShardedTensor& a, const shard::ShardedTensor& b) {
   if (a.dtype != b.dtype || a.natural != b.natural || a.shards.size() != 1 || b.shards.size() != 1) return false;
-  const LocalReader reader(checkpoint.logical, checkpoint.files);
-  std::vector<std::byte> left(kCompareBlock), right(kCompareBlock);
-  const auto bytes = static_cast<std::uint64_t>(shard::volume(a.natural)) * size_of(a.dtype);
-  for (std::uint64_t at = 0; at < bytes; at += kCompareBlock) {
-    const auto size = std::min(kCompareBlock, bytes - at);
-    reader.read(a.shards[0].place.stream, a.shards[0].place.offset + at, std::span(left).first(size));
-    reader.read(b.shards[0].place.stream, b.shards[0].place.offset + at, std::span(right).first(size));
-    if (!std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(size), right.begin())) return false;
-  }
-  return true;
+  return formats::same_bytes(LocalReader(checkpoint.logical, checkpoint.files), a.shards[0].place, b.shards[0].place, static_cast<std::uint64_t>(shard::volume(a.natural)) * size_of(a.dtype));
 }
 
 /// transformers' rule: the flag ties where no head is stored or the stored one is equal; a head that differs wins.
@@ -218,7 +208,13 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   for (const auto& [name, value] : options.parameters) params[name] = value;
   if (const auto vocab = params.find("vocab"); vocab != params.end()) checkpoint.vocab = vocab->second;
   if (options.vocab) checkpoint.vocab = options.vocab;
-  drop(checkpoint, checkpoint.stored, family.drop, "a buffer, computed when a model is built");
+  constexpr const char* kBuffer = "a buffer, computed when a model is built";
+  drop(checkpoint, checkpoint.stored, family.drop, kBuffer);
+  std::erase_if(checkpoint.findings, [&](const Finding& finding) {  // nor need an index list it
+    const bool buffer = finding.rule == "unexpected" && finding.severity == Finding::Severity::Error && dropped(family.drop, finding.key);
+    if (buffer) checkpoint.not_carried.push_back({finding.key, kBuffer});
+    return buffer;
+  });
   drop(checkpoint, checkpoint.stored, options.drop, "--drop");
   std::vector<Finding> findings;
   const auto pairs = quantised_pairs(checkpoint.stored, state->config, findings);

@@ -261,6 +261,12 @@ class LegacyReader {
     }
   }
 
+  static std::optional<StoredTensor> tensor_at(const pickle::Graph& g, pickle::Ref ref, const std::string& key) try {
+    return tensor_of(g, ref);
+  } catch (const shard::Error& error) {
+    throw error.within(fmt::format("'{}'", key));
+  }
+
   static bool is_dict(const pickle::Graph& g, pickle::Ref ref) {
     return g.kind(ref) == pickle::Kind::Dict || (g.kind(ref) == pickle::Kind::Object && g.dict_items(ref));
   }
@@ -283,7 +289,7 @@ class LegacyReader {
         out.push_back({std::move(key), chunk, std::nullopt, {}, extra_state(file, archive, value)});
         continue;
       }
-      auto tensor = tensor_of(g, value);
+      auto tensor = tensor_at(g, value, key);
       shard::require(tensor.has_value(), Code::BadFormat, [&] { return fmt::format("'{}' is no tensor", key); });
       const auto* record = archive.zip.find("data/" + tensor->storage);
       shard::require(record != nullptr, Code::BadFormat, [&] { return fmt::format("'{}': storage {} is missing", key, tensor->storage); });

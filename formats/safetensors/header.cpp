@@ -10,6 +10,7 @@
 #include <unordered_set>
 
 #include "formats/json.h"
+#include "formats/text_splits.h"
 #include "libshard/error.h"
 
 namespace formats::safetensors {
@@ -130,8 +131,8 @@ class Handler : public nlohmann::json_sax<nlohmann::json> {
   bool null() override { return ignore("null"); }
   bool boolean(bool) override { return ignore("true or false"); }
   bool binary(binary_t&) override { return ignore("binary"); }
-  bool parse_error(std::size_t at, const std::string&, const nlohmann::json::exception& error) override {
-    shard::fail(Code::BadFormat, "{}: header, byte {}: {}", where_, at, json_problem(error));
+  bool parse_error(std::size_t, const std::string&, const nlohmann::json::exception& error) override {
+    shard::fail(Code::BadFormat, "{}: header: {}", where_, json_problem(error));
   }
 
  private:
@@ -228,8 +229,11 @@ std::string header_json(std::span<const Entry> entries, const std::map<std::stri
   std::string out = "{";
   try {
     if (!metadata.empty()) out += fmt::format("\"{}\":{}", kMetadata, nlohmann::json(metadata).dump());
-    for (const auto& entry : entries) add_entry(entry, out);
-  } catch (const nlohmann::json::exception& error) {  // a name that is no UTF-8
+    for (const auto& entry : entries) {
+      shard::require(is_utf8(entry.name), Code::BadFormat, [&] { return fmt::format("{}: the name is no UTF-8, which safetensors' are", shown(entry.name)); });
+      add_entry(entry, out);
+    }
+  } catch (const nlohmann::json::exception& error) {  // metadata that is no UTF-8
     shard::fail(Code::BadFormat, "safetensors header: {}", json_problem(error));
   }
   return out + "}";

@@ -6,6 +6,7 @@
 #include "libshard/error.h"
 
 #include <algorithm>
+#include <set>
 
 namespace formats::safetensors {
 namespace {
@@ -19,17 +20,34 @@ constexpr const char* kSharding = "DCP_SHARDING_INFO";
 
 bool ends_with(const fs::path& path, std::string_view suffix) { return path.filename().string().ends_with(suffix); }
 
-/// weight_map of an index: tensor → file.
-std::map<std::string, std::string> read_index(const fs::path& path) {
+struct IndexFile {
+  std::string name;                               ///< of the file
+  std::map<std::string, std::string> weight_map;  ///< tensor → file
+  std::optional<double> total_size;               ///< writers store it as a floating number, too
+};
+
+/// "./x" is x for every reader; all else is for inside() to judge.
+std::string without_dots(const std::string& name) {
+  fs::path out;
+  for (const auto& part : fs::path(name))
+    if (part != ".") out /= part;
+  return out.string();
+}
+
+IndexFile read_index(const fs::path& folder, const std::string& name) {
+  const auto path = inside(folder, name);
   const auto json = parse_json(read_text(path), path.string());
   shard::require(json.is_object() && json.contains("weight_map") && json["weight_map"].is_object(), Code::BadFormat,
                  [&] { return fmt::format("{}: holds no weight_map", path.string()); });
-  std::map<std::string, std::string> out;
+  IndexFile out;
+  out.name = name;
   for (const auto& entry : json["weight_map"].items()) {
     shard::require(entry.value().is_string(), Code::BadFormat,
                    [&] { return fmt::format("{}: '{}' names no file", path.string(), entry.key()); });
-    out[entry.key()] = entry.value().get<std::string>();
+    out.weight_map[entry.key()] = without_dots(entry.value().get<std::string>());
   }
+  if (json.contains("metadata") && json["metadata"].is_object() && json["metadata"].contains("total_size"))
+    if (const auto& total = json["metadata"]["total_size"]; total.is_number()) out.total_size = total.get<double>();
   return out;
 }
 
@@ -46,20 +64,20 @@ std::vector<std::string> dcp_shards(const fs::path& folder) {
 
 class Folder {
  public:
-  Folder(const fs::path& path) {
+  Folder(const fs::path& path, const OpenOptions& options) : options_(options) {
     out_.format = "hf";
     if (fs::is_directory(path)) {
       out_.folder = path;
-      if (fs::exists(path / kIndex)) index_ = read_index(inside(path, kIndex));
+      if (fs::exists(path / kIndex)) index_ = read_index(path, kIndex);
       else if (fs::exists(path / kSingle)) names_ = {kSingle};
       else names_ = dcp_shards(path);
     } else {
       out_.folder = path.parent_path().empty() ? fs::path(".") : path.parent_path();
-      if (ends_with(path, ".index.json")) index_ = read_index(inside(out_.folder, path.filename().string()));
+      if (ends_with(path, ".index.json")) index_ = read_index(out_.folder, path.filename().string());
       else names_ = {path.filename().string()};
     }
     if (index_)
-      for (const auto& [name, file] : *index_)
+      for (const auto& [name, file] : index_->weight_map)
         if (std::find(names_.begin(), names_.end(), file) == names_.end()) names_.push_back(file);
   }
 
@@ -69,11 +87,7 @@ class Folder {
     out_.files = std::make_shared<FilePool>(std::move(paths));
     out_.stored.files = names_;
     for (std::uint32_t i = 0; i < names_.size(); ++i) add_file(i);
-    if (index_)
-      for (const auto& placed : *index_)
-        shard::require(out_.stored.tensors.contains(placed.first), Code::Mismatch, [&] {
-          return fmt::format("{}: the index places '{}' here; the file does not hold it", placed.second, placed.first);
-        });
+    if (index_) check_index();
     for (auto& [key, tensor] : out_.stored.tensors) {
       if (sharded_) settle(tensor);
       check_cover(tensor, out_.findings);
@@ -94,17 +108,74 @@ class Folder {
     }
     out_.stored.streams.push_back({i, header.data_offset, file->size() - header.data_offset, std::nullopt, false});
     for (const auto& entry : header.entries) {
-      if (index_) {
-        const auto placed = index_->find(entry.name);
-        if (placed == index_->end() || placed->second != names_[i]) {
-          const auto why = fmt::format("{} holds it; the index does not say so", names_[i]);
-          out_.findings.push_back({"unexpected", shard::Finding::Severity::Warning, entry.name, why});
-          out_.not_carried.push_back({entry.name, why});
-          continue;
-        }
-      }
+      if (index_ && !listed(entry, i)) continue;
       add_entry(entry, i, sharding);
     }
+  }
+
+  /// Whether the index places it in this file. Readers such as transformers load whole files, so what it does not list is no less there.
+  bool listed(const Entry& entry, std::uint32_t i) {
+    const auto placed = index_->weight_map.find(entry.name);
+    if (placed != index_->weight_map.end() && placed->second == names_[i]) return true;
+    if (std::any_of(options_.drop.begin(), options_.drop.end(), [&](const auto& pattern) { return glob(pattern, entry.name); })) {
+      if (placed == index_->weight_map.end()) out_.not_carried.push_back({entry.name, "--drop"});
+    } else if (placed == index_->weight_map.end()) {
+      out_.findings.push_back({"unexpected", shard::Finding::Severity::Error, entry.name,
+                               fmt::format("{} holds it; {} does not list it, and readers differ in what they do then (--drop leaves it out)", names_[i], index_->name)});
+    } else {
+      copies_.push_back({entry, i});
+    }
+    return false;
+  }
+
+  void check_index() {
+    for (const auto& placed : index_->weight_map)
+      shard::require(out_.stored.tensors.contains(placed.first), Code::Mismatch, [&] {
+        return fmt::format("{}: the index places '{}' here; the file does not hold it", placed.second, placed.first);
+      });
+    if (!copies_.empty()) {
+      const LocalReader reader(out_.stored, out_.files);
+      for (const auto& [entry, i] : copies_) check_copy(reader, entry, i);
+    }
+    check_total_size();
+  }
+
+  /// A tensor that a file holds beside the one that the index names. Readers take the one or the other, so both should be equal.
+  void check_copy(const LocalReader& reader, const Entry& entry, std::uint32_t i) {
+    const auto& tensor = out_.stored.tensors.at(entry.name);
+    const auto& named = index_->weight_map.at(entry.name);
+    const bool same = tensor.dtype == entry.dtype && tensor.natural == entry.shape &&
+                      (!options_.places || same_bytes(reader, tensor.shards.front().place, {i, entry.begin, {}}, entry.end - entry.begin));
+    if (!same) {
+      out_.findings.push_back({"replica", shard::Finding::Severity::Error, entry.name,
+                               fmt::format("{}, which {} names, and {} hold copies of it that differ; they should be equal", named, index_->name, names_[i])});
+      return;
+    }
+    const auto why = fmt::format("{} holds a copy of it; {} names {}", names_[i], index_->name, named);
+    out_.findings.push_back({"unexpected", shard::Finding::Severity::Warning, entry.name, why});
+    out_.not_carried.push_back({entry.name, why});
+  }
+
+  /// Writers count what the index lists, what lies in the files, the files themselves, or a tied head that is not stored.
+  void check_total_size() {
+    if (!index_->total_size) return;
+    std::uint64_t listed = 0, held = 0, files = 0;
+    shard::Index rows = 0;
+    const auto bytes_of = [](const shard::ShardedTensor& tensor) { return static_cast<std::uint64_t>(shard::volume(tensor.natural)) * size_of(tensor.dtype); };
+    for (const auto& [key, tensor] : out_.stored.tensors) {
+      listed += bytes_of(tensor);
+      if (tensor.natural.size() == 2) rows = std::max(rows, tensor.natural[0]);
+    }
+    for (const auto& stream : out_.stored.streams) {
+      held += stream.size;
+      files += stream.offset + stream.size;
+    }
+    std::set<double> right{static_cast<double>(listed), static_cast<double>(held), static_cast<double>(files)};
+    for (const auto& [key, tensor] : out_.stored.tensors)
+      if (tensor.natural.size() == 2 && tensor.natural[0] == rows) right.insert(static_cast<double>(listed + bytes_of(tensor)));
+    if (right.contains(*index_->total_size)) return;
+    out_.findings.push_back({"coverage", shard::Finding::Severity::Warning, index_->name,
+                             fmt::format("metadata.total_size is {:.0f}; the tensors that it lists take {} bytes", *index_->total_size, listed)});
   }
 
   void add_entry(const Entry& entry, std::uint32_t stream, const nlohmann::json& sharding) {
@@ -135,9 +206,11 @@ class Folder {
     tensor.natural = tensor.global_shape;
   }
 
+  const OpenOptions& options_;
   Checkpoint out_;
   std::vector<std::string> names_;
-  std::optional<std::map<std::string, std::string>> index_;
+  std::optional<IndexFile> index_;
+  std::vector<std::pair<Entry, std::uint32_t>> copies_;  ///< of tensors that the index names in another file
   bool sharded_ = false;
 };
 
@@ -148,6 +221,6 @@ bool matches(const fs::path& path) {
   return fs::exists(path / kIndex) || fs::exists(path / kSingle) || !dcp_shards(path).empty();
 }
 
-Checkpoint open(const fs::path& path, const OpenOptions&) { return Folder(path).open(); }
+Checkpoint open(const fs::path& path, const OpenOptions& options) { return Folder(path, options).open(); }
 
 }  // namespace formats::safetensors

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 namespace shard::hints {
@@ -60,7 +61,10 @@ double rounded(double value, DType dtype) {
 std::string explain_rounding(const Values& values, const Subject& subject) {
   const auto equal = [](double x, double y) { return x == y || (std::isnan(x) && std::isnan(y)); };
   if (subject.a.dtype != subject.b.dtype && values.all(equal)) return "the same values as another type";
-  for (const auto dtype : {DType::BF16, DType::F16, DType::F8E4M3, DType::F8E5M2}) {
+  std::array narrow{DType::BF16, DType::F16, DType::F8E4M3, DType::F8E5M2};
+  // The types at hand first: what is infinite in one may be so in another, too.
+  std::stable_partition(narrow.begin(), narrow.end(), [&](DType dtype) { return dtype == subject.a.dtype || dtype == subject.b.dtype; });
+  for (const auto dtype : narrow) {
     if (!castable(subject.a.dtype, dtype) || !castable(subject.b.dtype, dtype)) continue;
     const auto text = [&](const char* which, const char* of) { return fmt::format("{} holds {}'s values rounded to {}: the type lost precision", which, of, name(dtype)); };
     if (values.all([&](double x, double y) { return equal(rounded(x, dtype), y); })) return text("b", "a");

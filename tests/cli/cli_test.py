@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import unittest
+import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json  # noqa: E402
@@ -54,6 +55,10 @@ class Inspect(Case):
 
         for name, keys in (("nul", ["a\0x", "a\0y"]), ("unnamed", ["", "b"])):  # HDF5's names are C's; the first ended in a deadlock
             self.assertIn("has no name in HDF5", self.refused(4, "convert", write(name, keys), self.tmp / "out", "--to", "hdf5", "-q"))
+        self.ok("convert", write("named", ["zzz"]), self.tmp / "surrogate", "--to", "dcp", "-q")
+        metadata = self.tmp / "surrogate/.metadata"
+        metadata.write_bytes(metadata.read_bytes().replace(b"zzz", "\ud800".encode(errors="surrogatepass")))
+        self.assertIn("the name is no UTF-8", self.refused(4, "convert", self.tmp / "surrogate", self.tmp / "out", "--to", "hf", "-q"))
         nothing = write("nothing", [])
         self.assertIn("holds no tensors", self.refused(6, "convert", nothing, self.tmp / "out", "--to", "dcp", "-q"))
         self.assertEqual(run("verify", nothing)[0], 1)
@@ -63,6 +68,19 @@ class Inspect(Case):
             status, out = run_json("convert", large, self.tmp / dtype, "--to", "hf", "--dtype", dtype)
             self.assertEqual((status, any("shardkit verify counts" in note for note in out["notes"])), (0, True), out["notes"])
             self.assertEqual(run("verify", self.tmp / dtype)[0], 1)
+
+
+    def test_a_view_that_is_no_plain_memory_is_named(self):
+        def text(what):
+            return b"X" + struct.pack("<I", len(what)) + what
+
+        storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\1tQ"
+        pickle = b"\x80\2}" + text(b"model") + b"}" + text(b"odd") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\1\x85K\1\x85\x89ccollections\nOrderedDict\n)R}" + text(b"neg") + b"\x88stRss."
+        path = self.tmp / "model.pt"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in (("data.pkl", pickle), ("data/0", b"\0" * 4), ("version", b"3")):
+                archive.writestr(f"model/{name}", data)
+        self.assertIn("'model.odd': tensor: a lazily transformed one ('neg') is not supported", self.refused(4, "inspect", path))
 
 
 class Usage(Case):
@@ -98,6 +116,8 @@ class Outcome(Case):
         self.assertEqual(out["target"]["layout"]["tp"], 4)
         self.assertIn("rng_state", [d["key"] for d in out["dropped"]])
         self.assertEqual(json.loads(report.read_text())["tensors"], out["tensors"])
+        self.ok("convert", LLAMA, f"{self.tmp}/e/", "--to", "hf", "--report", self.tmp / "e/report.json", "-q")
+        self.assertTrue((self.tmp / "e/report.json").exists())
 
     def test_plan_writes_nothing(self):
         _, out = run_json("plan", LLAMA, self.tmp / "d", "--to", "torch_dist")
@@ -167,6 +187,8 @@ class Outcome(Case):
     def test_iteration(self):
         self.ok("inspect", LLAMA, "--iteration", 10)
         self.refused(3, "inspect", LLAMA, "--iteration", 11)
+        for number in ("99999999999999999999", "-1", "x"):
+            self.assertIn("--iteration", self.refused(2, "inspect", LLAMA, "--iteration", number))
 
 
 class SameBytes(Case):
@@ -273,27 +295,93 @@ class Verify(Case):
         self.refused(4, "hash", other)
         self.assertFalse((self.tmp / "x").exists())
 
-    def test_what_an_index_does_not_list_is_said_by_all(self):
-        copy = self.tmp / "model"
+    FIRST, SECOND = "model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"
+
+    def with_one_more(self, name, key, dtype, shape, numbers):
+        """A copy of the Llama whose second shard holds one more tensor."""
+        copy = self.tmp / name
         shutil.copytree(DATA / "hf/llama_untied_bf16", copy)
-        path = copy / "model-00001-of-00004.safetensors"
+        path = copy / self.SECOND
         raw = path.read_bytes()
         size = int.from_bytes(raw[:8], "little")
         header, data = json.loads(raw[8:8 + size]), raw[8 + size:]
-        header["zzz"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(numbers)]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        path.write_bytes(len(text).to_bytes(8, "little") + text + data + b"\0" * 4)
-        why = "model-00001-of-00004.safetensors holds it; the index does not say so"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data + numbers)
+        return copy
+
+    def test_what_an_index_does_not_list_is_refused_or_dropped_by_name(self):
+        copy = self.with_one_more("more", "zzz", "F32", [1], b"\0" * 4)
+        found = self.finding("unexpected", copy)
+        self.assertEqual(found["key"], "zzz")
+        self.assertIn(f"{self.SECOND} holds it; model.safetensors.index.json does not list it", found["message"])
+        self.assertEqual(run("inspect", copy)[0], 0)
+        for command in (("hash", copy), ("diff", copy, DATA / "hf/llama_untied_bf16"), ("validate", copy), ("reshard", copy, self.tmp / "out"), ("convert", copy, self.tmp / "out", "--to", "torch_dist")):
+            self.assertIn("zzz: ", self.refused(6, *command))
+        self.ok("verify", copy, "--drop", "zzz")
+        status, out = run_json("convert", copy, self.tmp / "out", "--to", "torch_dist", "--drop", "zz?")
+        self.assertEqual((status, out["dropped"]), (0, [{"key": "zzz", "why": "--drop"}]))
+        (copy / "config.json").unlink()  # no family: keys are their own names
+        self.assertIn("zzz: ", self.refused(6, "hash", copy))
+        self.ok("hash", copy, "--drop", "zzz")
+        buffer = self.with_one_more("buffer", "model.layers.0.self_attn.rotary_emb.inv_freq", "F32", [1], b"\0" * 4)
+        self.assertEqual(digest(buffer), digest(DATA / "hf/llama_untied_bf16"))
+
+    def test_copies_that_an_index_does_not_name(self):
+        key = "model.embed_tokens.weight"
+        raw = (DATA / "hf/llama_untied_bf16" / self.FIRST).read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        entry = json.loads(raw[8:8 + size])[key]
+        numbers = raw[8 + size:][slice(*entry["data_offsets"])]
+        same = self.with_one_more("same", key, entry["dtype"], entry["shape"], numbers)
+        why = f"{self.SECOND} holds a copy of it; model.safetensors.index.json names {self.FIRST}"
         for command in ("verify", "validate", "inspect"):
-            status, out = run_json(command, copy)
+            status, out = run_json(command, same)
             self.assertEqual(status, 0, out)
-            self.assertIn({"rule": "unexpected", "severity": "warning", "key": "zzz", "message": why}, out["findings"])
-        for command in (("hash", copy), ("hash", "-q", copy), ("diff", copy, DATA / "hf/llama_untied_bf16")):
+            self.assertIn({"rule": "unexpected", "severity": "warning", "key": key, "message": why}, out["findings"])
+        for command in (("hash", same), ("hash", "-q", same), ("diff", same, DATA / "hf/llama_untied_bf16")):
             status, _, err = run(*command)
-            self.assertEqual((status, err), (0, f"shardkit: warning: zzz: {why}\n"))
-        status, out = run_json("convert", copy, self.tmp / "out", "--to", "torch_dist")
-        self.assertEqual((status, out["dropped"]), (0, [{"key": "zzz", "why": why}]))
+            self.assertEqual((status, err), (0, f"shardkit: warning: {key}: {why}\n"))
+        for option in ("verify", "validate"):  # of the other side, too
+            status, out = run_json(option, DATA / "hf/llama_untied_bf16", "--against", same)
+            self.assertIn({"rule": "unexpected", "severity": "warning", "key": key, "message": f"{same}: {why}"}, out["findings"])
+        status, out = run_json("convert", same, self.tmp / "out", "--to", "torch_dist")
+        self.assertEqual((status, out["dropped"]), (0, [{"key": key, "why": why}]))
+        shape = entry["shape"]
+        for name, more in (("number", (entry["dtype"], shape, bytes([numbers[0] ^ 1]) + numbers[1:])), ("type", ("F16", shape, numbers)), ("shape", (entry["dtype"], shape[::-1], numbers))):
+            copy = self.with_one_more(name, key, *more)
+            self.assertEqual(self.finding("replica", copy)["key"], key)
+            for command in (("hash", copy), ("validate", copy), ("convert", copy, self.tmp / "none", "--to", "dcp")):
+                self.assertRegex(self.refused(6, *command), f"{key}: .*{self.FIRST}.*{self.SECOND}.*differ")
+
+    def test_total_size_of_an_index(self):
+        copy = self.copy("hf/llama_untied_bf16")
+        path = copy / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        total = index["metadata"]["total_size"]
+        on_disk = sum(f.stat().st_size for f in copy.glob("model-*.safetensors"))
+        for value, said in ((total, False), (float(total), False), (on_disk, False), (total + 250 * 64 * 2, False), ("many", False), (None, False), (total - 2, True), (2 * total, True)):
+            path.write_text(json.dumps(index | {"metadata": {"total_size": value}}))
+            status, out = run_json("verify", copy)
+            self.assertEqual((status, [f["key"] for f in out["findings"] if f["severity"] == "warning"]), (0, [path.name] if said else []), value)
+        path.write_text(json.dumps({"weight_map": index["weight_map"]}))
+        self.assertEqual(run("verify", copy)[0], 0)
+
+    def test_files_of_an_index_below_the_folder(self):
+        copy = self.copy("hf/llama_untied_bf16")
+        path = copy / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        path.write_text(json.dumps(index | {"weight_map": {key: "./" + file for key, file in index["weight_map"].items()}}))
+        self.assertEqual(digest(copy), digest(DATA / "hf/llama_untied_bf16"))
+        (copy / "sub").mkdir()
+        for file in copy.glob("model-*.safetensors"):
+            file.rename(copy / "sub" / file.name)
+        path.write_text(json.dumps(index | {"weight_map": {key: ".//sub/./" + file for key, file in index["weight_map"].items()}}))
+        self.assertEqual(digest(copy), digest(DATA / "hf/llama_untied_bf16"))
+        for prefix in ("sub/../sub/", f"{copy}/sub/", "./../hf/", "."):
+            path.write_text(json.dumps(index | {"weight_map": {key: prefix + file for key, file in index["weight_map"].items()}}))
+            self.refused(3 if prefix == "." else 4, "hash", copy)
 
     def test_replica_and_tie(self):
         found = self.finding("replica", DATA / "hostile/mega_layernorm_replica_differs")

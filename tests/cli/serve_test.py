@@ -589,6 +589,11 @@ class Watching(Serve):
                              (4, ("--reference", tokens)), (4, ("--reference", next((DATA / LLAMA).glob("model*.safetensors")))), (3, ("--text", self.tmp / "none")), (4, ("--tokens", DATA / LLAMA / "config.json"))):
             self.refused(status, "serve", "--watch", self.root, "--history", self.history, *args, timeout=20)
 
+    def test_what_only_watching_needs(self):
+        for args in (("--every", 1), ("--tokens", "x"), ("--text", "x"), ("--reference", "x"), ("--max-loss", 1), ("--compute", "bf16"), ("--tp", 2), ("--pp", 2)):
+            said = self.refused(2, "serve", "--root", self.root, "--history", self.history, *args, timeout=20)
+            self.assertIn(f"{args[0]} requires --watch", said)
+
     def test_broken_iteration_is_an_error_once(self):
         out = self.tmp / "out"
         shutil.copytree(DATA / RUN, self.root / "run")

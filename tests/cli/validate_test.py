@@ -98,6 +98,11 @@ class Reference(Case):
         status, out = run_json("validate", DATA / "hf/deepseek_v3_mtp_bf16", "--reference", DEEPSEEK_REFERENCE, "--drop", "mtp.*")
         self.assertEqual((status, out["mtp"]), (1, []))
         self.assertEqual([check["name"] for check in out["checks"] if not check["ok"]], ["reference mtp.0"])
+        one = self.tmp / "one.safetensors"
+        for name in ("mtp.1.logits", "mtp.99.logits", "mtp.00.loss", "mtp_step.18446744073709551616.logits"):
+            rewritten(DEEPSEEK_REFERENCE, one, {"mtp.0.logits" if "logits" in name else "mtp.0.loss": name})
+            status, out = run_json("validate", DEEPSEEK, "--reference", one)
+            self.assertEqual((status, [check["name"] for check in out["checks"] if not check["ok"]]), (1, [f"reference mtp.{name.split('.')[1]}"]))
 
     def test_steps_that_cannot_be_compared(self):
         one, step = self.tmp / "one.safetensors", "mtp_step.0."

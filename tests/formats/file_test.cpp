@@ -76,6 +76,20 @@ TEST_CASE("names from strangers stay inside the folder") {
   CHECK_NOTHROW(inside(folder.path() / "link", "sub/x"));
 }
 
+TEST_CASE("what lies in a folder, there or not") {
+  const TemporaryFolder folder;
+  const auto home = folder.path() / "home";
+  fs::create_directories(home / "sub");
+  fs::create_symlink("home/sub", folder.path() / "in");
+  fs::create_symlink("..", home / "out");
+  for (const auto& path : {home, home / "x", home / "x/y", home / "sub/..", home / "none/../x", folder.path() / "in/x", home / "out/home"}) CHECK(lies_in(path, home));
+  for (const auto& path : {folder.path(), folder.path() / "homes", home / "..", home / "out", home / "out/x", home / "none/../../x"}) CHECK(!lies_in(path, home));
+  CHECK(lies_in(folder.path() / "new/x", folder.path() / "new/"));
+  CHECK(lies_in("x", ""));
+  CHECK(lies_in("/x", "/"));
+  CHECK(!lies_in("/", "x"));
+}
+
 TEST_CASE("a snapshot of a Hugging Face cache has its files among the blobs") {
   const TemporaryFolder folder;
   const auto model = folder.path() / "models--o--m", snapshot = model / "snapshots" / "1";

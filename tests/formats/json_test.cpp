@@ -31,6 +31,12 @@ TEST_CASE("depth has a limit, however deep it goes") {
     CHECK_THROWS_AS(parse_json(nested(n), "w"), shard::Error);
 }
 
+TEST_CASE("a complaint is in our words") {
+  CHECK_THROWS_WITH_AS(parse_json(R"({"\ud800":1})", "w"), doctest::Contains("w: no JSON at line 1, column 9: object key: invalid string: surrogate U+D800"), shard::Error);
+  CHECK_THROWS_WITH_AS(parse_json(R"({"a":1 x})", "w"), "w: no JSON at line 1, column 8: object: invalid literal; last read: '1 x'; expected '}'", shard::Error);
+  CHECK_THROWS_WITH_AS(parse_json("[1e999]", "w"), "w: number overflow parsing '1e999'", shard::Error);
+}
+
 TEST_CASE("a complaint is one short printable line") {
   try {
     parse_json("[\"" + std::string(100'000, 'x') + "\n\xff", "w");

@@ -296,6 +296,13 @@ TEST_CASE("values: zeros, rounding, a factor, another type") {
             "b holds a's values rounded to bf16"));
   CHECK(has(with([](Plain& t) { t.dtype = DType::BF16; }), "b holds a's values rounded to bf16"));
   CHECK(with([](Plain& t) { t.dtype = DType::F64; }) == "the same values as another type");
+  auto large = model();
+  for (auto& value : large[kLayer + "mlp.up.weight"].values) value = std::copysign(1e30f, value);
+  for (const auto dtype : {DType::F16, DType::F8E4M3, DType::F8E5M2}) {
+    auto b = large;
+    b[kLayer + "mlp.up.weight"].dtype = dtype;
+    CHECK(hints(large, b).at(kLayer + "mlp.up.weight").starts_with("b holds a's values rounded to " + std::string(name(dtype))));
+  }
   CHECK(has(with([](Plain& t) { t.values[5] = std::nextafter(t.values[5], 1.0f); }), "rounding"));
 }
 
