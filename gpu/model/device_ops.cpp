@@ -211,15 +211,19 @@ void DeviceOps::linears(const lm::Packed& packed, std::span<const lm::LinearInto
   const auto& input = *static_cast<const DeviceInput*>(packed.form.get());
   const auto& x = input.x;
   std::vector<LinearViews> thin;
+  std::map<Index, std::vector<ScaledViews>> thin_scaled;  // by where in a block their columns begin
   for (const auto& [by, out] : all) {
     check_features(x, by, view_of(out));
     if (by.scales) {
       const auto w = scaled_weight_of(by);
-      (*scaled_)(scaled_input(input, w.first_column), w, view_of(by.bias), view_of(out), stream_);
+      const auto& mine = scaled_input(input, w.first_column);
+      if (is_thin(mine, w)) thin_scaled[w.first_column].push_back({w, view_of(by.bias), view_of(out)});
+      else (*scaled_)(mine, w, view_of(by.bias), view_of(out), stream_);
     } else if (is_thin(x, view_of(by.weight))) thin.push_back({view_of(by.weight), view_of(by.bias), view_of(out)});
     else product(x, by, view_of(out));
   }
   thin_linears(stream_, x, thin);
+  for (const auto& [first, some] : thin_scaled) thin_scaled_linears(stream_, scaled_input(input, first), some);
 }
 
 lm::Tensor DeviceOps::linear_f32(const Tensor& x, const Linear& by) {

@@ -109,13 +109,13 @@ struct GroupedScaledLinear : ScaledTile {
   }
 };
 
+}  // namespace
+
 void check_scaled(const ScaledRows& x, const ScaledWeight& like) {
   shard::require(x.numbers.type == shard::DType::F8E4M3 && like.numbers.type == shard::DType::F8E4M3, shard::Code::Device, [] { return std::string("device: products in fp8 take e4m3"); });
   shard::require(x.first == like.first_column && x.first >= 0 && x.first < kScaleBlock && like.first_row >= 0, shard::Code::Device,
                  [&] { return fmt::format("device: blocks of activations begin {} lanes before the first, those of the weight {}", x.first, like.first_column); });
 }
-
-}  // namespace
 
 void quantise_rows(StreamView on, const View& x, const ScaledRows& out) {
   shard::require(out.numbers.rows == x.rows && out.numbers.columns == x.columns && out.scale_pitch >= x.rows, shard::Code::Device,

@@ -26,6 +26,18 @@ void quantise_rows(StreamView on, const View& x, const ScaledRows& out);
 /// out[t, n] = Σ_b x_scale·w_scale·Σ_{k in b} x[t, k]·w[n, k] + bias[n], rounded once.
 void scaled_linear(StreamView on, const ScaledRows& x, const ScaledWeight& w, const View& bias, const View& out);
 
+/// Refuses blocks of activations that do not meet the weight's.
+void check_scaled(const ScaledRows& x, const ScaledWeight& w);
+
+/// Whether thin_scaled_linears() takes it: at most kThinRows rows, all in whole 16 bytes.
+bool is_thin(const ScaledRows& x, const ScaledWeight& w);
+/// What scaled_linear() makes, for several linears of one x at once; the same bits from run to run.
+struct ScaledViews {
+  ScaledWeight w;
+  View bias, out;
+};
+void thin_scaled_linears(StreamView on, const ScaledRows& x, std::span<const ScaledViews> all);
+
 /// As grouped_linear(), of weights in e4m3: `scales` [experts] point to each one's; `like` says how all of them lie, its data and scales are not used.
 void grouped_scaled_linear(StreamView on, const ScaledRows& x, const ExpertWeights& w, const float* const* scales, const ScaledWeight& like, std::int64_t experts,
                            const std::int32_t* offsets, const std::int32_t* tiles, const float* row_weights, const View& out);

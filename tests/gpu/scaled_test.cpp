@@ -128,6 +128,42 @@ TEST_CASE("products in fp8 are the CPU's within one rounding, of whole weights a
       }
 }
 
+TEST_CASE("products in fp8 of few rows are the CPU's within one rounding, several at once") {
+  for (const Index tokens : {1, 5, 8, 9, 16})
+    for (const auto& [column, columns] : {std::array<Index, 2>{0, 16}, {0, 1040}, {48, 992}, {112, 3104}}) {
+      CAPTURE(tokens);
+      CAPTURE(columns);
+      const auto x = random_tensor(kModes[1], tokens, columns), b = random_tensor(kModes[1], 1, 300);
+      const Input input(x, shard::DType::BF16, column % 128);
+      const OnDevice bias(b, shard::DType::BF16);
+      const Scaled whole(uneven(300, column + columns));
+      std::vector<Part> parts;
+      std::vector<OnDevice> outs;
+      std::vector<gpu::ScaledViews> views;
+      for (const auto& [row, rows] : {std::array<Index, 2>{0, 300}, {100, 70}, {128, 16}, {299, 1}, {7, 33}}) {  // more than one launch
+        parts.emplace_back(whole, row, rows, column, columns);
+        outs.emplace_back(tokens, rows + 3, shard::DType::BF16);
+        CHECK(gpu::is_thin(input.view, parts.back().view));
+        views.push_back({parts.back().view, rows == 300 ? bias.view() : gpu::View{}, outs.back().view().column_range(3, rows)});
+      }
+      gpu::thin_scaled_linears(stream(), input.view, views);
+      for (std::size_t i = 0; i < parts.size(); ++i) {
+        const auto rows = parts[i].on_host.weight.rows;
+        Tensor expected(tokens, rows), mine(tokens, rows);
+        auto by = parts[i].on_host;
+        if (rows == 300) by.bias = weight_of(b, shard::DType::BF16);
+        lm::cpu::linear(kOn, lm::cpu::Packed(kOn, x), by, expected);
+        const auto all = outs[i].get();
+        for (Index r = 0; r < tokens; ++r) std::copy(all.row(r) + 3, all.row(r) + 3 + rows, mine.row(r));
+        CHECK(worst(mine, expected) <= bound(kModes[1], 0));
+      }
+    }
+  const Scaled whole(random_tensor(kModes[1], 16, 40));
+  const Part odd(whole, 0, 16, 0, 40);
+  const Input narrow(random_tensor(kModes[1], 4, 40), shard::DType::BF16, 0);
+  CHECK(!gpu::is_thin(narrow.view, odd.view));
+}
+
 TEST_CASE("experts in fp8 are linears of their own rows") {
   constexpr Index kInputs = 200, kOutputs = 150;
   const std::vector<std::int32_t> offsets{0, 3, 3, 70, 71}, tiles{0, 1, 1, 3, 4};
