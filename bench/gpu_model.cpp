@@ -85,27 +85,79 @@ gpu::DeviceBuffer noisy(std::uint64_t bytes, gpu::StreamView on) {
   return out;
 }
 
-/// A Llama of that shape and one MTP layer more, as a checkpoint in no file.
+/// A model's configuration and its weights' names and shapes.
+struct Shape {
+  shard::TransformerConfig config;
+  std::vector<std::pair<std::string, shard::Shape>> weights;
+
+  void add(const std::string& name, shard::Shape shape) { weights.emplace_back(name + ".weight", std::move(shape)); }
+  void norms(std::initializer_list<std::string> names, Index width) {
+    for (const auto& name : names) add(name, {width});
+  }
+  void feed_forward(const std::string& prefix, Index hidden, Index ffn) {
+    add(prefix + "gate", {ffn, hidden}), add(prefix + "up", {ffn, hidden}), add(prefix + "down", {hidden, ffn});
+  }
+  /// All but the layers themselves, each of which is one of `layer`.
+  void around(Index layers, Index hidden, Index vocab, const shard::LayerConfig& layer) {
+    norms({"mtp.0.enorm", "mtp.0.hnorm", "mtp.0.final_norm", "final_norm"}, hidden);
+    add("mtp.0.eh_proj", {hidden, 2 * hidden}), add("embedding.word", {vocab, hidden}), add("output", {vocab, hidden});
+    config.num_layers = layers, config.hidden_size = hidden, config.vocab_size = vocab, config.mtp_num_layers = 1;
+    config.layers.assign(static_cast<std::size_t>(layers), layer);
+  }
+};
+
+/// A Llama and one MTP layer more.
+Shape llama(const Ask& ask) {
+  Shape out;
+  const auto kv = ask.groups * ask.head();
+  const auto layer = [&](const std::string& prefix) {
+    out.norms({prefix + "attention.norm", prefix + "mlp.norm"}, ask.hidden);
+    out.add(prefix + "attention.q", {ask.hidden, ask.hidden}), out.add(prefix + "attention.out", {ask.hidden, ask.hidden});
+    out.add(prefix + "attention.k", {kv, ask.hidden}), out.add(prefix + "attention.v", {kv, ask.hidden});
+    out.feed_forward(prefix + "mlp.", ask.hidden, ask.ffn);
+  };
+  for (Index l = 0; l < ask.layers; ++l) layer(fmt::format("layers.{}.", l));
+  layer("mtp.0.layer.");
+  out.around(ask.layers, ask.hidden, ask.vocab, {.softmax_scale = 1 / std::sqrt(static_cast<double>(ask.head()))});
+  auto& config = out.config;
+  config.family = "llama";
+  config.ffn_hidden_size = ask.ffn, config.num_attention_heads = ask.heads, config.num_query_groups = ask.groups, config.kv_channels = ask.head();
+  config.max_position_embeddings = ask.length;
+  config.rope.type = shard::RopeConfig::Type::Default, config.rope.dim = ask.head();
+  return out;
+}
+
+/// One layer of DeepSeek-V3 and its MTP layer, with `experts` of its 256 experts; sides are divided by `by`.
+Shape deepseek(Index experts, Index by) {
+  Shape out;
+  const Index hidden = 7168 / by, heads = 128 / by, nope = 128, turned = 64, q_lora = 1536 / by, kv_lora = 512, ffn = 2048 / by;
+  const auto layer = [&](const std::string& prefix) {
+    out.norms({prefix + "attention.norm", prefix + "mlp.norm"}, hidden), out.norms({prefix + "attention.q_norm"}, q_lora), out.norms({prefix + "attention.kv_norm"}, kv_lora);
+    out.add(prefix + "attention.q_down", {q_lora, hidden}), out.add(prefix + "attention.q_up", {heads * (nope + turned), q_lora});
+    out.add(prefix + "attention.kv_down", {kv_lora + turned, hidden}), out.add(prefix + "attention.kv_up", {heads * 2 * nope, kv_lora});
+    out.add(prefix + "attention.out", {hidden, heads * nope}), out.add(prefix + "mlp.router", {experts, hidden});
+    for (Index e = 0; e < experts; ++e) out.feed_forward(fmt::format("{}mlp.experts.{}.", prefix, e), hidden, ffn);
+    out.feed_forward(prefix + "mlp.shared.", hidden, ffn);
+  };
+  layer("layers.0."), layer("mtp.0.layer.");
+  out.around(1, hidden, 129280 / by, {.moe = true, .softmax_scale = 1 / std::sqrt(static_cast<double>(nope + turned))});
+  auto& config = out.config;
+  config.family = "deepseek_v3";
+  config.multi_latent_attention = true;
+  config.num_attention_heads = config.num_query_groups = heads, config.kv_channels = nope;
+  config.q_lora_rank = q_lora, config.kv_lora_rank = kv_lora, config.qk_head_dim = config.v_head_dim = nope, config.qk_pos_emb_head_dim = turned;
+  config.num_experts = experts, config.moe_ffn_hidden_size = config.moe_shared_expert_size = config.ffn_hidden_size = ffn;
+  config.router.score = shard::RouterConfig::Score::Sigmoid, config.router.renormalize = true, config.router.topk = std::min<Index>(8, experts), config.router.scaling = 2.5;
+  config.max_position_embeddings = 4096;
+  config.rope.type = shard::RopeConfig::Type::Default, config.rope.dim = turned;
+  return out;
+}
+
+/// That model as a checkpoint in no file.
 class NoiseModel final : public shard::Reader {
  public:
-  explicit NoiseModel(const Ask& ask) {
-    const auto kv = ask.groups * ask.head();
-    const auto layer = [&](const std::string& prefix) {
-      for (const auto* norm : {"attention.norm", "mlp.norm"}) add(prefix + norm + ".weight", {ask.hidden});
-      add(prefix + "attention.q.weight", {ask.hidden, ask.hidden});
-      add(prefix + "attention.k.weight", {kv, ask.hidden});
-      add(prefix + "attention.v.weight", {kv, ask.hidden});
-      add(prefix + "attention.out.weight", {ask.hidden, ask.hidden});
-      add(prefix + "mlp.gate.weight", {ask.ffn, ask.hidden});
-      add(prefix + "mlp.up.weight", {ask.ffn, ask.hidden});
-      add(prefix + "mlp.down.weight", {ask.hidden, ask.ffn});
-    };
-    for (Index l = 0; l < ask.layers; ++l) layer(fmt::format("layers.{}.", l));
-    layer("mtp.0.layer.");
-    for (const auto* norm : {"mtp.0.enorm", "mtp.0.hnorm", "mtp.0.final_norm", "final_norm"}) add(std::string(norm) + ".weight", {ask.hidden});
-    add("mtp.0.eh_proj.weight", {ask.hidden, 2 * ask.hidden});
-    add("embedding.word.weight", {ask.vocab, ask.hidden});
-    add("output.weight", {ask.vocab, ask.hidden});
+  explicit NoiseModel(const Shape& shape) {
+    for (const auto& [name, sides] : shape.weights) add(name, sides);
   }
   const shard::ShardedStateDict& describe() const override { return dict_; }
   void read(std::uint32_t, std::uint64_t offset, std::span<std::byte> into) const override { copy_noise(offset, into); }
@@ -126,20 +178,6 @@ class NoiseModel final : public shard::Reader {
   shard::ShardedStateDict dict_{{"noise"}, {}, {}, {}, {}};
 };
 
-shard::TransformerConfig config_of(const Ask& ask) {
-  shard::TransformerConfig out;
-  out.family = "llama";
-  out.num_layers = ask.layers, out.hidden_size = ask.hidden, out.ffn_hidden_size = ask.ffn;
-  out.num_attention_heads = ask.heads, out.num_query_groups = ask.groups, out.kv_channels = ask.head();
-  out.vocab_size = ask.vocab, out.max_position_embeddings = ask.length;
-  out.rope.type = shard::RopeConfig::Type::Default, out.rope.dim = ask.head();
-  shard::LayerConfig layer;
-  layer.softmax_scale = 1 / std::sqrt(static_cast<double>(ask.head()));
-  out.layers.assign(static_cast<std::size_t>(ask.layers), layer);
-  out.mtp_num_layers = 1;
-  return out;
-}
-
 double median(std::vector<double> values) {
   std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
   return values[values.size() / 2];
@@ -153,7 +191,10 @@ class Bench {
     std::string out = fmt::format("{{\"device\": \"{}\", \"emulated\": {}, \"shape\": {{\"layers\": {}, \"hidden\": {}, \"ffn\": {}, \"heads\": {}, \"groups\": {}, \"vocab\": {}, \"batch\": {}, \"length\": {}}}, "
                                   "\"rounds\": {}, \"product_flops\": {:.0f}",
                                   info.name, gpu::is_emulated(), ask_.layers, ask_.hidden, ask_.ffn, ask_.heads, ask_.groups, ask_.vocab, ask_.batch, ask_.length, ask_.rounds, flops());
-    out += fmt::format(", \"products\": {}, \"attention\": {}, {}}}", products(), attention(), model());
+    out += fmt::format(", \"products\": {}, \"attention\": {}, {}", products(), attention(), model(llama(ask_), lm::Compute::Bf16, true));
+    out += fmt::format(", \"fp8\": {{{}}}", model(llama(ask_), lm::Compute::Fp8, true));
+    const auto moe = deepseek(gpu::is_emulated() ? 4 : 32, gpu::is_emulated() ? 32 : 1);
+    out += fmt::format(", \"deepseek\": {{{}}}, \"deepseek_fp8\": {{{}}}}}", model(moe, lm::Compute::Bf16, false), model(moe, lm::Compute::Fp8, false));
     return out;
   }
 
@@ -285,12 +326,20 @@ class Bench {
     return out + "}";
   }
 
-  /// The whole pass, its losses and statistics included, on weights that are there; then a step at a time.
-  std::string model() {
-    const NoiseModel checkpoint(ask_);
-    const auto config = config_of(ask_);
-    lm::WeightSource source(checkpoint, formats::kernels(), lm::Compute::Bf16);
-    gpu::DeviceOps recording(options(AttentionBackend::Auto, true)), plain(options(AttentionBackend::Auto, false));
+  static std::vector<Index> numbers(Index count, Index below) {
+    std::vector<Index> out;
+    for (Index i = 0; i < count; ++i) out.push_back((i * 7919 + 13) % below);
+    return out;
+  }
+
+  /// The whole pass, its losses and statistics included, on weights that are there, unless only steps are asked for; then a step at a time.
+  std::string model(const Shape& shape, lm::Compute compute, bool passes) {
+    const NoiseModel checkpoint(shape);
+    const auto& config = shape.config;
+    lm::WeightSource source(checkpoint, formats::kernels(), compute);
+    auto recorded = options(AttentionBackend::Auto, true), launched = options(AttentionBackend::Auto, false);
+    recorded.compute = launched.compute = compute;
+    gpu::DeviceOps recording(recorded), plain(launched);
     lm::Group alone(1);
     lm::LocalComm comm(alone, 0);
     lm::LanguageModule module(config, source, lm::placement_of(config, 0, 1), comm, comm, recording), one_by_one(config, source, lm::placement_of(config, 0, 1), comm, comm, plain);
@@ -304,25 +353,23 @@ class Bench {
       gpu::load_weights(stream, plan, 0, held, nullptr, recording.stream());
     }
     gpu::RankWeights weights(held, recording), plain_weights(held, plain);
-    const auto numbers = [&](Index count, Index below) {
-      std::vector<Index> out;
-      for (Index i = 0; i < count; ++i) out.push_back((i * 7919 + 13) % below);
-      return out;
-    };
-    lm::Batch batch{ask_.batch, ask_.length, numbers(ask_.rows(), ask_.vocab), numbers(ask_.rows(), ask_.vocab), {}};
-    for (Index i = 0; i < ask_.rows(); ++i) batch.position_ids.push_back(i % ask_.length);
-    const std::vector<lm::MtpStep> none;
-    const auto forward = told([&] {
-      return waited([&] {
-        lm::ForwardResult result;
-        std::mutex mutex;
-        module.forward(weights, {batch, none, ask_.vocab, ask_.vocab, {}, false}, result, mutex);
+    std::string forward = "{\"why\": \"not asked for\"}";
+    if (passes) {
+      lm::Batch batch{ask_.batch, ask_.length, numbers(ask_.rows(), config.vocab_size), numbers(ask_.rows(), config.vocab_size), {}};
+      for (Index i = 0; i < ask_.rows(); ++i) batch.position_ids.push_back(i % ask_.length);
+      const std::vector<lm::MtpStep> none;
+      forward = told([&] {
+        return waited([&] {
+          lm::ForwardResult result;
+          std::mutex mutex;
+          module.forward(weights, {batch, none, config.vocab_size, config.vocab_size, {}, false}, result, mutex);
+        });
       });
-    });
+    }
     std::string steps;
     for (const Index rows : {1, 8}) {
-      lm::MtpStep step{0, lm::Tensor(rows, ask_.hidden), numbers(rows, ask_.vocab), numbers(rows, ask_.length)};
-      for (Index i = 0; i < rows * ask_.hidden; ++i) step.in_hidden.row(0)[i] = static_cast<float>(std::sin(static_cast<double>(i)));
+      lm::MtpStep step{0, lm::Tensor(rows, config.hidden_size), numbers(rows, config.vocab_size), numbers(rows, config.max_position_embeddings)};
+      for (Index i = 0; i < rows * config.hidden_size; ++i) step.in_hidden.row(0)[i] = static_cast<float>(std::sin(static_cast<double>(i)));
       const auto timed = [&](lm::LanguageModule& by, gpu::RankWeights& with, gpu::DeviceOps& ops) {
         return told([&] {
           return waited([&] {
@@ -334,7 +381,7 @@ class Bench {
       const auto graph = timed(module, weights, recording);
       steps += fmt::format("{}\"{}\": {{\"graph\": {}, \"one_by_one\": {}}}", steps.empty() ? "{" : ", ", rows, graph, timed(one_by_one, plain_weights, plain));
     }
-    return fmt::format("\"notes\": \"{}\", \"forward\": {}, \"step\": {}}}", recording.notes()[0], forward, steps);
+    return fmt::format("\"notes\": \"{}\", \"forward\": {}, \"step\": {}}}", recording.notes().back(), forward, steps);
   }
 
   Ask ask_;

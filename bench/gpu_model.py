@@ -145,6 +145,14 @@ def goals(out):
     for count in ("1", "8"):
         rows.append((f"MTP step of {count}: graph, of one by one", "≤ 0.33 ×", step(count, lambda n: ours("step", n, "one_by_one")), lambda x: x <= 1 / 3, times))
         rows.append((f"MTP step of {count}: graph, of torch's graph", "< 1 ×", step(count, lambda n: torchs("step", n, "graph")), lambda x: x < 1, times))
+    for model, what in (("deepseek", "DeepSeek-V3's layer (32 experts)"), ("deepseek_fp8", "the same in fp8"), ("fp8", "in fp8")):
+        for count in ("1", "8"):
+            rows.append((f"MTP step of {count}, {what}: graph, of one by one", "≤ 0.33 ×", lambda model=model, count=count: ours(model, "step", count, "graph") / ours(model, "step", count, "one_by_one"),
+                         lambda x: x <= 1 / 3, times))
+    rows += [
+        ("forward in fp8, of that in bf16", "< 1 ×", lambda: ours("fp8", "forward") / ours("forward"), lambda x: x < 1, times),
+        ("MTP step of 1, DeepSeek-V3's layer, in fp8, of that in bf16", "< 1 ×", lambda: ours("deepseek_fp8", "step", "1", "graph") / ours("deepseek", "step", "1", "graph"), lambda x: x < 1, times),
+    ]
     return rows + [
         ("validate, start to verdict, warm", "≤ 2.5 s", lambda: figure(out["validate"], "wall"), lambda x: x <= 2.5, seconds),
         ("serve, the next request", "≤ 0.6 s", lambda: figure(out["serve"], "next"), lambda x: x <= 0.6, seconds),

@@ -14,10 +14,12 @@ import gpu_model  # noqa: E402
 from support import DATA, Case  # noqa: E402
 
 SECONDS = {"seconds": 1.0}
+STEPS = {"step": {rows: {"graph": SECONDS, "one_by_one": {"seconds": 3.0}} for rows in ("1", "8")}}
 # As a device of 1 s for everything would give it, with the peers' figures at the goals.
 AT_GOALS = {
     "ours": {"emulated": False, "products": {"cublaslt": {"seconds": 0.9}, "cublaslt_joined": {"seconds": 0.65}}, "forward": SECONDS, "attention": {"flash": SECONDS},
-             "step": {rows: {"graph": SECONDS, "one_by_one": {"seconds": 3.0}} for rows in ("1", "8")}},
+             **STEPS, "deepseek": STEPS, "deepseek_fp8": {"step": {"1": {"graph": {"seconds": 0.9}, "one_by_one": {"seconds": 3.0}}, "8": STEPS["step"]["8"]}},
+             "fp8": {**STEPS, "forward": {"seconds": 0.99}}},
     "torch": {"torch": "", "forward": 1.2, "sdpa": 1 / 1.5, "step": {rows: {"graph": 1.001} for rows in ("1", "8")}},
     "validate": {"wall": 2.5}, "serve": {"next": 0.6}, "loss_bf16": {"cpu": 3.0, "cuda:0": 3.0009}, "loss_f32": {"cpu": 3.0, "cuda:0": 3.00009}}
 
@@ -54,7 +56,9 @@ class BenchModel(Case):
         worse = copy.deepcopy(AT_GOALS)
         worse["ours"]["forward"] = worse["ours"]["attention"]["flash"] = {"seconds": 1.01}
         for rows in ("1", "8"):
-            worse["ours"]["step"][rows]["graph"] = {"seconds": 1.01}
+            for model in ("", "deepseek", "deepseek_fp8", "fp8"):
+                (worse["ours"][model] if model else worse["ours"])["step"][rows]["graph"] = {"seconds": 1.01 if model != "deepseek_fp8" else 1.02}
+        worse["ours"]["fp8"]["forward"] = {"seconds": 1.02}
         worse.update(validate={"wall": 2.51}, serve={"next": 0.61}, loss_bf16={"cpu": 3.0, "cuda:0": 3.0011}, loss_f32={"cpu": 3.0, "cuda:0": 3.00011})
         self.assertEqual(set(self.verdicts(worse)), {"missed"})
 
