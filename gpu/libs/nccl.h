@@ -12,6 +12,9 @@
 
 namespace gpu {
 
+/// Bytes of device memory that a communicator takes, as far as documents say: a buffer of 4 MiB (NCCL_BUFFSIZE) each way for each of 32 channels.
+constexpr std::size_t kNcclBuffers = std::size_t{2 * 32 * 4} << 20;
+
 /// The library, loaded. Throws Error{Device} where it is absent or older than 2.18.
 class Nccl {
  public:

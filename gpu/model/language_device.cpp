@@ -72,9 +72,11 @@ class Devices : public lm::Device {
         for (const auto& [name, part] : stage.parts[static_cast<std::size_t>(rank % layout.tensor)]) demand.weights += part.bytes();
         demand.activations += activation_bytes(config, layout, stage.rows);
         demand.least_activations += activation_bytes(config, layout, 1);
-        demand.libraries += Matmul::kWorkspace;
+        const auto groups = static_cast<std::uint64_t>(by_nccl(Axis::Tensor, rank / layout.tensor)) + static_cast<std::uint64_t>(by_nccl(Axis::Pipeline, rank % layout.tensor));
+        const auto stays = Matmul::kWorkspace + groups * kNcclBuffers;
+        demand.libraries += stays;
         if (by_nccl(Axis::Tensor, rank / layout.tensor)) demand.libraries += 2 * kLoadBatch;
-        if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + Matmul::kWorkspace + held_[static_cast<std::size_t>(rank)].size();
+        if (same) mine += ranks_[static_cast<std::size_t>(rank)]->held() + stays + held_[static_cast<std::size_t>(rank)].size();
       }
       if (!used) continue;
       const auto info = device_info(device);

@@ -33,7 +33,9 @@ std::uint64_t activation_bytes(const shard::TransformerConfig& config, const lm:
   const auto states = (6 + 2 * count(config.mtp_num_layers)) * hidden;
   constexpr std::uint64_t kHeadBlock = 32 << 20;
   const auto logits = std::max<std::uint64_t>(48, kHeadBlock / (2 * std::max<std::uint64_t>(hidden, 1)));
-  const auto row = item * (states + std::max({attention, dense, experts, 2 * logits})) + 4 * hidden * wide + 64;
+  // In fp8 a linear's input lies there in bytes as well, with its scales.
+  const auto scaled = ranks.compute == lm::Compute::Fp8 ? std::max({hidden, attention, dense, experts}) / 32 * 33 + 64 : 0;
+  const auto row = item * (states + std::max({attention, dense, experts, 2 * logits})) + scaled + 4 * hidden * wide + 64;
   // In f32 a weight that is stored as bf16 is widened for its product.
   const auto widened = ranks.compute == lm::Compute::F32 ? wide * hidden * std::max(dense, attention) : 0;
   return (count(rows) * row + widened) * 3 / 2 + (std::uint64_t{64} << 20);

@@ -137,6 +137,23 @@ class Reference(Case):
         self.assertEqual(status, 0, out["checks"])
         self.assertGreater(out["reference"]["max_abs_logits"], 1e-3)
 
+    def test_fp8(self):
+        one = run_json("validate", LLAMA, "--reference", LLAMA_REFERENCE, "--compute", "fp8")
+        self.assertEqual(one[0], 0, one[1]["checks"])
+        bf16 = run_json("validate", LLAMA, "--reference", LLAMA_REFERENCE, "--compute", "bf16")[1]
+        self.assertGreater(one[1]["reference"]["mean_abs_logits"], 3 * bf16["reference"]["mean_abs_logits"])
+        self.assertEqual(one[1]["weights"], bf16["weights"])  # looked at as they are stored
+        for grid in (("--pp", 2), ("--tp", 2), ("--tp", 2, "--pp", 2), ("--threads", 1)):
+            status, out = run_json("validate", LLAMA, "--reference", LLAMA_REFERENCE, "--compute", "fp8", *grid)
+            self.assertEqual(status, 0, out["checks"])
+            if "--tp" not in grid:
+                self.assertEqual(out["loss"], one[1]["loss"])
+        for family in ("qwen3_moe_bf16", "gpt_oss_bf16", "deepseek_v3_mtp_bf16", "gpt2_tied_f32"):
+            status, out = run_json("validate", DATA / "hf" / family, "--reference", DATA / "hf" / family / "reference.safetensors", "--compute", "fp8", "--tp", 2)
+            self.assertEqual(status, 0, out["checks"])
+        self.assertEqual(run("validate", DATA / "mcore/gpt_tied_bf16_div128/tp2pp2", "--reference", LLAMA_REFERENCE, "--compute", "fp8")[0], 1)
+        self.assertEqual(run("validate", LLAMA, "--compute", "fp4")[0], 2)
+
     def test_another_reference_fails(self):
         status, out, _ = run("validate", DATA / "mcore/gpt_tied_bf16_div128/tp2pp2", "--reference", LLAMA_REFERENCE)
         self.assertEqual(status, 1)

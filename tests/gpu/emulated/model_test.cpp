@@ -60,6 +60,19 @@ TEST_CASE("ranks on devices of their own talk by NCCL, with the bits of ranks th
     }
 }
 
+TEST_CASE("NCCL's buffers are planned for, and not twice where they are there already") {
+  const auto nccl = doubles::path_of("libfake_nccl.so");
+  const Model model("hf/llama_untied_bf16");
+  const RunOptions options{.compute = Compute::F32, .tensor_parallel = 2, .threads = 1};
+  const SeveralDevices two(2);
+  const auto all = [&](std::uint64_t memory) {
+    const auto device = gpu::language_device({.devices = {0, 1}, .nccl = nccl, .memory = memory});
+    for (int turn = 0; turn < 2; ++turn) model.run(*device, options);
+  };
+  all(std::uint64_t{600} << 20);
+  CHECK_THROWS_WITH_AS(all(std::uint64_t{256} << 20), doctest::Contains("for libraries"), shard::Error);
+}
+
 TEST_CASE("each weight is read by one rank, and its boxes travel to the others in batches") {
   const auto path = doubles::path_of("libfake_nccl.so");
   const gpu::Nccl nccl(path);
