@@ -29,25 +29,28 @@ void check_environment(AttentionBackend backend) {
 
 }  // namespace
 
-ModelDevice model_device(const RunOptions& run, const std::string& attention, std::optional<int> local_rank) {
-  const auto backend = backend_of(attention);
+ModelDevice model_device(const RunOptions& run, const DeviceChoice& choice, std::optional<int> local_rank) {
+  const auto backend = backend_of(choice.attention);
   if (backend != AttentionBackend::Auto) check_environment(backend);
   const auto where = choose_device(run.device);
   if (where.cuda.empty()) {
     shard::require(backend == AttentionBackend::Auto || backend == AttentionBackend::Local, shard::Code::Device,
-                   [&] { return fmt::format("--attention-backend {}: is there on CUDA devices; the CPU computes attention as 'local' says", attention); });
+                   [&] { return fmt::format("--attention-backend {}: is there on CUDA devices; the CPU computes attention as 'local' says", choice.attention); });
+    shard::require(!choice.tf32, shard::Code::Device, [] { return std::string("--tf32: is there on CUDA devices; the CPU multiplies f32 as they are"); });
     return {lm::host_device(), where.why};
   }
   gpu::LanguageDeviceOptions options;
   options.attention = backend;
+  options.tf32 = choice.tf32;
   options.memory = run.device_limit();
   options.devices = where.cuda;
   if (local_rank) options.devices = {options.devices[static_cast<std::size_t>(*local_rank) % options.devices.size()]};
   return {gpu::language_device(std::move(options)), where.why};
 }
 
-void add_attention_option(CLI::App& command, std::string& attention) {
+void DeviceChoice::add_to(CLI::App& command) {
   command.add_option("--attention-backend", attention, "auto, local, flash, fused or unfused (default auto)")->type_name("NAME");
+  command.add_flag("--tf32", tf32, "f32 products on a device may keep ten bits of mantissa; judged as bf16 is");
 }
 
 }  // namespace cli

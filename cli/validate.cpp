@@ -320,7 +320,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
         if (r != processes->rank()) comparer->hear(all[static_cast<std::size_t>(r)]);
     }
     comparer->finish(result);
-    judge_reference(v, *comparer, *reference, options.compute, model.stored_vocab);
+    const auto exactness = options.compute == lm::Compute::F32 && device.tf32() ? lm::Compute::Bf16 : options.compute;
+    judge_reference(v, *comparer, *reference, exactness, model.stored_vocab);
   }
   if (!ask.text.empty()) {
     const auto chance = std::log(static_cast<double>(model.vocab));
@@ -353,7 +354,7 @@ int run_together(const ValidateAsk& ask, const ranks::Launch& launch) {
   Meeting meeting(launch, ask.path, ask.run.quiet);
   return meeting.run([&] {
     if (meeting.rank() == 0) require_writable(reports_of(ask), ask.path);
-    where = model_device(ask.run, ask.attention, meeting.local_rank());
+    where = model_device(ask.run, ask.choice, meeting.local_rank());
     meeting.on_failure([&] { where.device->fail(); }, std::chrono::seconds(10));
     auto v = validate(ask, ask.run.limits(), *where.device, &meeting);
     const auto status = meeting.rank() == 0 ? tell(ask, v, where.why) : v.ok() ? 0 : 1;
@@ -365,7 +366,7 @@ int run_together(const ValidateAsk& ask, const ranks::Launch& launch) {
 int run_validate(const ValidateAsk& ask) {
   if (const auto launch = ranks::launch_of(environment())) return run_together(ask, *launch);
   require_writable(reports_of(ask), ask.path);
-  const auto where = model_device(ask.run, ask.attention);
+  const auto where = model_device(ask.run, ask.choice);
   auto v = validate(ask, ask.run.limits(), *where.device);
   return tell(ask, v, where.why);
 }
@@ -383,7 +384,7 @@ void add_validate(CLI::App& app, Action& action) {
   command->add_option("--tp", ask->tp, "Tensor parallel ranks, as threads or, where a launcher started several, as processes (default 1)");
   command->add_option("--pp", ask->pp, "Pipeline stages, likewise (default 1)");
   command->add_option("--compute", ask->compute, "f32, bf16 or fp8 (default f32)");
-  add_attention_option(*command, ask->attention);
+  ask->choice.add_to(*command);
   command->add_option("--max-loss", ask->max_loss, "Fail above this mean loss");
   command->add_option("--html", ask->html, "Write a report as one HTML page")->type_name("FILE");
   command->add_option("--junit", ask->junit, "Write the checks as JUnit XML")->type_name("FILE");

@@ -1,6 +1,7 @@
 // One validation: what can be asked of it, and the function that the command and the resident server share.
 #pragma once
 
+#include "cli/model_device.h"
 #include "cli/options.h"
 #include "cli/validate_report.h"
 
@@ -10,9 +11,10 @@
 namespace cli {
 
 struct ValidateAsk {
-  std::string path, reference, against, tokens, text, compute = "f32", attention = "auto", html, junit;
+  std::string path, reference, against, tokens, text, compute = "f32", html, junit;
   std::optional<double> max_loss;
   int tp = 1, pp = 1;
+  DeviceChoice choice;
   ModelOptions model;
   RunOptions run;
 };

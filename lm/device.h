@@ -38,6 +38,8 @@ class Device {
   virtual std::string name() const = 0;
   /// What it chose, for people: products by which library, how ranks talk.
   virtual std::vector<std::string> notes() const { return {}; }
+  /// Whether products in f32 may take their operands with ten bits of mantissa.
+  virtual bool tf32() const { return false; }
   /// Readies for these stages, before anything is read. Throws Device where they do not fit, saying what is missing and what would fit.
   virtual void prepare(const Ranks& ranks, const shard::TransformerConfig& config, const std::vector<StagePlan>& stages) = 0;
   /// What the stage's ranks in this process together take from its stream there.

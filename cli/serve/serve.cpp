@@ -199,7 +199,7 @@ int run(ServeAsk ask) {
     metrics.trouble("on_bad");
     note(trouble);
   };
-  auto where = model_device(ask.run, ask.watched.attention);
+  auto where = model_device(ask.run, ask.watched.choice);
   if (ask.run.device != "cpu") note(fmt::format("on {} ({})", where.device->name(), where.why));
   Queue queue(ask.queue, ask.run.limits(), std::move(where.device), history, metrics, after);
   HttpServer server(http, Routes(root, ask.timeout, queue, history, metrics));
@@ -258,7 +258,7 @@ void add_serve(CLI::App& app, Action& action) {
   command->add_option("--text", ask->watched.text, "For --watch: text for the checkpoint's own tokenizer")->type_name("FILE")->needs(watch);
   command->add_option("--max-loss", ask->watched.max_loss, "For --watch: bad above this mean loss")->needs(watch);
   command->add_option("--compute", ask->watched.compute, "For --watch: f32, bf16 or fp8 (default f32)")->needs(watch);
-  add_attention_option(*command, ask->watched.attention);
+  ask->watched.choice.add_to(*command);
   command->add_option("--tp", ask->watched.tp, "For --watch: tensor parallel ranks, as threads (default 1)")->needs(watch);
   command->add_option("--pp", ask->watched.pp, "For --watch: pipeline stages, as threads (default 1)")->needs(watch);
   ask->run.add_to(*command);

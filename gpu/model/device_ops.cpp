@@ -110,7 +110,7 @@ std::uint64_t DeviceOps::held() const {
 }
 
 std::vector<std::string> DeviceOps::notes() const {
-  std::vector<std::string> out{"products by " + products_};
+  std::vector<std::string> out{"products by " + products_ + (options_.tf32 && matmul_ ? ", of f32 in TF32" : "")};
   if (scaled_) out.push_back("products in fp8 by " + scaled_->by());
   return out;
 }

@@ -37,6 +37,7 @@ class Devices : public lm::Device {
     for (std::size_t i = 0; i < options_.devices.size(); ++i) out += fmt::format("{}cuda:{} ({})", i ? ", " : "", options_.devices[i], names_[i]);
     return out;
   }
+  bool tf32() const override { return options_.tf32; }
   std::vector<std::string> notes() const override {
     const auto here = std::find_if(ranks_.begin(), ranks_.end(), [](const auto& rank) { return rank != nullptr; });
     auto out = here == ranks_.end() ? std::vector<std::string>{} : (*here)->notes();
@@ -84,7 +85,7 @@ class Devices : public lm::Device {
     }
     for (int rank = static_cast<int>(ranks_.size()); rank < layout.tensor * layout.pipeline; ++rank) {
       // What goes through the host in between cannot be recorded.
-      const OpsOptions ops{device_of(rank), layout.compute, options_.attention, false, options_.graphs && layout.tensor == 1, options_.cublaslt, options_.cudnn};
+      const OpsOptions ops{device_of(rank), layout.compute, options_.attention, options_.tf32, options_.graphs && layout.tensor == 1, options_.cublaslt, options_.cudnn};
       ranks_.push_back(layout.here(rank) ? std::make_unique<DeviceOps>(ops) : nullptr);
       auto& held = held_.emplace_back();
       if (ranks_.back()) weights_.emplace(rank, RankWeights(held, *ranks_.back()));

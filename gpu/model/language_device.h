@@ -14,6 +14,7 @@ struct LanguageDeviceOptions {
   std::vector<int> devices;                          ///< rank r computes on devices[r mod their number]
   lm::AttentionBackend attention = lm::AttentionBackend::Auto;
   bool graphs = true;
+  bool tf32 = false;                                 ///< as lm::Device::tf32()
   std::string cublaslt = {}, cudnn = {}, nccl = {};  ///< paths in place of the usual names
   /// How many bytes of each device may be taken; 0: nine tenths of what is free.
   std::uint64_t memory = 0;

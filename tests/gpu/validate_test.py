@@ -127,6 +127,8 @@ class Validate(Case):
     def test_refusals(self):
         self.assertIn("known", self.refused(2, "validate", LLAMA, "--attention-backend", "quick"))
         self.assertIn("CUDA", self.refused(8, "validate", LLAMA, "--attention-backend", "flash"))
+        self.assertIn("CUDA", self.refused(8, "validate", LLAMA, "--tf32"))
+        self.ok("validate", LLAMA, "--reference", LLAMA_REFERENCE, "--device", "cuda", "--tf32")
         self.refused(6, "validate", LLAMA, "--device", "cuda", "--attention-backend", "flash", env={**os.environ, "NVTE_FLASH_ATTN": "0"})
         self.assertIn("no such device", self.refused(8, "validate", LLAMA, "--device", "cuda:99"))
 

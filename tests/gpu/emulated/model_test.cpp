@@ -60,6 +60,20 @@ TEST_CASE("ranks on devices of their own talk by NCCL, with the bits of ranks th
     }
 }
 
+TEST_CASE("f32 products lose mantissa where TF32 is asked for, and only there") {
+  const auto cublaslt = doubles::path_of("libfake_cublaslt.so");
+  const Model model("hf/llama_untied_bf16");
+  const auto host = model.on_host({.compute = Compute::F32, .threads = 1});
+  for (const bool tf32 : {false, true}) {
+    const auto device = gpu::language_device({.devices = {0}, .tf32 = tf32, .cublaslt = cublaslt});
+    const auto apart = furthest(host.result.main.all, model.run(*device, {.compute = Compute::F32, .threads = 1}).result.main.all);
+    CHECK(device->tf32() == tf32);
+    CHECK((device->notes()[0].find("TF32") != std::string::npos) == tf32);
+    if (tf32) CHECK((apart > 1e-4 && apart < 0.1));
+    else CHECK(apart < 1e-4);
+  }
+}
+
 TEST_CASE("NCCL's buffers are planned for, and not twice where they are there already") {
   const auto nccl = doubles::path_of("libfake_nccl.so");
   const Model model("hf/llama_untied_bf16");
