@@ -93,6 +93,10 @@ std::vector<int> readers_of(const WeightSource& source, const std::vector<Weight
   std::vector<std::uint64_t> given(static_cast<std::size_t>(size));
   std::vector<int> out;
   for (const auto& use : uses) {
+    if (!out.empty() && !weight_of_scales(use.name).empty()) {  // found where their weight, the use before, is read
+      out.push_back(out.back());
+      continue;
+    }
     const auto least = std::min_element(given.begin(), given.end());
     *least += source.bytes_of(use.name, use.lo, use.count);
     out.push_back(static_cast<int>(least - given.begin()));

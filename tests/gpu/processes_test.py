@@ -74,7 +74,7 @@ class Processes(Case):
 
     def test_the_same_as_threads(self):
         for tp, pp in ((2, 1), (1, 2), (2, 2)):
-            for compute in ("f32", "bf16"):
+            for compute in ("f32", "bf16", "fp8"):
                 self.same(LLAMA, tp, pp, "--compute", compute)
         self.same(DATA / "hf/gpt2_tied_f32", 2, 2)      # a tied table on two stages
         self.same(DATA / "hf/gpt_oss_bf16", 2, 1)       # experts with biases, sinks
