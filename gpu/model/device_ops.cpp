@@ -64,16 +64,16 @@ T* part(const std::shared_ptr<std::byte>& memory, std::size_t at) {
   return reinterpret_cast<T*>(memory.get() + at);
 }
 
+/// Of a linear with scales.
+ScaledWeight scaled_weight_of(const lm::Linear& by) {
+  const auto& [weight, bias, scales] = by;
+  return {view_of(weight), reinterpret_cast<const float*>(scales.data), scales.stride, weight.first_row - scales.first_row * lm::kScaleBlock, weight.first_column - scales.first_column * lm::kScaleBlock};
+}
+
 }  // namespace
 
 View view_of(const lm::Tensor& x) { return {x.data(), x.dtype(), x.rows(), x.columns(), x.columns()}; }
 View view_of(const lm::Weight& weight) { return {const_cast<std::byte*>(weight.data), weight.dtype, weight.rows, weight.columns, weight.stride}; }
-
-/// Of a linear with scales.
-static ScaledWeight scaled_weight_of(const lm::Linear& by) {
-  const auto& [weight, bias, scales] = by;
-  return {view_of(weight), reinterpret_cast<const float*>(scales.data), scales.stride, weight.first_row - scales.first_row * lm::kScaleBlock, weight.first_column - scales.first_column * lm::kScaleBlock};
-}
 
 DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(entered(options_.device)) {
   try {
