@@ -6,6 +6,7 @@
 #include "libshard/family.h"
 #include "libshard/layout.h"
 #include "libshard/state_dict.h"
+#include "libshard/translate.h"
 
 #include <filesystem>
 #include <map>
@@ -43,7 +44,7 @@ struct MegatronState {
   std::map<std::string, ExtraState> extra;       ///< by the logical name of the module's first tensor
   bool te = false;                               ///< a key or an extra state speaks for Transformer Engine
   bool stacked = false;                          ///< torch_dist: layers are one tensor
-  std::set<std::string> rows;                    ///< spellings used
+  shard::Spellings rows;                         ///< used by each layer
   shard::Index layers = 0, experts = 0, mtp_layers = 0;
 };
 

@@ -109,6 +109,20 @@ class TorchLoadsDistributed(Case):
                 keep = 250 if "word_embeddings" in key or key.startswith("output_layer") else None
                 self.assertTrue(same(ours[key][:keep], theirs[key][:keep]), key)
 
+    def keys(self, folder):
+        """As torch lists them, without the random state, which belongs to the ranks that wrote it, and args, which we write as common.pt."""
+        import torch.distributed.checkpoint as dcp
+        return {k for k in dcp.FileSystemReader(str(iteration(folder))).read_metadata().state_dict_metadata if not k.startswith(("rng_state/", "common_state/"))}
+
+    def test_keys_are_the_sources(self):
+        """Dense layers and mixtures of one model spell the norm before the MLP differently."""
+        for source in ("pairs/deepseek_v3_mtp_bf16/tp1pp2", "pairs/qwen3_moe_bf16/tp1pp1"):
+            theirs = self.keys(DATA / source)
+            for name, flags in (("reshard", ["--tp", 2, "--pp", 1]), ("reshard", ["--pp", 1, "--ep", 2]), ("convert", ["--to", "torch_dist", "--tp", 1])):
+                self.ok(name, DATA / source, self.tmp / "again", *flags, "--force")
+                self.assertEqual(self.keys(self.tmp / "again"), theirs)
+        self.assertIn("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", self.keys(DATA / "pairs/deepseek_v3_mtp_bf16/tp1pp2"))
+
     def test_plain(self):
         from safetensors.torch import load_file
         values = load_file(DATA / "dcp/dtensor_2x2.reference.safetensors")
