@@ -260,6 +260,8 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
     writer.attribute("layout", fmt::format("tp {} pp {} vpp {} ep {} etp {}", model.parallel.tp, model.parallel.pp, model.parallel.vpp, model.parallel.ep, model.parallel.etp));
     for (const auto& [name, extra] : source.megatron->extra)
       if (extra.kind != ExtraState::Kind::None) target.dropped.push_back({name + "._extra_state", "HDF5 holds only tensors"});
+    if (source.hf)
+      for (const auto& name : source.hf->files) target.dropped.push_back({"hf/" + name, "HDF5 has no place beside a Megatron model"});
     target.carried = {"args", "iteration"};
     writer.finish();
     megatron::describe_logical(target, model);
@@ -269,7 +271,7 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
     if (source.hf && !source.hf->config.is_null()) writer.bytes("config.json", source.hf->config.dump(2));
     for (const auto& object : source.stored.objects) target.dropped.push_back({object.key, "HDF5 holds only tensors"});
     writer.finish();
-    hf::carry_files(source, target, "");
+    hf::carry_files(source, target, "", options.dtype);
     join(source, target);
   }
 }
