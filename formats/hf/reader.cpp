@@ -155,6 +155,7 @@ void widen_selection_bias(Checkpoint& checkpoint) {
     checkpoint.logical.files.resize(file + 1);
     checkpoint.logical.files[file] = key;
     tensor.dtype = shard::DType::F32;
+    checkpoint.widened[static_cast<std::uint32_t>(checkpoint.logical.streams.size())] = place;
     tensor.shards[0].place = {static_cast<std::uint32_t>(checkpoint.logical.streams.size()), 0, {static_cast<Index>(sizeof(float))}};
     checkpoint.logical.streams.push_back({file, 0, held->bytes.size(), std::nullopt, false});
   }
