@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import signal
 import struct
@@ -261,6 +262,18 @@ class Scan(Case):
         status, out = run_json("scan", DATA / "hostile/pt_os_system/model_optim_rng.pt")
         self.assertEqual(status, 1)
         self.assertEqual([n for n in out["files"][0]["names"] if n["verdict"] == "refuse"], [{"module": "posix", "name": "system", "verdict": "refuse"}])
+
+    def test_behind_the_first_pickle(self):
+        """pickle.load may be called again; torch.save of before 1.6 wrote five pickles and then the storages."""
+        class Evil:
+            def __reduce__(self):
+                return os.system, ("true",)
+        (self.tmp / "two.pkl").write_bytes(pickle.dumps(1) + pickle.dumps(Evil()))
+        self.assertEqual(run("scan", self.tmp / "two.pkl")[0], 1)
+        (self.tmp / "more.pkl").write_bytes(pickle.dumps(1) + b"whatever")
+        self.assertIn("behind pickle 1", self.refused(4, "scan", self.tmp / "more.pkl"))
+        status, out = run_json("scan", DATA / "torch/old_stream.pt")
+        self.assertEqual((status, out["files"][0]["names"][0]["module"]), (0, "torch._utils"))
 
 
 class Verify(Case):
