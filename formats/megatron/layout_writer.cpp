@@ -47,8 +47,14 @@ Model model_for(const Checkpoint& source, const TargetOptions& options, std::str
   if (options.dtype)
     for (auto& one : out.wanted)
       if (is_floating(one.dtype) && !one.key.ends_with("expert_bias")) one.dtype = *options.dtype;
+  out.dtype = options.dtype;
   out.stacked = keep ? state.stacked : one_kind(out.wanted, state.layers);
   return out;
+}
+
+std::optional<Index> vocab_multiple(const Model& model) {
+  const auto found = model.params.find("vocab_multiple");
+  return found == model.params.end() ? std::nullopt : std::optional(found->second);
 }
 
 std::string iteration_folder(LocalWriter& writer, const Checkpoint& source) {

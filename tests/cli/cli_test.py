@@ -184,6 +184,10 @@ class Outcome(Case):
         self.ok("convert", self.tmp / "f32", self.tmp / "bf16", "--to", "mp_rank", "--dtype", "bf16")
         self.assertEqual(digest(self.tmp / "bf16"), digest(LLAMA))
         self.assertNotEqual(digest(self.tmp / "f32"), digest(LLAMA))
+        for source in (LLAMA, DATA / "hf/llama_untied_bf16"):
+            self.ok("convert", source, self.tmp / "hf", "--to", "hf", "--dtype", "f16", "--force", "-q")
+            config = json.loads((self.tmp / "hf/config.json").read_text())
+            self.assertEqual(config.get("dtype", config.get("torch_dtype")), "float16")
 
     def test_iteration(self):
         self.ok("inspect", LLAMA, "--iteration", 10)

@@ -85,6 +85,13 @@ class TorchLoadsRankFiles(Case):
                         keep = max(0, min(tensor.shape[0], 250 - rank * tensor.shape[0])) if "word_embeddings" in key or key.startswith("output_layer") else None
                         self.assertTrue(same(x[part][key][:keep], tensor[:keep]), f"{a.parent.name} {key}")
 
+    def test_args_name_the_new_type_and_multiple(self):
+        for source in (LEGACY / "llama_untied_bf16/tp1pp1", DATA / "hf/llama_untied_bf16"):
+            self.ok("convert", source, self.tmp / "f16", "--to", "mp_rank", "--dtype", "f16", "--make-vocab-size-divisible-by", 50, "--force", "-q")
+            args = torch.load(next((self.tmp / "f16").rglob("*.pt")), weights_only=True)["args"]
+            self.assertEqual((args.params_dtype, args.bf16, args.fp16), (torch.float16, False, True))
+            self.assertEqual((args.make_vocab_size_divisible_by, args.padded_vocab_size), (50, 250))
+
     def test_mmap(self):
         self.ok("reshard", LEGACY / "llama_untied_bf16/tp2pp2", self.tmp / "a", "--tp", 1, "--pp", 1)
         torch.load(next((self.tmp / "a").rglob("*.pt")), weights_only=True, mmap=True)
