@@ -125,6 +125,22 @@ class Outcome(Case):
         self.assertGreater(out["bytes_written"], 300_000)
         self.assertEqual(list(self.tmp.iterdir()), [])
 
+    def test_plan_counts_what_is_read_and_written(self):
+        for source, to, flags in ((LLAMA, "hf", []), (LLAMA, "torch_dist", ["--tp", 1, "--pp", 4]), (DIST, "mp_rank", ["--tp", 4, "--pp", 1, "--dtype", "f32"]), (DATA / "hf/gpt2_tied_f32", "mp_rank", ["--tp", 2]),
+                                  (DATA / "legacy/moe_bf16/tp1pp2ep2", "torch_dist", ["--ep", 4, "--pp", 1]), (DATA / "mcore/gpt_tied_bf16_div128/tp1pp1", "mp_rank", ["--tp", 4, "--pad", "last"]),
+                                  (DATA / "dcp/dtensor_2x2", "hf", []), (DATA / "hf/deepseek_v3_mtp_bf16", "torch_dist", ["--tp", 2, "--pp", 2])):
+            for more in ([], ["--mem-limit", "1MB", "--threads", 3]):
+                args = (source, self.tmp / "out", "--to", to, *flags, *more)
+                planned, done = run_json("plan", *args)[1], run_json("convert", *args)[1]
+                for key in ("bytes_read", "bytes_written"):
+                    self.assertEqual(planned[key], done[key], (key, args))
+                shutil.rmtree(self.tmp / "out")
+        _, packed = run_json("convert", LLAMA, self.tmp / "out", "--to", "hdf5", "--dtype", "f32")
+        _, planned = run_json("plan", LLAMA, self.tmp / "new", "--to", "hdf5", "--dtype", "f32")
+        self.assertLess(packed["bytes_written"], planned["bytes_written"])  # what packing saves is not known before
+        self.assertLess(packed["bytes_written"], (self.tmp / "out/model.h5").stat().st_size)
+        self.assertIn("TMPDIR", self.refused(7, "plan", LLAMA, self.tmp / "new", "--to", "hf", env={**os.environ, "TMPDIR": "/nowhere"}))
+
     def test_quiet(self):
         status, out, err = run("reshard", LLAMA, self.tmp / "d", "--tp", 1, "-q")
         self.assertEqual((status, out, err), (0, "", ""))
