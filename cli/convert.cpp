@@ -63,7 +63,7 @@ formats::TargetOptions target_options(const ConvertAsk& ask, const formats::Chec
   out.format = ask.format.empty() ? source.format : ask.format;
   out.keep_spelling = ask.format.empty() || ask.format == source.format;
   out.parallel = wanted_layout(ask, source);
-  out.max_shard_size = parse_size(ask.max_shard_size);
+  out.max_shard_size = parse_size(ask.max_shard_size, "--max-shard-size");
   out.force = ask.force;
   if (!ask.dtype.empty()) {
     out.dtype = shard::dtype_named(ask.dtype);
@@ -225,7 +225,11 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   shard::require(!source.needs_weights_only || ask.weights_only, shard::Code::BadFormat,
                  [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });
   refuse(source.findings);
-  shard::require(!source.stored.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
+  check_dropped(ask.model.open, {&source});
+  if (const auto recorded = source.recorded_vocab)  // comparing fewer rows is fine, losing them is not
+    shard::require(*source.vocab >= *recorded, shard::Code::Mismatch,
+                   [&] { return fmt::format("--vocab-size {}: {} records {} tokens; the last {} would be cut off", *source.vocab, ask.from, *recorded, *recorded - *source.vocab); });
+  shard::require(!source.logical.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
   auto options = target_options(ask, source);
   const auto path = ask.dry_run ? planning_folder() : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
@@ -287,7 +291,7 @@ int run_alone_or_together(const ConvertAsk& ask) {
 void add_options(CLI::App& command, ConvertAsk& ask) {
   command.add_option("SRC", ask.from, "Source checkpoint")->required();
   command.add_option("DST", ask.to, "Target folder; must not exist")->required();
-  const auto size = [&](const char* flag, auto& value, const char* what) { command.add_option(flag, value, what)->group("Layout"); };
+  const auto size = [&](const char* flag, auto& value, const char* what) { command.add_option(flag, value, what)->check(at_least(1))->group("Layout"); };
   size("--tp", ask.tp, "Tensor parallel size");
   size("--pp", ask.pp, "Pipeline parallel size");
   size("--vpp", ask.vpp, "Virtual pipeline chunks a stage");

@@ -141,6 +141,12 @@ Target create(const fs::path& path, const Checkpoint& source, const TargetOption
   shard::fail(Code::Usage, "--to {}: is no format that can be written; torch_dist, mp_rank, dcp, hf and hdf5 are", options.format);
 }
 
+void take_vocabulary(Checkpoint& checkpoint, const OpenOptions& options) {
+  if (!options.vocab) return;
+  if (checkpoint.vocab) checkpoint.recorded_vocab = checkpoint.vocab;
+  checkpoint.vocab = options.vocab;
+}
+
 bool glob(std::string_view pattern, std::string_view text) {
   std::size_t p = 0, t = 0, star = pattern.npos, mark = 0;
   while (t < text.size()) {

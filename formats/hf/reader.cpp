@@ -255,7 +255,7 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   params = params_of(family, state->config);
   for (const auto& [name, value] : options.parameters) params[name] = value;
   if (const auto vocab = params.find("vocab"); vocab != params.end()) checkpoint.vocab = vocab->second;
-  if (options.vocab) checkpoint.vocab = options.vocab;
+  take_vocabulary(checkpoint, options);
   constexpr const char* kBuffer = "a buffer, computed when a model is built";
   drop(checkpoint, checkpoint.stored, family.drop, kBuffer);
   std::erase_if(checkpoint.findings, [&](const Finding& finding) {  // nor need an index list it
@@ -332,8 +332,11 @@ void take_up_carried(Checkpoint& checkpoint, const OpenOptions& options) {
   }
   else if (!options.family.empty()) checkpoint.hf = std::make_shared<State>(State{family_named(options.family), {}, {}, {}});
   if (!checkpoint.hf || checkpoint.hf->config.is_null()) return;
-  if (!checkpoint.vocab)
-    if (const auto params = params_of(checkpoint.hf->family, checkpoint.hf->config); params.contains("vocab")) checkpoint.vocab = params.at("vocab");
+  if (checkpoint.vocab && (!options.vocab || checkpoint.recorded_vocab)) return;
+  if (const auto params = params_of(checkpoint.hf->family, checkpoint.hf->config); params.contains("vocab")) {
+    checkpoint.vocab = params.at("vocab");
+    take_vocabulary(checkpoint, options);
+  }
 }
 
 }  // namespace formats::hf

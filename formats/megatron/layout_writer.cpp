@@ -37,10 +37,10 @@ Model model_for(const Checkpoint& source, const TargetOptions& options, std::str
   const auto& state = *source.megatron;
   const bool keep = options.keep_spelling;
   Model out{{}, shard::Table(shard::megatron_rows(), dialects), source.params, options.parallel, {}, state.layers, state.experts, state.te, false, source.tied.value_or(false)};
+  out.pipeline = place_layers(options.parallel, state.layers, state.mtp_layers);  // first: it refuses sizes below 1
   shard::check_tensor_parallel(out.params, options.parallel.tp, options.parallel.etp);
   shard::require(state.experts % options.parallel.ep == 0 && (state.experts > 0 || options.parallel.ep == 1), Code::BadLayout,
                  [&] { return fmt::format("layout: {} experts cannot be divided by expert parallel size {}", state.experts, options.parallel.ep); });
-  out.pipeline = place_layers(options.parallel, state.layers, state.mtp_layers);
   out.parallel.vpp = out.pipeline.chunks;
   out.params["vocab"] = padded(source, options.parallel);
   out.wanted = spell_out(source.logical, out.table, out.params, {keep ? &state.rows : nullptr, state.layers, state.experts, state.mtp_layers});
