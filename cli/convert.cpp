@@ -63,7 +63,7 @@ formats::TargetOptions target_options(const ConvertAsk& ask, const formats::Chec
   out.format = ask.format.empty() ? source.format : ask.format;
   out.keep_spelling = ask.format.empty() || ask.format == source.format;
   out.parallel = wanted_layout(ask, source);
-  out.max_shard_size = parse_size(ask.max_shard_size);
+  out.max_shard_size = parse_size(ask.max_shard_size, "--max-shard-size");
   out.force = ask.force;
   if (!ask.dtype.empty()) {
     out.dtype = shard::dtype_named(ask.dtype);
@@ -103,14 +103,6 @@ std::vector<std::byte> mean_row(const formats::LocalReader& reader, const shard:
 Json dropped_json(const std::vector<formats::Dropped>& dropped) {
   auto out = Json::array();
   for (const auto& item : dropped) out.push_back({{"key", item.key}, {"why", item.why}});
-  return out;
-}
-
-std::uint64_t planned_bytes(const shard::Plan& plan, bool target) {
-  std::uint64_t out = 0;
-  for (const auto& copy : plan.copies)
-    if (target) out += copy.bytes() / size_of(copy.from_type) * size_of(copy.to_type);
-    else if (copy.from_stream < shard::kMemoryStreams) out += copy.bytes();
   return out;
 }
 
@@ -183,6 +175,15 @@ std::vector<formats::Dropped> all_dropped(const formats::Checkpoint& source, con
   return out;
 }
 
+/// Where a target that is only planned is laid out: its small files, and large ones without bytes.
+std::filesystem::path planning_folder() {
+  std::error_code error;
+  const auto folder = std::filesystem::temp_directory_path(error);
+  const char* told = std::getenv("TMPDIR");
+  shard::require(!error, shard::Code::Io, [&] { return fmt::format("{}: {}; a plan lays the target's files out there, TMPDIR names another folder", told ? told : "/tmp", error.message()); });
+  return folder / fmt::format("shardkit-plan-{}", ::getpid());
+}
+
 /// A conversion's source, and the adapter that is merged into it; "" where none is.
 struct Origin {
   std::string base, adapter;
@@ -224,9 +225,13 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   shard::require(!source.needs_weights_only || ask.weights_only, shard::Code::BadFormat,
                  [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });
   refuse(source.findings);
-  shard::require(!source.stored.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
+  check_dropped(ask.model.open, {&source});
+  if (const auto recorded = source.recorded_vocab)  // comparing fewer rows is fine, losing them is not
+    shard::require(*source.vocab >= *recorded, shard::Code::Mismatch,
+                   [&] { return fmt::format("--vocab-size {}: {} records {} tokens; the last {} would be cut off", *source.vocab, ask.from, *recorded, *recorded - *source.vocab); });
+  shard::require(!source.logical.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
   auto options = target_options(ask, source);
-  const auto path = ask.dry_run ? std::filesystem::temp_directory_path() / fmt::format("shardkit-plan-{}", ::getpid()) : std::filesystem::path(ask.to);
+  const auto path = ask.dry_run ? planning_folder() : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
     shard::require(ask.to.empty() || !std::filesystem::exists(ask.to), shard::Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", ask.to); });
   const auto part = crew ? std::optional(crew->part()) : ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
@@ -248,8 +253,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   gpu::reshard::Outcome run;
   auto& report = run.report;
   if (ask.dry_run) {
-    report.bytes_read = planned_bytes(plan, false);
-    report.bytes_written = planned_bytes(plan, true);
+    report = measure(plan, reader, *target.writer, budget);
   } else {
     ProgressBar bar(ask.format.empty() ? "resharding" : "converting", ask.run.quiet || ask.run.json || (crew && part->index > 0));
     if (!device.cuda.empty()) run = gpu::reshard::execute(plan, reader, *target.writer, formats::kernels(), budget, {device.cuda, ask.run.device_limit()}, bar.callback());
@@ -261,6 +265,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
       published = false;
       target.notes.push_back("other parts are not done yet; the last one publishes");
     }
+    if (const auto packed = target.writer->packed_bytes()) report.bytes_written = *packed;  // a plan does not know it before
   }
   const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), device, run,
                         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
@@ -286,7 +291,7 @@ int run_alone_or_together(const ConvertAsk& ask) {
 void add_options(CLI::App& command, ConvertAsk& ask) {
   command.add_option("SRC", ask.from, "Source checkpoint")->required();
   command.add_option("DST", ask.to, "Target folder; must not exist")->required();
-  const auto size = [&](const char* flag, auto& value, const char* what) { command.add_option(flag, value, what)->group("Layout"); };
+  const auto size = [&](const char* flag, auto& value, const char* what) { command.add_option(flag, value, what)->check(at_least(1))->group("Layout"); };
   size("--tp", ask.tp, "Tensor parallel size");
   size("--pp", ask.pp, "Pipeline parallel size");
   size("--vpp", ask.vpp, "Virtual pipeline chunks a stage");

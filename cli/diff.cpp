@@ -101,6 +101,8 @@ int run_diff(const DiffAsk& ask) {
   refuse(b.findings);
   warn_of(a.findings);
   warn_of(b.findings);
+  check_dropped(options, {&a, &b});
+  shard::require(!a.logical.tensors.empty() || !b.logical.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{} and {}: hold no tensors to compare", ask.a, ask.b); });
   const auto result = compare(ask, a, b, budget);
   if (ask.run.json) {
     auto different = Json::array();
@@ -126,8 +128,8 @@ void add_diff(CLI::App& app, Action& action) {
   auto* command = app.add_subcommand("diff", "Where two checkpoints differ, across formats and layouts");
   command->add_option("A", ask->a, "Checkpoint")->required();
   command->add_option("B", ask->b, "Checkpoint")->required();
-  command->add_option("--atol", ask->atol, "Tolerate tensors whose largest difference is at most this");
-  command->add_option("--rtol", ask->rtol, "Tolerate tensors whose largest relative difference is at most this");
+  command->add_option("--atol", ask->atol, "Tolerate tensors whose largest difference is at most this")->check(tolerance_check);
+  command->add_option("--rtol", ask->rtol, "Tolerate tensors whose largest relative difference is at most this")->check(tolerance_check);
   ask->model.add_to(*command);
   ask->run.add_to(*command);
   command->callback([ask, &action] { action = [ask] { return run_diff(*ask); }; });

@@ -22,6 +22,7 @@ int run_hash(const HashAsk& ask) {
   options.threads = budget.threads;
   const auto checkpoint = formats::open(ask.path, options);
   refuse(checkpoint.findings);
+  check_dropped(options, {&checkpoint});
   warn_of(checkpoint.findings);
   const formats::LocalReader reader(checkpoint.logical, checkpoint.files);
   ProgressBar bar("hashing", ask.run.quiet || ask.run.json);

@@ -139,6 +139,7 @@ void add_inspect(CLI::App& app, Action& action) {
       options.places = false;
       options.threads = ask->run.budget().threads;
       const auto checkpoint = formats::open(ask->path, options);
+      check_dropped(options, {&checkpoint});
       return ask->run.json ? print_as_json(*ask, checkpoint) : print_for_people(*ask, checkpoint);
     };
   });

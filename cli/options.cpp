@@ -5,7 +5,9 @@
 #include "libshard/error.h"
 #include "lm/mapped_file.h"
 
+#include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <csignal>
 #include <limits>
 #include <thread>
@@ -28,15 +30,33 @@ void on_signal(int number) {
 
 }  // namespace
 
-void ModelOptions::add_to(CLI::App& command) {
-  // CLI11 takes what is too large for the largest number.
-  const auto at_least = [](std::int64_t low) {
-    return [low](const std::string& text) {
-      std::int64_t value = 0;
-      const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-      return error == std::errc() && end == text.data() + text.size() && value >= low ? std::string() : fmt::format("'{}' is no whole number from {} to {}", text, low, std::numeric_limits<std::int64_t>::max());
-    };
+// CLI11 takes what is too large for the largest number.
+std::function<std::string(const std::string&)> at_least(std::int64_t low) {
+  return [low](const std::string& text) {
+    std::int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    return error == std::errc() && end == text.data() + text.size() && value >= low ? std::string() : fmt::format("'{}' is no whole number from {} to {}", text, low, std::numeric_limits<std::int64_t>::max());
   };
+}
+
+std::string tolerance_check(const std::string& text) {
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size() && std::isfinite(value) && value >= 0 ? std::string() : fmt::format("'{}' is no finite number from 0", text);
+}
+
+void check_dropped(const formats::OpenOptions& options, std::initializer_list<const formats::Checkpoint*> opened) {
+  if (options.drop.empty()) return;
+  for (const auto& pattern : options.drop) {
+    const auto unmatched = [&](const auto* one) { return std::find(one->unmatched.begin(), one->unmatched.end(), pattern) != one->unmatched.end(); };
+    shard::require(!std::all_of(opened.begin(), opened.end(), unmatched), shard::Code::Mismatch,
+                   [&] { return fmt::format("--drop '{}': fits no tensor of {}; inspect lists stored keys, hash logical ones", pattern, (*opened.begin())->path.string()); });
+  }
+  shard::require(std::any_of(opened.begin(), opened.end(), [](const auto* one) { return !one->logical.tensors.empty(); }), shard::Code::Mismatch,
+                 [&] { return fmt::format("--drop: leaves no tensor of {}", (*opened.begin())->path.string()); });
+}
+
+void ModelOptions::add_to(CLI::App& command) {
   command.add_option("--iteration", open.iteration, "Iteration of a Megatron run folder (default: the latest)")->check(at_least(0));
   command.add_option("--vocab-size", open.vocab, "True vocabulary size, where the checkpoint does not say it")->check(at_least(1));
   command.add_option("--family", open.family, "Hugging Face model family, over what config.json says (see shardkit families)")->type_name("NAME|FILE.json");
@@ -47,7 +67,7 @@ void ModelOptions::add_to(CLI::App& command) {
       {"expert_ffn", "--moe-ffn-hidden-size"}, {"vocab_multiple", "--make-vocab-size-divisible-by"}};
   for (const auto& [name, flag] : kSizes)
     command.add_option_function<std::int64_t>(flag, [this, key = std::string(name)](std::int64_t value) { open.parameters[key] = value; })
-        ->check(at_least(0))
+        ->check(at_least(name == std::string_view("vocab_multiple") ? 1 : 0))
         ->group("Model sizes that the checkpoint lacks");
   command.add_flag_callback("--swiglu", [this] { open.parameters["gated"] = 1; })->group("Model sizes that the checkpoint lacks");
 }
@@ -71,12 +91,12 @@ shard::Budget RunOptions::limits() const {
   const auto cores = std::max(1u, std::thread::hardware_concurrency());
   shard::require(threads <= 4096, shard::Code::Usage, [&] { return fmt::format("--threads {}: should be at most 4096", threads); });
   device_limit();  // a size that is none is refused wherever the work is done
-  return {threads ? threads : cores, parse_size(memory), &stop};
+  return {threads ? threads : cores, parse_size(memory, "--mem-limit"), &stop};
 }
 
-std::uint64_t RunOptions::device_limit() const { return device_memory.empty() ? 0 : parse_size(device_memory); }
+std::uint64_t RunOptions::device_limit() const { return device_memory.empty() ? 0 : parse_size(device_memory, "--device-mem-limit"); }
 
-std::uint64_t parse_size(const std::string& text) {
+std::uint64_t parse_size(const std::string& text, std::string_view flag) {
   static const std::map<std::string, std::uint64_t> units{{"", 1}, {"B", 1}, {"KB", 1'000}, {"MB", 1'000'000}, {"GB", 1'000'000'000},
       {"TB", 1'000'000'000'000}, {"K", 1ull << 10}, {"M", 1ull << 20}, {"G", 1ull << 30}, {"T", 1ull << 40},
       {"KIB", 1ull << 10}, {"MIB", 1ull << 20}, {"GIB", 1ull << 30}, {"TIB", 1ull << 40}};
@@ -94,7 +114,7 @@ std::uint64_t parse_size(const std::string& text) {
   } catch (const std::exception&) {
   }
   shard::require(found != units.end() && number > 0 && number * static_cast<double>(found->second) < 9e18, shard::Code::Usage,
-                 [&] { return fmt::format("'{}' is no size; 5GB, 512MiB or bytes are", text); });
+                 [&] { return fmt::format("{}: '{}' is no size; 5GB, 512MiB or bytes are", flag, text); });
   return static_cast<std::uint64_t>(number * static_cast<double>(found->second));
 }
 

@@ -6,7 +6,10 @@
 
 #include <CLI/CLI.hpp>
 
+#include <functional>
+#include <initializer_list>
 #include <string>
+#include <string_view>
 
 namespace cli {
 
@@ -30,8 +33,16 @@ struct RunOptions {
   shard::Budget budget() const;
 };
 
-/// "5GB" (10^9), "5GiB" (2^30), or bytes. Throws Usage.
-std::uint64_t parse_size(const std::string& text);
+/// "5GB" (10^9), "5GiB" (2^30), or bytes. Throws Usage, which names the flag.
+std::uint64_t parse_size(const std::string& text, std::string_view flag);
+
+/// Refuses what is no whole number from `low` on.
+std::function<std::string(const std::string&)> at_least(std::int64_t low);
+/// Refuses what is no finite number from 0 on.
+std::string tolerance_check(const std::string& text);
+
+/// A pattern of --drop that fits nothing in any of these checkpoints is refused (Mismatch), and so is one that leaves no tensor.
+void check_dropped(const formats::OpenOptions& options, std::initializer_list<const formats::Checkpoint*> opened);
 
 /// Set by SIGINT, SIGTERM, SIGHUP; the signal's number.
 const std::atomic<bool>& stop_flag();

@@ -46,10 +46,27 @@ std::map<std::string, shard::Digest> digests_of(const formats::Checkpoint& check
 
 Json box_json(const shard::Box& box) { return {{"lo", box.lo}, {"size", box.size}}; }
 
-Json origin_json(const shard::ShardedStateDict& stored, const shard::Origin& origin) {
-  const auto& stream = stored.streams[origin.shard->place.stream];
+/// The source's stored tensors, and once more, with the same key, where one is computed before it is read.
+shard::ShardedStateDict traced(const formats::Checkpoint& source) {
+  auto out = source.stored;
+  for (const auto& [computed, place] : source.widened)
+    for (auto& entry : out.tensors) {
+      auto& shards = entry.second.shards;
+      if (shards.size() != 1 || shards[0].place.stream != place.stream || shards[0].place.offset != place.offset) continue;
+      shards.push_back(shards[0]);
+      shards.back().place = {computed, 0, shard::row_major(shards[0].box.size)};
+      for (auto& stride : shards.back().place.stride) stride *= static_cast<shard::Index>(sizeof(float));
+    }
+  return out;
+}
+
+Json origin_json(const formats::Checkpoint& source, const shard::Origin& origin) {
+  const auto& stored = source.stored;
+  const auto widened = source.widened.find(origin.shard->place.stream);
+  const auto& place = widened == source.widened.end() ? origin.shard->place : widened->second;
+  const auto& stream = stored.streams[place.stream];
   const auto file = stream.file < stored.files.size() ? stored.files[stream.file] : std::string();
-  return {{"key", origin.tensor->key}, {"file", file}, {"offset", stream.offset + origin.shard->place.offset}, {"shard", box_json(origin.shard->box)}, {"box", box_json(origin.box)}};
+  return {{"key", origin.tensor->key}, {"file", file}, {"offset", stream.offset + place.offset}, {"shard", box_json(origin.shard->box)}, {"box", box_json(origin.box)}};
 }
 
 void write_receipt(std::ostream& out, const ReceiptSource& input, const shard::Budget& budget, bool quiet) {
@@ -79,9 +96,9 @@ void write_receipt(std::ostream& out, const ReceiptSource& input, const shard::B
   }
   out << "\n  },\n  \"tensors\": {";
   comma = "\n";
-  trace(input.plan, input.source.stored, input.target, [&](const shard::Provenance& one) {
+  trace(input.plan, traced(input.source), input.target, [&](const shard::Provenance& one) {
     Json sources = Json::array();
-    for (const auto& origin : one.origins) sources.push_back(origin_json(input.source.stored, origin));
+    for (const auto& origin : one.origins) sources.push_back(origin_json(input.source, origin));
     auto transforms = one.transforms;
     if (transforms.erase("padded")) transforms.insert("padded with " + input.pad);
     out << comma << "    " << text_of(one.target->key) << ": "

@@ -232,6 +232,8 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
   const auto model = open_model(ask, ask.path, budget.threads);
   std::optional<Opened> other;
   if (!ask.against.empty()) other = open_model(ask, ask.against, budget.threads);
+  if (other) check_dropped(ask.model.open, {&model.checkpoint, &other->checkpoint});
+  else check_dropped(ask.model.open, {&model.checkpoint});
   const auto& smaller = other && other->vocab < model.vocab ? *other : model;
   if (!processes || processes->rank() == 0) refuse_differing_copies(model.checkpoint, budget);
 

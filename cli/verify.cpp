@@ -83,6 +83,7 @@ void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, c
   options.threads = budget.threads;
   const auto other = formats::open(ask.against, options);
   refuse(other.findings);
+  check_dropped(options, {&checkpoint, &other});
   for (auto finding : other.findings) {
     finding.message = fmt::format("{}: {}", ask.against, finding.message);
     out.findings.push_back(std::move(finding));
@@ -107,6 +108,7 @@ int run_verify(const VerifyAsk& ask) {
   options.threads = budget.threads;
   const auto receipt = ask.receipt.empty() ? std::nullopt : std::optional(read_receipt(ask.receipt));
   const auto checkpoint = formats::open(ask.path, options);
+  if (ask.against.empty()) check_dropped(options, {&checkpoint});
   auto result = check(ask, device, checkpoint, budget);
   if (!ask.against.empty()) compare_with(ask, checkpoint, budget, result);
   if (receipt) {

@@ -6,6 +6,7 @@
 #include "libshard/family.h"
 #include "libshard/layout.h"
 #include "libshard/state_dict.h"
+#include "libshard/translate.h"
 
 #include <filesystem>
 #include <map>
@@ -43,7 +44,7 @@ struct MegatronState {
   std::map<std::string, ExtraState> extra;       ///< by the logical name of the module's first tensor
   bool te = false;                               ///< a key or an extra state speaks for Transformer Engine
   bool stacked = false;                          ///< torch_dist: layers are one tensor
-  std::set<std::string> rows;                    ///< spellings used
+  shard::Spellings rows;                         ///< used by each layer
   shard::Index layers = 0, experts = 0, mtp_layers = 0;
 };
 
@@ -60,9 +61,13 @@ struct Checkpoint {
   std::optional<bool> tied;
   shard::Params params;
   std::optional<shard::Index> vocab;             ///< true size
+  std::optional<shard::Index> recorded_vocab;    ///< what the checkpoint says of it, where --vocab-size says otherwise
   std::vector<shard::Finding> findings;
   std::vector<Dropped> not_carried;              ///< RNG, scheduler and the like
   std::set<std::string> quantised;               ///< stored keys of weights and their scales, which are their own logical names
+  std::vector<std::filesystem::path> beside;     ///< configuration and tokenizer of a folder that no family speaks for
+  std::vector<std::string> unmatched;            ///< patterns of --drop that fit nothing here
+  std::map<std::uint32_t, shard::Place> widened; ///< logical streams that are computed of one stored tensor → its place
   std::vector<std::string> notes;                ///< what became of the weights on the way in, worth saying
   bool needs_weights_only = false;               ///< holds optimizer state that cannot be placed
   std::optional<MegatronState> megatron;
@@ -89,6 +94,9 @@ struct OpenOptions {
 
 /// The checkpoint at `path`, recognised by content. Throws NotFound, BadFormat or Mismatch.
 Checkpoint open(const std::filesystem::path& path, const OpenOptions& options = {});
+
+/// --vocab-size instead of what the checkpoint records, which is in `checkpoint.vocab` before.
+void take_vocabulary(Checkpoint& checkpoint, const OpenOptions& options);
 
 /// "decoder.*" style: '*' any text, '?' one letter.
 bool glob(std::string_view pattern, std::string_view text);

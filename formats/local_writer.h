@@ -5,6 +5,7 @@
 #include "formats/publication.h"
 #include "formats/torch_save.h"
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -61,6 +62,9 @@ class LocalWriter final : public shard::Writer {
   /// A stream that is a range of a file.
   std::uint32_t add_stream(std::uint32_t file, std::uint64_t offset, std::uint64_t size, bool summed);
   std::uint32_t add_stream(std::shared_ptr<StreamSink> sink, std::uint64_t size);
+  /// Bytes that sinks stored so far, where they pack what they are given.
+  void count_packed(std::shared_ptr<const std::atomic<std::uint64_t>> bytes) { packed_ = std::move(bytes); }
+  std::optional<std::uint64_t> packed_bytes() const { return packed_ ? std::optional(packed_->load()) : std::nullopt; }
   /// Called by commit() once every byte is written, before anything is published.
   void before_commit(std::function<void()> finish) { finish_ = std::move(finish); }
   /// A torch.save archive at `base` of a file; small records are written at once. Returns its size; the streams of its
@@ -92,6 +96,7 @@ class LocalWriter final : public shard::Writer {
   std::vector<Archive> archives_;
   std::map<std::uint32_t, std::shared_ptr<StreamSink>> sinks_;  ///< by stream
   std::function<void()> finish_;
+  std::shared_ptr<const std::atomic<std::uint64_t>> packed_;
 };
 
 }  // namespace formats

@@ -214,8 +214,12 @@ struct Name {
   std::string module, name;
   Verdict verdict;
 };
-/// Every name that a pickle would import, each once, in order of appearance. Refuses no name.
-std::vector<Name> scan(std::span<const std::byte> pickle);
+/// Every name that pickles would import, each once, in order of appearance: of all that lie one behind another, as
+/// pickle.load takes them from a file, or of the five of torch.save before 1.6, behind which storages lie. Refuses no
+/// name, but what is no pickle.
+std::vector<Name> scan(std::span<const std::byte> pickles);
+/// The number that a torch.save file of before 1.6 starts with.
+inline constexpr std::string_view kTorchMagic("\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", 10);
 
 /// The pickle of what `root` reaches: the same bytes for the same graph. Protocol 2 uses only what torch's
 /// weights_only reader knows; protocol 4 is what pickle.dump gives by default.

@@ -464,9 +464,28 @@ std::optional<Prefix> parse_prefix(std::span<const std::byte> bytes, const Limit
   }
 }
 
-std::vector<Name> scan(std::span<const std::byte> pickle) {
+std::vector<Name> scan(std::span<const std::byte> pickles) {
+  constexpr std::size_t kMostPickles = 1 << 16, kOfTorch = 5;
   std::vector<Name> names;
-  Reader(pickle, Limits{}, &names).run();
+  std::set<std::pair<std::string, std::string>> known;
+  bool torch = false;
+  std::size_t at = 0;
+  for (std::size_t count = 0; count == 0 || at < pickles.size(); ++count) {
+    if (torch && count == kOfTorch) break;
+    shard::require(count < kMostPickles, shard::Code::BadFormat, [&] { return fmt::format("more than {} pickles in one file", kMostPickles); });
+    std::vector<Name> more;
+    Reader reader(pickles.subspan(at), Limits{}, &more);
+    try {
+      at += reader.run();
+    } catch (const shard::Error& error) {
+      if (count == 0) throw;
+      throw error.within(fmt::format("{} bytes behind pickle {} should be another one", pickles.size() - at, count));
+    }
+    const auto graph = reader.release();
+    torch |= count == 0 && graph.kind(graph.root) == Kind::BigInt && graph.text(graph.root) == kTorchMagic;
+    for (auto& one : more)
+      if (known.emplace(one.module, one.name).second) names.push_back(std::move(one));
+  }
   return names;
 }
 

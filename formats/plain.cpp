@@ -188,7 +188,7 @@ void create_dcp(const std::filesystem::path& path, const Checkpoint& source, con
   }
   if (!metadata.files.empty()) writer.folder().resize(file, at);
   writer.folder().write(writer.folder().add(".metadata"), 0, torch_dcp::write_metadata(metadata, true));
-  hf::carry_files(source, target, "");
+  hf::carry_files(source, target, "", options.dtype);
   join(source, target);
 }
 
@@ -235,7 +235,7 @@ void create_safetensors(const std::filesystem::path& path, const Checkpoint& sou
   target.writer = make_writer(path, options);
   write_safetensors(target, same_keys(source, options), options.max_shard_size, source.metadata);
   drop_objects(source, target, "safetensors hold only tensors");
-  hf::carry_files(source, target, "");
+  hf::carry_files(source, target, "", options.dtype);
   join(source, target);
 }
 

@@ -100,11 +100,14 @@ Checkpoint open(const fs::path& path, const OpenOptions& options) try {
                  [&] { return fmt::format("{}: an adapter merges into a model with Hugging Face keys; convert this to hf first", path.string()); });
   if (out.adapter) {
     if (!options.drop.empty()) drop_tensors(out, options);
-    return out;
+  } else {
+    if (by_keys) hf::interpret(out, options);
+    hf::take_up_carried(out, options);
+    if (!options.drop.empty() && !out.megatron && !out.hf) drop_tensors(out, options);
   }
-  if (by_keys) hf::interpret(out, options);
-  hf::take_up_carried(out, options);
-  if (!options.drop.empty() && !out.megatron && !out.hf) drop_tensors(out, options);
+  for (const auto& pattern : options.drop)
+    if (std::none_of(out.not_carried.begin(), out.not_carried.end(), [&](const Dropped& one) { return glob(pattern, one.key); })) out.unmatched.push_back(pattern);
+  if (by_keys && fs::is_directory(status)) hf::name_others(out, options);
   return out;
 } catch (const fs::filesystem_error& error) {
   const bool circle = error.code() == std::errc::too_many_symbolic_link_levels;
@@ -132,10 +135,16 @@ Target create(const fs::path& path, const Checkpoint& source, const TargetOption
     } else {
       format.create(path, source, options, out);
     }
-    if (to_megatron) hf::carry_files(source, out, "hf/");
+    if (to_megatron) hf::carry_files(source, out, "hf/", options.dtype);
     return out;
   }
   shard::fail(Code::Usage, "--to {}: is no format that can be written; torch_dist, mp_rank, dcp, hf and hdf5 are", options.format);
+}
+
+void take_vocabulary(Checkpoint& checkpoint, const OpenOptions& options) {
+  if (!options.vocab) return;
+  if (checkpoint.vocab) checkpoint.recorded_vocab = checkpoint.vocab;
+  checkpoint.vocab = options.vocab;
 }
 
 bool glob(std::string_view pattern, std::string_view text) {

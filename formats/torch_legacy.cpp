@@ -19,7 +19,6 @@ using shard::Code;
 
 constexpr std::uint64_t kFirstWindow = 64 << 10;
 constexpr std::uint64_t kLargestPickle = std::uint64_t{1} << 30;
-constexpr std::string_view kMagic("\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", 10);
 constexpr std::int64_t kProtocol = 1001;
 
 template <typename... Args>
@@ -44,7 +43,7 @@ Graph take_pickle(Windows& part, std::uint64_t& at) {
 
 void take_header(Windows& part, std::uint64_t& at) {
   const Graph magic = take_pickle(part, at);
-  if (magic.kind(magic.root) != Kind::BigInt || magic.text(magic.root) != kMagic) {
+  if (magic.kind(magic.root) != Kind::BigInt || magic.text(magic.root) != pickle::kTorchMagic) {
     shard::fail(Code::BadFormat, "a pickle, but no torch.save file");
   }
   const Graph protocol = take_pickle(part, at);

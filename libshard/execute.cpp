@@ -26,10 +26,11 @@ struct Unit {
 
 using Bytes = std::span<std::byte>;
 
+/// `counting`: every byte that would be read or written is counted, none is moved.
 class Execution {
  public:
-  Execution(const Plan& plan, const Reader& from, Writer& to, const Kernels& kernels, const Budget& budget, const Progress& tell)
-      : plan_(plan), from_(from), to_(to), kernels_(kernels), budget_(budget), tell_(tell), source_(from, kernels, &plan.memory),
+  Execution(const Plan& plan, const Reader& from, Writer& to, const Kernels& kernels, const Budget& budget, const Progress& tell, bool counting = false)
+      : plan_(plan), from_(from), to_(to), kernels_(kernels), budget_(budget), tell_(tell), counting_(counting), source_(from, kernels, &plan.memory, counting),
         target_(to, kernels), buffers_(std::max(1u, budget.threads)), block_(block_size(budget)) {}
 
   Report run() {
@@ -39,7 +40,7 @@ class Execution {
     for (std::size_t i = 0; i < differences_.size(); ++i)
       if (differences_[i].count)
         report_.findings.push_back(describe_difference(source_, plan_.tensors[plan_.comparisons[i].copy.tensor], plan_.comparisons[i], differences_[i]));
-    report_.crc32 = target_.finish(plan_, budget_.threads);
+    if (!counting_) report_.crc32 = target_.finish(plan_, budget_.threads);
     report_.bytes_read = source_.bytes_read() + in_kernel_;
     report_.bytes_written = target_.bytes_written();
     report_.bytes_copied_in_kernel = in_kernel_;
@@ -119,7 +120,7 @@ class Execution {
 
   void contiguous(const Copy& copy, std::uint64_t begin, std::uint64_t end, Buffers& buffers) {
     const bool summed = target_.summed(copy.to_stream), known = source_.summed(copy.from_stream);
-    if (!summed && !known && end - begin >= kKernelRun) begin += in_kernel(copy, begin, end);
+    if (!summed && !known && !counting_ && end - begin >= kKernelRun) begin += in_kernel(copy, begin, end);
     for (auto at = begin; at < end; at += block_) {
       const auto block = Buffers::need(buffers.a, std::min(block_, end - at));
       source_.read(copy.from_stream, copy.from + at, block);
@@ -163,6 +164,7 @@ class Execution {
   }
 
   void write_band(const Band& band, std::uint64_t begin, std::uint64_t end, std::span<const std::byte> from) {
+    if (counting_) return target_.add_written((end - begin) * band.width);
     const bool summed = target_.summed(band.stream);
     const auto put = [&](std::uint64_t offset, std::span<const std::byte> bytes) {
       if (summed && bytes.size() >= kShortRun)
@@ -192,7 +194,7 @@ class Execution {
       at = 0;
       for (std::size_t i = 0; i < group.to.size(); ++i) to_at[i] = at, at += count * group.to[i].width;
       for (const auto& strip : group.strips)
-        strided_copy(target.data() + to_at[strip.to_band] + strip.to, source.data() + from_at[strip.from_band] + strip.from,
+        if (!counting_) strided_copy(target.data() + to_at[strip.to_band] + strip.to, source.data() + from_at[strip.from_band] + strip.from,
                      {{static_cast<Index>(count), static_cast<Index>(pitch[strip.from_band]),
                        static_cast<Index>(group.to[strip.to_band].width)}}, strip.run);
       for (std::size_t i = 0; i < group.to.size(); ++i)
@@ -219,6 +221,7 @@ class Execution {
   }
 
   void scatter(const Copy& copy, std::uint64_t base, const EndRuns& runs, std::span<const std::byte> bytes) {
+    if (counting_) return target_.add_written(bytes.size());
     const bool summed = target_.summed(copy.to_stream) && runs.run >= kShortRun;
     for_each_run(runs, [&](std::uint64_t in_stream, std::uint64_t in_memory) {
       const auto run = bytes.subspan(in_memory, runs.run);
@@ -233,6 +236,7 @@ class Execution {
   const Kernels& kernels_;
   const Budget& budget_;
   const Progress& tell_;
+  bool counting_;
   SummedSource source_;
   SummedTarget target_;
   std::vector<Buffers> buffers_;
@@ -249,6 +253,34 @@ class Execution {
 Report execute(const Plan& plan, const Reader& from, Writer& to, const Kernels& kernels, const Budget& budget,
                const Progress& tell) {
   return Execution(plan, from, to, kernels, budget, tell).run();
+}
+
+namespace {
+
+/// Where counted bytes go.
+class Nowhere final : public Writer {
+ public:
+  explicit Nowhere(const Writer& like) : like_(like) {}
+  const ShardedStateDict& describe() const override { return like_.describe(); }
+  void write(std::uint32_t, std::uint64_t, std::span<const std::byte>) override {}
+  void read(std::uint32_t, std::uint64_t, std::span<std::byte>) const override {}
+  std::optional<FileRange> file_range(std::uint32_t) override { return std::nullopt; }
+  void commit(std::span<const std::optional<std::uint32_t>>, bool) override {}
+
+ private:
+  const Writer& like_;
+};
+
+}  // namespace
+
+Report measure(const Plan& plan, const Reader& from, const Writer& to, const Budget& budget) {
+  const Kernels none{[](std::span<const std::byte>) { return std::uint32_t{0}; }, [](std::uint32_t, std::uint32_t, std::uint64_t) { return std::uint32_t{0}; },
+                     [](std::span<const std::byte>, DType, std::span<std::byte>, DType) {}};
+  const Progress silent;
+  Nowhere nowhere(to);
+  auto out = Execution(plan, from, nowhere, none, budget, silent, true).run();
+  out.findings.clear();  // nothing was summed
+  return out;
 }
 
 }  // namespace shard

@@ -40,4 +40,8 @@ struct Report {
 Report execute(const Plan& plan, const Reader& from, Writer& to, const Kernels& kernels, const Budget& budget,
                const Progress& tell = {});
 
+/// The bytes that execute() would read and write with the same budget; none is. How many the system's kernel would copy
+/// is not known before.
+Report measure(const Plan& plan, const Reader& from, const Writer& to, const Budget& budget);
+
 }  // namespace shard

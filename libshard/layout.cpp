@@ -221,7 +221,7 @@ std::vector<Cell> cells(const Parallel& p) {
 
 Index padded_vocab(Index vocab, Index multiple, Index tp) {
   require(vocab >= 0 && multiple >= 1 && tp >= 1 && multiple <= (Index{1} << 32) && tp <= (Index{1} << 20), Code::BadLayout,
-          [] { return "vocabulary: make_vocab_size_divisible_by and tensor size should be positive"; });
+          [&] { return fmt::format("vocabulary of {}: make_vocab_size_divisible_by is {} and the tensor parallel size {}; should be from 1 to 2^32 and 2^20", vocab, multiple, tp); });
   const Index step = multiple * tp;
   return (vocab + step - 1) / step * step;
 }

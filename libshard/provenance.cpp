@@ -34,6 +34,12 @@ class Places {
     while (first != all_.begin() && std::prev(first)->stream == first->stream && std::prev(first)->offset == first->offset) --first;
     return first->stream == stream ? &*first : nullptr;
   }
+  /// How many of `bytes` from there on lie before the next shard's start.
+  std::uint64_t until_next(std::uint32_t stream, std::uint64_t offset, std::uint64_t bytes) const {
+    const auto next = std::upper_bound(all_.begin(), all_.end(), std::pair(stream, offset),
+                                       [](const auto& wanted, const Placed& one) { return wanted < std::pair(one.stream, one.offset); });
+    return next == all_.end() || next->stream != stream ? bytes : std::min(bytes, next->offset - offset);
+  }
 
  private:
   std::vector<Placed> all_;
@@ -106,6 +112,7 @@ class Collector {
   explicit Collector(const ShardedTensor& target) { out_.target = &target; }
 
   void pad() { out_.transforms.insert("padded"); }
+  void make() { out_.transforms.insert("made"); }
   void add(const Placed& from, const Copy& copy) {
     const auto box = taken(*from.shard, copy);
     const auto [at, fresh] = seen_.try_emplace(from.shard, out_.origins.size());
@@ -116,7 +123,7 @@ class Collector {
       out_.origins[at->second].box = around(out_.origins[at->second].box, box);
     }
     bytes_[at->second] += copy.bytes();
-    if (copy.from_type != copy.to_type) out_.transforms.insert("cast");
+    if (copy.from_type != copy.to_type || copy.from_type != from.tensor->dtype) out_.transforms.insert("cast");
     if (transposes(copy)) out_.transforms.insert("transposed");
     if (std::any_of(copy.steps.begin(), copy.steps.end(), [](const Step& step) { return step.from == 0; })) pad();
     const auto kind = kind_of(from.tensor->key);
@@ -151,15 +158,31 @@ class Collector {
 
 void trace(const Plan& plan, const ShardedStateDict& source, const ShardedStateDict& target, const std::function<void(const Provenance&)>& visit) {
   const Places from(source), to(target);
-  std::map<std::string_view, std::vector<std::size_t>> copies;
-  for (std::size_t i = 0; i < plan.copies.size(); ++i)
-    if (const auto* place = to.at(plan.copies[i].to_stream, plan.copies[i].to)) copies[place->tensor->key].push_back(i);
-  for (const auto& [key, indices] : copies) {
-    Collector collector(target.at(key));
-    for (const auto i : indices) {
-      const auto& copy = plan.copies[i];
+  struct Piece {
+    std::size_t copy;
+    std::uint64_t at, bytes;  ///< of its run
+  };
+  std::map<std::string_view, std::vector<Piece>> pieces;
+  for (std::size_t i = 0; i < plan.copies.size(); ++i) {  // a copy may run on through several tensors at both ends
+    const auto& copy = plan.copies[i];
+    const auto item = size_of(copy.from_type), wide = size_of(copy.to_type);
+    for (std::uint64_t at = 0, bytes = 0; at < copy.run; at += bytes) {
+      const auto into = copy.to + at / item * wide;
+      bytes = to.until_next(copy.to_stream, into, (copy.run - at) / item * wide) / wide * item;
+      if (copy.from_stream < kMemoryStreams) bytes = from.until_next(copy.from_stream, copy.from + at, bytes);
+      bytes = std::max<std::uint64_t>(bytes, item);
+      if (const auto* place = to.at(copy.to_stream, into)) pieces[place->tensor->key].push_back({i, at, bytes});
+    }
+  }
+  for (const auto& [key, tensor] : target.tensors) {
+    Collector collector(tensor);
+    for (const auto& piece : pieces[key]) {  // none where the tensor has no elements
+      auto copy = plan.copies[piece.copy];
+      copy.from += piece.at;
+      copy.run = piece.bytes;
       if (copy.from_stream >= kMemoryStreams) collector.pad();
       else if (const auto* place = from.at(copy.from_stream, copy.from)) collector.add(*place, copy);
+      else collector.make();
     }
     visit(collector.finish());
   }

@@ -13,8 +13,8 @@ std::uint64_t block_size(const Budget& budget) {
   return std::clamp<std::uint64_t>(budget.memory / std::max(1u, budget.threads) / 8, 16 << 10, kBlock);
 }
 
-SummedSource::SummedSource(const Reader& from, const Kernels& kernels, const std::vector<std::vector<std::byte>>* memory)
-    : from_(from), kernels_(kernels), memory_(memory), streams_(from.describe().streams), sums_(streams_.size()), touched_(streams_.size()) {}
+SummedSource::SummedSource(const Reader& from, const Kernels& kernels, const std::vector<std::vector<std::byte>>* memory, bool counting)
+    : from_(from), kernels_(kernels), memory_(memory), streams_(from.describe().streams), sums_(streams_.size()), touched_(streams_.size()), counting_(counting) {}
 
 void SummedSource::touch(std::uint32_t stream, const std::string& tensor) {
   if (stream < kMemoryStreams && !touched_[stream]) touched_[stream] = &tensor;
@@ -22,9 +22,9 @@ void SummedSource::touch(std::uint32_t stream, const std::string& tensor) {
 
 void SummedSource::read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) {
   if (stream < kMemoryStreams) {
-    from_.read(stream, offset, into);
+    if (!counting_) from_.read(stream, offset, into);
     read_ += into.size();
-  } else {
+  } else if (!counting_) {
     std::memcpy(into.data(), (*memory_)[stream - kMemoryStreams].data() + offset, into.size());
   }
 }
@@ -44,7 +44,8 @@ std::span<std::byte> SummedSource::gather(std::uint32_t stream, std::uint64_t ba
   const auto raw = Buffers::need(raw_buffer, at_once ? runs.span : packed);
   const bool known = summed(stream) && runs.run >= kShortRun;
   if (at_once) read(stream, base, raw);
-  if (!at_once || known)
+  else if (counting_ && !known) read(stream, base, raw);  // as many bytes, in one piece
+  if ((!at_once && !counting_) || known)
     for_each_run(runs, [&](std::uint64_t in_stream, std::uint64_t in_memory) {
       const auto bytes = raw.subspan(at_once ? in_stream : in_memory, runs.run);
       if (!at_once) read(stream, base + in_stream, bytes);
@@ -54,6 +55,7 @@ std::span<std::byte> SummedSource::gather(std::uint32_t stream, std::uint64_t ba
   std::vector<MemoryStep> steps(dims.size());
   for (auto d = dims.size(); d-- > 0; to *= extent[d]) steps[d] = {extent[d], at_once ? runs.strides[d] : runs.packed[d], to};
   const auto target = Buffers::need(out, static_cast<std::uint64_t>(to));
+  if (counting_) return target;
   auto run = static_cast<std::size_t>(item);
   while (!steps.empty() && (steps.back().count == 1 || (steps.back().from == static_cast<Index>(run) && steps.back().to == static_cast<Index>(run)))) {
     run *= static_cast<std::size_t>(steps.back().count);

@@ -34,7 +34,8 @@ std::uint64_t block_size(const Budget& budget);
 /// Thread safe. Streams from kMemoryStreams on are a plan's constants.
 class SummedSource {
  public:
-  SummedSource(const Reader& from, const Kernels& kernels, const std::vector<std::vector<std::byte>>* memory = nullptr);
+  /// `counting`: bytes are counted, not moved.
+  SummedSource(const Reader& from, const Kernels& kernels, const std::vector<std::vector<std::byte>>* memory = nullptr, bool counting = false);
 
   /// Declares that a stream is read for that tensor: it will be summed whole by finish().
   void touch(std::uint32_t stream, const std::string& tensor);
@@ -65,6 +66,7 @@ class SummedSource {
   const std::vector<Stream>& streams_;
   std::vector<StreamSum> sums_;
   std::vector<const std::string*> touched_;
+  bool counting_;
   std::atomic<std::uint64_t> read_ = 0;
 };
 

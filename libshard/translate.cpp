@@ -71,6 +71,7 @@ class Splitter {
     std::size_t next = 0;
     if (match.layers_stacked) match.layer = at[next++];
     if (match.experts_stacked) match.expert = at[next++];
+    out_.rows[match.row->key].emplace(match.layer, match.depth);
     std::vector<std::pair<LogicalPart, ShardedTensor*>> out;
     for (auto& part : logical_parts(*match.row, sizes, match, params)) {
       auto& tensor = out_.logical.tensors[part.name];
@@ -146,7 +147,6 @@ Translation to_logical(const ShardedStateDict& stored, const Table& table, const
   for (const auto& [key, tensor] : stored.tensors) {
     if (carried.contains(key)) continue;
     if (const auto match = table.match(key, params)) {
-      out.rows.insert(match->row->key);
       splitter.split(tensor, *match);
     } else {
       findings.push_back({"unexpected", Finding::Severity::Error, key, "no rule of this model family places this tensor"});
@@ -163,10 +163,14 @@ std::vector<Wanted> spell_out(const ShardedStateDict& logical, const Table& tabl
   };
   std::vector<Choice> chosen;
   std::set<std::string, std::less<>> claimed;
+  const auto kept = [&](const Match& match) {
+    const auto found = options.keep->find(match.row->key);
+    return found != options.keep->end() && found->second.contains({match.layer, match.depth});
+  };
   for (int pass = options.keep ? 0 : 1; pass < 3; ++pass)
     for_each_instance(table, options, [&](std::size_t r, const Match& match) {
       const auto& row = *match.row;
-      if ((pass == 0 && !options.keep->contains(row.key)) || !fits_model(row, params)) return false;
+      if ((pass == 0 && !kept(match)) || !fits_model(row, params)) return false;
       std::vector<const ShardedTensor*> parts;
       if (row.copy && pass != 1) return true;
       for (const auto& name : names_of(match, options.experts)) {

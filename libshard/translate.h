@@ -7,9 +7,13 @@
 
 namespace shard {
 
+/// Spellings (Row::key) that a source used, and for which layers and MTP depths: dense layers and mixtures of one model
+/// may spell the same norm differently.
+using Spellings = std::map<std::string, std::set<std::pair<Index, Index>>>;
+
 struct Translation {
   ShardedStateDict logical;     ///< streams and files as in the stored dictionary
-  std::set<std::string> rows;   ///< spellings (Row::key) that the source used
+  Spellings rows;
   bool layers_stacked = false;
   Index layers = 0, experts = 0, depths = 0;  ///< one more than the highest number seen
 };
@@ -29,7 +33,7 @@ struct Wanted {
 };
 
 struct SpellOptions {
-  const std::set<std::string>* keep = nullptr;  ///< spellings to prefer: those of the source
+  const Spellings* keep = nullptr;  ///< spellings to prefer: those of the source
   Index layers = 0, experts = 0, depths = 0;
   std::vector<bool> moe_layers = {};  ///< by layer, where it is known which ones are mixtures; else a layer's router tells
 };

@@ -25,6 +25,7 @@ constexpr int kLevel = 1;
 
 struct OutputFile {
   Handle file;
+  std::shared_ptr<std::atomic<std::uint64_t>> stored = std::make_shared<std::atomic<std::uint64_t>>(0);  ///< bytes of all data sets, packed
   ~OutputFile() {
     const std::lock_guard lock(library());
     file = Handle();
@@ -75,6 +76,7 @@ class ChunkSink final : public StreamSink {
       status = H5Dwrite_chunk(output_->dataset, H5P_DEFAULT, 0, offset_.data(), packed.size(), packed.data());
     }
     shard::require(status >= 0, Code::Io, [&] { return fmt::format("{}: a chunk cannot be written; is the disk full?", output_->key); });
+    *output_->file->stored += offset_.empty() ? bytes_.size() : packed.size();
     std::vector<std::byte>().swap(bytes_);  // an assignment would keep the memory
   }
 
@@ -122,6 +124,7 @@ class Writer {
     const auto name = target.writer->folder().path(index).string();
     const std::lock_guard lock(library());
     file_ = std::make_shared<OutputFile>();
+    target.writer->count_packed(file_->stored);
     const Handle access(H5Pcreate(H5P_FILE_ACCESS));
     H5Pset_libver_bounds(access, H5F_LIBVER_V18, H5F_LIBVER_V110);
     file_->file = checked(H5Fcreate(name.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access), Code::Io, fmt::format("{}: cannot be created", name));
@@ -260,6 +263,8 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
     writer.attribute("layout", fmt::format("tp {} pp {} vpp {} ep {} etp {}", model.parallel.tp, model.parallel.pp, model.parallel.vpp, model.parallel.ep, model.parallel.etp));
     for (const auto& [name, extra] : source.megatron->extra)
       if (extra.kind != ExtraState::Kind::None) target.dropped.push_back({name + "._extra_state", "HDF5 holds only tensors"});
+    if (source.hf)
+      for (const auto& name : source.hf->files) target.dropped.push_back({"hf/" + name, "HDF5 has no place beside a Megatron model"});
     target.carried = {"args", "iteration"};
     writer.finish();
     megatron::describe_logical(target, model);
@@ -269,7 +274,7 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
     if (source.hf && !source.hf->config.is_null()) writer.bytes("config.json", source.hf->config.dump(2));
     for (const auto& object : source.stored.objects) target.dropped.push_back({object.key, "HDF5 holds only tensors"});
     writer.finish();
-    hf::carry_files(source, target, "");
+    hf::carry_files(source, target, "", options.dtype);
     join(source, target);
   }
 }

@@ -1,5 +1,6 @@
 // A Hugging Face model as Megatron would hold it, before it is cut.
 #include "formats/hf/hf.h"
+#include "formats/json.h"
 #include "libshard/error.h"
 #include "libshard/families/megatron.h"
 #include "libshard/translate.h"
@@ -61,14 +62,26 @@ Checkpoint as_megatron(const Checkpoint& source, std::vector<std::string>& notes
   return out;
 }
 
-void carry_files(const Checkpoint& source, Target& target, const std::string& below, const std::string& except) {
-  if (!source.hf || source.hf->config.is_null()) return;
+void carry_files(const Checkpoint& source, Target& target, const std::string& below, std::optional<shard::DType> dtype) {
+  const bool known = source.hf && !source.hf->config.is_null();
   auto& folder = target.writer->folder();
-  if (source.hf->files.empty()) folder.write(folder.add(below + "config.json"), 0, source.hf->config.dump(2) + "\n");
-  for (const auto& name : source.hf->files) {
-    if (name == except) continue;
-    const bool rewritten = name == "config.json" && source.hf->rewritten;
-    folder.write(folder.add(below + name), 0, rewritten ? source.hf->config.dump(2) + "\n" : read_text(inside(source.hf->folder, name)));
+  const auto config_text = [&](nlohmann::ordered_json config) {
+    if (dtype) config[config.contains("dtype") ? "dtype" : "torch_dtype"] = shard::torch_name(*dtype);
+    return config.dump(2) + "\n";
+  };
+  auto paths = source.beside;
+  if (known)
+    for (const auto& name : source.hf->files) paths.push_back(inside(source.hf->folder, name));
+  if (known && std::find(source.hf->files.begin(), source.hf->files.end(), "config.json") == source.hf->files.end())
+    folder.write(folder.add(below + "config.json"), 0, config_text(source.hf->config));
+  for (const auto& path : paths) {
+    const auto name = path.filename().string();
+    auto text = read_text(path);
+    if (name == "config.json" && (dtype || (known && source.hf->rewritten))) {
+      if (!known) shard::require(parse_json(text, path.string()).is_object(), shard::Code::BadFormat, [&] { return fmt::format("{}: is no JSON object", path.string()); });
+      text = config_text(known ? source.hf->config : nlohmann::ordered_json::parse(text));
+    }
+    folder.write(folder.add(below + name), 0, text);
     target.carried.push_back(name);
   }
 }

@@ -160,8 +160,15 @@ Family parse(const json& own) {
     out.window = text(j, "window");
     out.sparse_layers = text(j, "sparse_layers");
     out.warn = texts(j, "warn");
-    for (const auto& [name, target] : {std::pair{"defaults", &out.defaults}, std::pair{"params", &out.params}, std::pair{"args", &out.args}, std::pair{"fields", &out.fields}, std::pair{"config", &out.config}})
+    for (const auto& [name, target] : {std::pair{"defaults", &out.defaults}, std::pair{"params", &out.params}, std::pair{"args", &out.args}, std::pair{"fields", &out.fields}, std::pair{"config", &out.config}}) {
       *target = j.contains(name) ? j[name] : json::object();
+      shard::require(target->is_object(), Code::BadFormat, [&, name = name] { return fmt::format("family: '{}' should be an object", name); });
+    }
+    for (const auto& [name, value] : out.params.items()) {
+      const auto is_text = [](const json& one) { return one.is_string(); };
+      shard::require(is_text(value) || (value.is_array() && !value.empty() && std::all_of(value.begin(), value.end(), is_text)), Code::BadFormat,
+                     [&, name = name] { return fmt::format("family: params: '{}' should be an expression, or a list of them", name); });
+    }
     shard::require(j.contains("rows") && j["rows"].is_array(), Code::BadFormat, [] { return "family: the file has no 'rows'"; });
     for (const auto& row : j["rows"]) out.rows.push_back(row_of(row));
     if (const auto prefix = text(j, "mtp_layers"); !prefix.empty()) add_mtp_layers(out.rows, prefix);

@@ -33,7 +33,10 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
 /// The files of a folder that travel with a model: configuration and tokenizer.
 std::vector<std::string> small_files(const std::filesystem::path& folder);
 
-/// Copies config.json and the small files below `below` ("hf/" in a Megatron run), all but `except`.
-void carry_files(const Checkpoint& source, Target& target, const std::string& below, const std::string& except = "");
+/// Copies config.json and the small files below `below` ("hf/" in a Megatron run); config.json names the type that weights are cast to.
+void carry_files(const Checkpoint& source, Target& target, const std::string& below, std::optional<shard::DType> dtype);
+
+/// Names in `not_carried` what the folder holds beside weights, configuration and tokenizer; of many, the first by name.
+void name_others(Checkpoint& checkpoint, const OpenOptions& options);
 
 }  // namespace formats::hf

@@ -26,6 +26,10 @@ constexpr std::uint64_t kLargestSmallFile = 256u << 20;
 constexpr const char* kSmallFiles[] = {"config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
                                        "merges.txt", "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model", "preprocessor_config.json"};
 
+bool travels(const std::string& name) {
+  return std::any_of(std::begin(kSmallFiles), std::end(kSmallFiles), [&](const char* pattern) { return glob(pattern, name); });
+}
+
 /// The folder's state; null where it has no config.json or no family speaks for it.
 std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& options, const std::string& embedded = "") {
   const auto path = inside(folder, "config.json");
@@ -47,8 +51,14 @@ std::shared_ptr<State> state_of(const fs::path& folder, const OpenOptions& optio
     out->family = *family;
   }
   out->folder = folder;
-  if (embedded.empty()) out->files = small_files(folder);
+  out->files = small_files(folder);
+  out->rewritten = !embedded.empty();  // what the weights' own file says counts
   return out;
+}
+
+/// Configuration and tokenizer that no family speaks for travel as they are.
+void take_beside(Checkpoint& checkpoint, const fs::path& folder) {
+  for (const auto& name : small_files(folder)) checkpoint.beside.push_back(inside(folder, name));
 }
 
 /// Sizes are whole numbers; anything else would be taken for a field that is not there.
@@ -145,6 +155,7 @@ void widen_selection_bias(Checkpoint& checkpoint) {
     checkpoint.logical.files.resize(file + 1);
     checkpoint.logical.files[file] = key;
     tensor.dtype = shard::DType::F32;
+    checkpoint.widened[static_cast<std::uint32_t>(checkpoint.logical.streams.size())] = place;
     tensor.shards[0].place = {static_cast<std::uint32_t>(checkpoint.logical.streams.size()), 0, {static_cast<Index>(sizeof(float))}};
     checkpoint.logical.streams.push_back({file, 0, held->bytes.size(), std::nullopt, false});
   }
@@ -177,16 +188,51 @@ std::vector<std::string> small_files(const fs::path& folder) {
   std::vector<std::string> out;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const auto name = entry.path().filename().string();
-    const bool known = std::any_of(std::begin(kSmallFiles), std::end(kSmallFiles), [&](const char* pattern) { return glob(pattern, name); });
     std::error_code error;  // a link that leads nowhere is no file
-    if (known && entry.is_regular_file(error) && entry.file_size(error) <= kLargestSmallFile) out.push_back(name);
+    if (travels(name) && entry.is_regular_file(error) && entry.file_size(error) <= kLargestSmallFile) out.push_back(name);
   }
   std::sort(out.begin(), out.end());
   return out;
 }
 
+void name_others(Checkpoint& checkpoint, const OpenOptions& options) {
+  constexpr std::size_t kMost = 100;
+  std::set<std::string> used{"model.safetensors.index.json", ".metadata"};
+  for (const auto& name : checkpoint.stored.files)
+    if (!name.empty()) used.insert(fs::path(name).begin()->string());
+  for (const auto& path : checkpoint.beside) used.insert(path.filename().string());
+  if (checkpoint.hf) used.insert(checkpoint.hf->files.begin(), checkpoint.hf->files.end());
+  for (const auto& one : checkpoint.not_carried) used.insert(one.key);
+  if (checkpoint.adapter) {
+    const auto carried = small_files(checkpoint.folder);
+    used.insert(carried.begin(), carried.end());
+  }
+  if (checkpoint.adapter || !options.adapter.empty()) used.insert({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"});
+  std::set<std::string> others;
+  std::size_t more = 0;
+  for (const auto& entry : fs::directory_iterator(checkpoint.folder)) {
+    const auto name = entry.path().filename().string();
+    if (used.contains(name)) continue;
+    others.insert(name);
+    if (others.size() <= kMost) continue;
+    others.erase(std::prev(others.end()));
+    ++more;
+  }
+  for (const auto& name : others) {
+    std::error_code error;
+    const auto path = checkpoint.folder / name;
+    const auto size = fs::is_regular_file(path, error) ? fs::file_size(path, error) : 0;
+    checkpoint.not_carried.push_back({name, fs::is_directory(path, error)          ? "a folder beside the weights"
+                                            : !fs::is_regular_file(path, error)    ? "no regular file"
+                                            : travels(name) && size > kLargestSmallFile ? fmt::format("{} bytes; files of at most {} travel with a model", size, kLargestSmallFile)
+                                                                                   : "neither weights that were read nor configuration or tokenizer"});
+  }
+  if (more > 0) checkpoint.not_carried.push_back({fmt::format("{} more files", more), "beside the weights; the first by name are listed"});
+}
+
 void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   if (checkpoint.metadata.contains("DCP_SHARDING_INFO")) {
+    take_beside(checkpoint, checkpoint.folder);
     shard::require(options.adapter.empty(), Code::BadFormat, [&] { return fmt::format("{}: lies in shards of torch's own; convert it to hf before an adapter is merged", checkpoint.folder.string()); });
     return;
   }
@@ -196,9 +242,11 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
     shard::require(!options.dequantise || quantised_pairs(checkpoint.stored, nlohmann::ordered_json::object(), ignored).empty(), Code::BadFormat,
                    [&] { return fmt::format("{}: holds quantised weights, which --dtype cannot read without a config.json of a known family", checkpoint.folder.string()); });
     shard::require(options.adapter.empty(), Code::BadFormat, [&] { return fmt::format("{}: an adapter needs a config.json of a known family to be merged by", checkpoint.folder.string()); });
+    take_beside(checkpoint, checkpoint.folder);
     return;
   }
   const auto& family = state->family;
+  if (!checkpoint.embedded_config.empty() && !fs::is_directory(checkpoint.path)) state->files.clear();  // a file alone: others beside it are not its own
   checkpoint.hf = state;
   checkpoint.family = family.name;
   if (options.adapter.empty() && is_adapter(checkpoint.folder)) checkpoint.not_carried.push_back({"adapter_config.json", "a LoRA adapter beside the weights; --merge-lora merges it"});
@@ -207,7 +255,7 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   params = params_of(family, state->config);
   for (const auto& [name, value] : options.parameters) params[name] = value;
   if (const auto vocab = params.find("vocab"); vocab != params.end()) checkpoint.vocab = vocab->second;
-  if (options.vocab) checkpoint.vocab = options.vocab;
+  take_vocabulary(checkpoint, options);
   constexpr const char* kBuffer = "a buffer, computed when a model is built";
   drop(checkpoint, checkpoint.stored, family.drop, kBuffer);
   std::erase_if(checkpoint.findings, [&](const Finding& finding) {  // nor need an index list it
@@ -278,11 +326,17 @@ shard::ShardedStateDict logical_of(const Checkpoint& source, const shard::Sharde
 void take_up_carried(Checkpoint& checkpoint, const OpenOptions& options) {
   if (!checkpoint.megatron) return;
   const auto folder = checkpoint.folder.parent_path() / "hf";
-  if (fs::is_directory(folder)) checkpoint.hf = state_of(inside(checkpoint.folder.parent_path(), "hf"), options);
+  if (fs::is_directory(folder)) {
+    checkpoint.hf = state_of(inside(checkpoint.folder.parent_path(), "hf"), options);
+    if (!checkpoint.hf) take_beside(checkpoint, folder);
+  }
   else if (!options.family.empty()) checkpoint.hf = std::make_shared<State>(State{family_named(options.family), {}, {}, {}});
   if (!checkpoint.hf || checkpoint.hf->config.is_null()) return;
-  if (!checkpoint.vocab)
-    if (const auto params = params_of(checkpoint.hf->family, checkpoint.hf->config); params.contains("vocab")) checkpoint.vocab = params.at("vocab");
+  if (checkpoint.vocab && (!options.vocab || checkpoint.recorded_vocab)) return;
+  if (const auto params = params_of(checkpoint.hf->family, checkpoint.hf->config); params.contains("vocab")) {
+    checkpoint.vocab = params.at("vocab");
+    take_vocabulary(checkpoint, options);
+  }
 }
 
 }  // namespace formats::hf

@@ -84,15 +84,12 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
   refuse(findings);
   auto& folder = target.writer->folder();
   if (!configured) {
-    folder.write(folder.add("config.json"), 0, config_of(family, source).dump(2) + "\n");
-  } else if (options.dtype) {
-    auto config = source.hf->config;
-    const auto name = *options.dtype == shard::DType::BF16 ? "bfloat16" : *options.dtype == shard::DType::F16 ? "float16" : "float32";
-    config[config.contains("dtype") ? "dtype" : "torch_dtype"] = name;
+    auto config = config_of(family, source);
+    if (options.dtype) config["torch_dtype"] = shard::torch_name(*options.dtype);
     folder.write(folder.add("config.json"), 0, config.dump(2) + "\n");
-    carry_files(source, target, "", "config.json");
+    for (const auto& file : source.beside) target.dropped.push_back({"hf/" + file.filename().string(), "config.json there is of no known family; --family names one"});
   } else {
-    carry_files(source, target, "");
+    carry_files(source, target, "", options.dtype);
   }
   stored.files = folder.names();
   target.logical.files = stored.files;

@@ -89,6 +89,7 @@ shard::Params params_of(const Args& args, const std::map<std::string, Index>& gi
   take("expert_ffn", "moe_ffn_hidden_size");
   take("shared_ffn", "moe_shared_expert_intermediate_size");
   take("mtp", "mtp_num_layers");
+  take("vocab_multiple", "make_vocab_size_divisible_by");
   const auto set = [&](const char* param, bool value) { out[param] = value ? 1 : 0; };
   const bool biased = args.value("add_bias_linear") ? args.flag("add_bias_linear") : args.value("disable_bias_linear") ? !args.flag("disable_bias_linear") : false;
   set("mlp_bias", biased);
@@ -226,6 +227,12 @@ Ref copy_args(Graph& to, const Graph& from, Ref args, const ArgsChange& change, 
     to.set(dict, "pipeline_model_parallel_layout", p.pp_layout.empty() ? to.none() : to.text(p.pp_layout));
   if (known("mtp_num_layers")) to.set(dict, "mtp_num_layers", change.mtp_layers > 0 ? to.integer(change.mtp_layers) : to.none());
   put("padded_vocab_size", change.padded_vocab);
+  if (change.vocab_multiple) put("make_vocab_size_divisible_by", *change.vocab_multiple);
+  if (const auto dtype = change.dtype) {
+    if (known("params_dtype")) to.set(dict, "params_dtype", to.symbol("torch", std::string(shard::torch_name(*dtype))));
+    if (known("bf16")) to.set(dict, "bf16", to.boolean(*dtype == shard::DType::BF16));
+    if (known("fp16")) to.set(dict, "fp16", to.boolean(*dtype == shard::DType::F16));
+  }
   put("rank", change.rank);
   put("local_rank", change.rank, false);
   put("world_size", change.world_size);

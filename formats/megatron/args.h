@@ -43,6 +43,8 @@ struct ArgsChange {
   shard::Index rank = 0, world_size = 1;
   std::string ckpt_format;             ///< "torch" or "torch_dist"
   shard::Index mtp_layers = 0;         ///< that the target holds
+  std::optional<shard::Index> vocab_multiple = {};
+  std::optional<shard::DType> dtype = {};  ///< that the weights were cast to
 };
 /// Who reads the copy: torch.load(weights_only=True) with argparse.Namespace allowed, or every Megatron-Core since 0.12,
 /// which allows a few classes of its own.

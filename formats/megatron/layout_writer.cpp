@@ -37,18 +37,24 @@ Model model_for(const Checkpoint& source, const TargetOptions& options, std::str
   const auto& state = *source.megatron;
   const bool keep = options.keep_spelling;
   Model out{{}, shard::Table(shard::megatron_rows(), dialects), source.params, options.parallel, {}, state.layers, state.experts, state.te, false, source.tied.value_or(false)};
+  out.pipeline = place_layers(options.parallel, state.layers, state.mtp_layers);  // first: it refuses sizes below 1
   shard::check_tensor_parallel(out.params, options.parallel.tp, options.parallel.etp);
   shard::require(state.experts % options.parallel.ep == 0 && (state.experts > 0 || options.parallel.ep == 1), Code::BadLayout,
                  [&] { return fmt::format("layout: {} experts cannot be divided by expert parallel size {}", state.experts, options.parallel.ep); });
-  out.pipeline = place_layers(options.parallel, state.layers, state.mtp_layers);
   out.parallel.vpp = out.pipeline.chunks;
   out.params["vocab"] = padded(source, options.parallel);
   out.wanted = spell_out(source.logical, out.table, out.params, {keep ? &state.rows : nullptr, state.layers, state.experts, state.mtp_layers});
   if (options.dtype)
     for (auto& one : out.wanted)
       if (is_floating(one.dtype) && !one.key.ends_with("expert_bias")) one.dtype = *options.dtype;
+  out.dtype = options.dtype;
   out.stacked = keep ? state.stacked : one_kind(out.wanted, state.layers);
   return out;
+}
+
+std::optional<Index> vocab_multiple(const Model& model) {
+  const auto found = model.params.find("vocab_multiple");
+  return found == model.params.end() ? std::nullopt : std::optional(found->second);
 }
 
 std::string iteration_folder(LocalWriter& writer, const Checkpoint& source) {

@@ -161,7 +161,6 @@ class LegacyReader {
     }
     out_.vocab = args.integer("vocab_size");
     if (const auto padded = args.integer("padded_vocab_size")) out_.params["padded_vocab"] = *padded;
-    if (const auto divisor = args.integer("make_vocab_size_divisible_by")) out_.params["vocab_multiple"] = *divisor;
     if (args.text("transformer_impl").value_or("") != "local") out_.megatron->te = false;  // only keys speak for TE here
   }
 

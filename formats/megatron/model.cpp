@@ -41,7 +41,7 @@ void check_vocabulary(Checkpoint& checkpoint) {
 void interpret(Checkpoint& checkpoint, std::string_view dialects, const OpenOptions& options) {
   auto& state = *checkpoint.megatron;
   auto& params = checkpoint.params;
-  if (options.vocab) checkpoint.vocab = options.vocab;
+  take_vocabulary(checkpoint, options);
   const shard::Table table(shard::megatron_rows(), dialects);
   for (auto it = checkpoint.stored.tensors.begin(); it != checkpoint.stored.tensors.end();) {
     const bool drop = std::any_of(options.drop.begin(), options.drop.end(), [&](const auto& pattern) { return glob(pattern, it->first); });

@@ -14,12 +14,16 @@ struct Model {
   shard::Pipeline pipeline;
   shard::Index layers, experts;
   bool te = false, stacked = false, tied = false;
+  std::optional<shard::DType> dtype = {}; ///< that floating tensors are cast to
 };
 
 Model model_for(const Checkpoint& source, const TargetOptions& options, std::string_view dialects);
 
 void create_mp_rank(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target);
 void create_torch_dist(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target);
+
+/// What the padded vocabulary is a multiple of, times the tensor parallel size; nullopt where neither args nor options say it.
+std::optional<shard::Index> vocab_multiple(const Model& model);
 
 /// "iter_0000010/", or "release/" where there is no iteration; writes the tracker file.
 std::string iteration_folder(LocalWriter& writer, const Checkpoint& source);

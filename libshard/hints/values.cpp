@@ -105,6 +105,7 @@ std::string explain_values(const Both& both, const Subject& subject, const Diffe
   if (values.all([](double, double y) { return y == 0; })) return "all zeros in b";
   if (values.all([](double x, double) { return x == 0; })) return "all zeros in a";
   if (difference.count && difference.max_ulp <= 1) return "rounding: no number is further away than 1 ULP";
+  if (difference.count && difference.max_abs == 0 && subject.a.dtype == subject.b.dtype) return "NaNs of other bits; the numbers are equal";
   if (auto text = explain_rounding(values, subject); !text.empty()) return text;
   return explain_factor(values, step);
 }

@@ -117,9 +117,10 @@ class Families(Case):
         short = self.tmp / "short.json"
         short.write_text('{"family": "house", "extends": "llama"}')
         self.ok("convert", source, self.tmp / "b", "--to", "mp_rank", "--pp", 2, "--family", short, "-q")
-        for bad in ('{"family": "x"}', '{"family": "x", "extends": "none"}', "[]", '{"family": "x", "rows": [{"key": "a", "dims": "b", "factor": 3}]}', "{"):
+        for bad in ('{"family": "x"}', '{"family": "x", "extends": "none"}', "[]", '{"family": "x", "rows": [{"key": "a", "dims": "b", "factor": 3}]}', "{",
+                    '{"family": "x", "extends": "llama", "params": 3}', '{"family": "x", "extends": "llama", "params": {"heads": [3]}}', '{"family": "x", "extends": "llama", "params": {"heads": []}}'):
             short.write_text(bad)
-            self.refused(4, "convert", source, self.tmp / "c", "--to", "mp_rank", "--family", short)
+            self.assertNotIn("exception", self.refused(4, "convert", source, self.tmp / "c", "--to", "mp_rank", "--family", short))
         self.refused(3, "families", "nobody")
 
     def test_list(self):

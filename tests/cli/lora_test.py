@@ -207,7 +207,7 @@ class Lora(Case):
         self.ok("convert", both, self.tmp / "a", "--to", "hf", "--merge-lora", "-q")
         self.same(self.tmp / "a", wanted)
         status, told = run_json("convert", both, self.tmp / "b", "--to", "hf")
-        self.assertEqual([x["key"] for x in told["dropped"]], ["adapter_config.json"])
+        self.assertLessEqual({"adapter_config.json", "adapter_model.safetensors"}, {x["key"] for x in told["dropped"]})
         self.same(self.tmp / "b", tensors(LLAMA))
         self.assertIn("--adapter", self.refused(3, "convert", folder, self.tmp / "no", "--to", "hf", "--merge-lora"))
         config = json.loads((folder / "adapter_config.json").read_text())

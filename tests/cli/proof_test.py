@@ -204,6 +204,21 @@ class Receipt(Case):
         self.assertEqual([s["offset"] for s in inspected["shards"]], [s["offset"] for s in head["sources"]])
         self.assertLess(head["sources"][1]["offset"], source.stat().st_size)
 
+    def test_lists_every_tensor(self):
+        """Tensors that lie one behind another on both sides are moved at once."""
+        for name, to in (("dcp/dtensor_2x2", "hf"), ("dcp/fsdp2_adamw_4", "dcp"), ("hf/llama_untied_bf16", "hf"), ("hf/gpt2_tied_f32", "dcp"), ("hf/deepseek_v3_mtp_bf16", "mp_rank"),
+                         ("hf/gpt_oss_bf16", "torch_dist"), (DENSE + "/tp2pp2", "hf")):
+            out, report = self.written(("convert", name), "--to", to)
+            tensors = json.loads(report.read_text())["receipt"]["tensors"]
+            stored = {t["key"]: t for t in run_json("inspect", out)[1]["tensors"]}
+            self.assertEqual(set(tensors) - set(stored) if to == "torch_dist" else set(tensors) ^ set(stored), set(), name)
+            for key, told in tensors.items():
+                self.assertTrue(told["sources"] or "made" in told["transforms"] or 0 in told["shape"], (name, key))
+                if told["transforms"] != ["copied"] or 0 in told["shape"]:
+                    continue
+                self.assertEqual([s["box"]["size"] for s in told["sources"]], [told["shape"]], (name, key))
+            shutil.rmtree(out)
+
     def test_names_transforms(self):
         _, report = self.written(("reshard", "mcore/gpt_tied_bf16_div128/tp1pp1"), "--tp", 4, "--pad", "last")
         tensors = json.loads(report.read_text())["receipt"]["tensors"]

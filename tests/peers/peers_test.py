@@ -85,6 +85,13 @@ class TorchLoadsRankFiles(Case):
                         keep = max(0, min(tensor.shape[0], 250 - rank * tensor.shape[0])) if "word_embeddings" in key or key.startswith("output_layer") else None
                         self.assertTrue(same(x[part][key][:keep], tensor[:keep]), f"{a.parent.name} {key}")
 
+    def test_args_name_the_new_type_and_multiple(self):
+        for source in (LEGACY / "llama_untied_bf16/tp1pp1", DATA / "hf/llama_untied_bf16"):
+            self.ok("convert", source, self.tmp / "f16", "--to", "mp_rank", "--dtype", "f16", "--make-vocab-size-divisible-by", 50, "--force", "-q")
+            args = torch.load(next((self.tmp / "f16").rglob("*.pt")), weights_only=True)["args"]
+            self.assertEqual((args.params_dtype, args.bf16, args.fp16), (torch.float16, False, True))
+            self.assertEqual((args.make_vocab_size_divisible_by, args.padded_vocab_size), (50, 250))
+
     def test_mmap(self):
         self.ok("reshard", LEGACY / "llama_untied_bf16/tp2pp2", self.tmp / "a", "--tp", 1, "--pp", 1)
         torch.load(next((self.tmp / "a").rglob("*.pt")), weights_only=True, mmap=True)
@@ -108,6 +115,20 @@ class TorchLoadsDistributed(Case):
             for key in theirs:
                 keep = 250 if "word_embeddings" in key or key.startswith("output_layer") else None
                 self.assertTrue(same(ours[key][:keep], theirs[key][:keep]), key)
+
+    def keys(self, folder):
+        """As torch lists them, without the random state, which belongs to the ranks that wrote it, and args, which we write as common.pt."""
+        import torch.distributed.checkpoint as dcp
+        return {k for k in dcp.FileSystemReader(str(iteration(folder))).read_metadata().state_dict_metadata if not k.startswith(("rng_state/", "common_state/"))}
+
+    def test_keys_are_the_sources(self):
+        """Dense layers and mixtures of one model spell the norm before the MLP differently."""
+        for source in ("pairs/deepseek_v3_mtp_bf16/tp1pp2", "pairs/qwen3_moe_bf16/tp1pp1"):
+            theirs = self.keys(DATA / source)
+            for name, flags in (("reshard", ["--tp", 2, "--pp", 1]), ("reshard", ["--pp", 1, "--ep", 2]), ("convert", ["--to", "torch_dist", "--tp", 1])):
+                self.ok(name, DATA / source, self.tmp / "again", *flags, "--force")
+                self.assertEqual(self.keys(self.tmp / "again"), theirs)
+        self.assertIn("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", self.keys(DATA / "pairs/deepseek_v3_mtp_bf16/tp1pp2"))
 
     def test_plain(self):
         from safetensors.torch import load_file
