@@ -12,8 +12,14 @@
 
 namespace formats::hdf5 {
 
-/// Held around every call into the library; again by what ends while an error unwinds.
-std::recursive_mutex& library();
+/// Held around every call into the library; again by what ends while an error unwinds. Silences the library's own messages, which it prints or not by thread.
+class Library {
+ public:
+  Library();
+
+ private:
+  std::lock_guard<std::recursive_mutex> lock_;
+};
 
 /// Owns one handle of any kind.
 class Handle {
@@ -29,6 +35,8 @@ class Handle {
     if (id_ >= 0) H5Idec_ref(id_);
   }
   operator hid_t() const { return id_; }
+  /// False where the library could not.
+  bool close() { return H5Idec_ref(std::exchange(id_, H5I_INVALID_HID)) >= 0; }
 
  private:
   hid_t id_ = H5I_INVALID_HID;
@@ -40,7 +48,7 @@ inline Handle checked(hid_t id, shard::Code code, const std::string& what) {
   return Handle(id);
 }
 
-/// Silences the library's own messages; registers zstd's filter number so that files with it can be made.
+/// Registers zstd's filter number so that files with it can be made.
 void prepare();
 
 constexpr H5Z_filter_t kZstd = 32015;                  ///< registered with The HDF Group
