@@ -36,6 +36,9 @@ std::uint64_t parse_size(const std::string& text);
 /// Set by SIGINT, SIGTERM, SIGHUP; the signal's number.
 const std::atomic<bool>& stop_flag();
 int stopped_by();
+/// What the message of a stopped process says of its output, from now on; at first that nothing is left.
+void say_when_stopped(std::string what);
+const std::string& said_when_stopped();
 /// As a signal does, but stopped_by() stays 0.
 void request_stop();
 void watch_signals();
