@@ -11,6 +11,7 @@
 #include "cli/report_files.h"
 #include "cli/replaced.h"
 #include "formats/hf/lora.h"
+#include "formats/hf/state.h"
 #include "formats/kernels.h"
 #include "formats/target.h"
 #include "gpu/reshard/execute.h"
@@ -244,15 +245,16 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
                  [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });
   refuse(source.findings);
   shard::require(!source.stored.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
-  if (ask.force) refuse_source_in_target(ask.to, {ask.from, origin.base, origin.adapter, open.family}, source);
   auto options = target_options(ask, source);
+  const auto carried = source.hf && options.format != "hf" ? source.hf->folder : std::filesystem::path();  // what a run's hf/ holds is in a new hf/, too
+  if (ask.force) refuse_source_in_target(ask.to, {ask.from, origin.base, origin.adapter, open.family, carried}, source);
   const auto path = ask.dry_run ? std::filesystem::temp_directory_path() / fmt::format("shardkit-plan-{}", ::getpid()) : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
     shard::require(ask.to.empty() || !std::filesystem::exists(ask.to), shard::Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", ask.to); });
   const auto part = crew ? std::optional(crew->part()) : ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
   options.joint = part.has_value();
-  const auto print = part ? Fingerprint{shaping_options(ask, options), source_facts(source, origin.adapter)} : Fingerprint{};
-  auto joint = part && !crew ? std::optional<JointFolder>(std::in_place, path, *part, print, ask.force) : std::nullopt;
+  const auto identity = part ? Fingerprint{shaping_options(ask, options), source_facts(source, origin.adapter)} : Fingerprint{};
+  auto joint = part && !crew ? std::optional<JointFolder>(std::in_place, path, *part, identity, ask.force) : std::nullopt;
   auto target = formats::create(crew ? crew->folder() : joint ? joint->files() : path, source, options);                         // describe
   target.notes.insert(target.notes.begin(), source.notes.begin(), source.notes.end());
   target.notes.insert(target.notes.begin(), origin.notes.begin(), origin.notes.end());
@@ -264,7 +266,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   const formats::LocalReader reader(filled_source.logical, filled_source.files);
   const auto whole = make_plan(filled_source.logical, target.logical,                                     // plan
                               {wanted_pad(ask.pad), options.dtype.has_value(), [&](const auto& tensor) { return mean_row(reader, tensor, source.vocab); }});
-  if (crew) crew->agree(print, whole, *target.writer);
+  if (crew) crew->agree(identity, whole, *target.writer);
   const auto mine = part ? std::optional(part_of(whole, part->index, part->count)) : std::nullopt;
   const auto& plan = mine ? *mine : whole;
   refuse_report_in_target(ask.report, ask.to, target.writer->folder().names(), ask.dry_run || !ask.part.empty());

@@ -110,6 +110,9 @@ class Usage(Case):
             for command in ("convert", "plan"):
                 self.assertIn("--force would remove", self.refused(2, command, source, target, "--to", "hf", "--force", cwd=cwd))
         (self.tmp / "link").unlink()
+        self.ok("convert", DATA / "hf/llama_untied_bf16", self.tmp / "carries", "--to", "mp_rank", "-q")
+        self.refused(2, "convert", self.tmp / "carries/release", self.tmp / "carries/hf", "--to", "dcp", "--force")  # its config.json is there
+        shutil.rmtree(self.tmp / "carries")
         cache = self.tmp / "models--x"
         shutil.copytree(DATA / "hf/llama_untied_bf16", cache / "blobs")
         (cache / "snapshots/1").mkdir(parents=True)
