@@ -11,11 +11,26 @@ std::recursive_mutex& mutex() {
   return one;
 }
 
+/// What H5atexit would do, but for a library that could not close a file (a full disk): it would try once more, and crash.
+struct Ending {
+  bool sound = true;
+  Ending() { H5dont_atexit(); }
+  ~Ending() {
+    if (sound) H5close();
+  }
+};
+
+Ending& ending() {
+  static Ending one;
+  return one;
+}
+
 }  // namespace
 
+void leave_open() { ending().sound = false; }
+
 Library::Library() : lock_(mutex()) {
-  // At exit the library would close once more what it could not close before, and crash (a full disk). Ours is closed by then.
-  [[maybe_unused]] static const bool first = H5dont_atexit() >= 0;
+  ending();
   [[maybe_unused]] static thread_local const bool silent = H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr) >= 0;
 }
 

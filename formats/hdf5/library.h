@@ -21,6 +21,9 @@ class Library {
   std::lock_guard<std::recursive_mutex> lock_;
 };
 
+/// Something could not be closed: the library is left as it is when the process ends.
+void leave_open();
+
 /// Owns one handle of any kind.
 class Handle {
  public:
@@ -32,11 +35,16 @@ class Handle {
     return *this;
   }
   ~Handle() {
-    if (id_ >= 0) H5Idec_ref(id_);
+    if (id_ >= 0) close();
   }
   operator hid_t() const { return id_; }
-  /// False where the library could not.
-  bool close() { return H5Idec_ref(std::exchange(id_, H5I_INVALID_HID)) >= 0; }
+  /// False where the library could not, which it then must not be asked to do at exit.
+  bool close() {
+    const auto id = std::exchange(id_, H5I_INVALID_HID);
+    if (H5Iis_valid(id) <= 0 || H5Idec_ref(id) >= 0) return true;  // a data set is closed with its file
+    leave_open();
+    return false;
+  }
 
  private:
   hid_t id_ = H5I_INVALID_HID;

@@ -12,7 +12,7 @@ import unittest
 import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json  # noqa: E402
+from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json, sanitized  # noqa: E402
 
 LLAMA = DATA / "legacy/llama_untied_bf16/tp2pp2"
 DIST = DATA / "mcore/llama_untied_bf16/tp2pp2"
@@ -161,6 +161,7 @@ class Usage(Case):
             self.ok("convert", LLAMA, target, "--to", "hf", "-q", "--force", "--part", f"{part}/2")
         self.assertEqual(len(list(self.tmp.iterdir())), 2)
 
+    @unittest.skipIf(sanitized(), "sanitizers need more")
     def test_few_descriptors(self):
         import resource
         for files in range(8, 20):
@@ -168,6 +169,7 @@ class Usage(Case):
                 self.refused(7, "convert", LLAMA, self.tmp / "out", *flags, "--threads", 1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)))
                 self.assertEqual(list(self.tmp.iterdir()), [])
 
+    @unittest.skipIf(sanitized(), "sanitizers need more")
     def test_few_threads(self):
         import resource
         status, _, err = run("convert", LLAMA, self.tmp / "out", "--to", "hf", "--threads", 1000, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (200 << 20, 200 << 20)))
