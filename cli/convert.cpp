@@ -2,13 +2,16 @@
 #include "cli/commands.h"
 #include "cli/crew.h"
 #include "cli/device.h"
+#include "cli/fingerprint.h"
 #include "cli/markup.h"
 #include "cli/options.h"
 #include "cli/parts.h"
 #include "cli/print.h"
 #include "cli/receipt.h"
 #include "cli/report_files.h"
+#include "cli/replaced.h"
 #include "formats/hf/lora.h"
+#include "formats/hf/state.h"
 #include "formats/kernels.h"
 #include "formats/target.h"
 #include "gpu/reshard/execute.h"
@@ -203,6 +206,23 @@ Origin origin_of(const ConvertAsk& ask) {
   return {base, ask.from, {fmt::format("the base is {}, as adapter_config.json says", base)}};
 }
 
+/// Options that shape the output, as all who write it together must have them.
+Json shaping_options(const ConvertAsk& ask, const formats::TargetOptions& options) {
+  const auto& model = ask.model.open;
+  const auto& parallel = options.parallel;
+  Json out{{"--to", options.format}, {"spelling", options.keep_spelling ? "the source's" : "the target's"}, {"--max-shard-size", options.max_shard_size}, {"--pad", ask.pad},
+           {"--weights-only", ask.weights_only}, {"--merge-lora", ask.merge_lora}, {"--tp", parallel.tp}, {"--pp", parallel.pp}, {"--vpp", parallel.vpp}, {"--ep", parallel.ep}, {"--etp", parallel.etp}};
+  if (!ask.dtype.empty()) out["--dtype"] = ask.dtype;
+  if (!parallel.pp_layout.empty()) out["--pp-layout"] = parallel.pp_layout;
+  if (parallel.first_stage_layers) out["--first-stage-layers"] = *parallel.first_stage_layers;
+  if (parallel.last_stage_layers) out["--last-stage-layers"] = *parallel.last_stage_layers;
+  if (model.vocab) out["--vocab-size"] = *model.vocab;
+  if (!model.drop.empty()) out["--drop"] = model.drop;
+  if (!model.family.empty()) out["--family"] = std::filesystem::is_regular_file(model.family) ? "of digest " + digest_of(formats::read_text(model.family)) : model.family;
+  if (!model.parameters.empty()) out["sizes"] = model.parameters;
+  return out;
+}
+
 /// --device; ranks of one host take its devices in turn.
 Device device_of(const ConvertAsk& ask, const Crew* crew) {
   const auto all = choose_device(ask.run.device);
@@ -215,7 +235,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto start = std::chrono::steady_clock::now();
   const auto device = device_of(ask, crew);
   const auto budget = ask.run.limits();
-  if (!formats::lies_in(ask.report, ask.to)) require_writable({{"--report", ask.report}}, ask.from);  // DST is not there yet
+  if (ask.report.empty() || !formats::lies_in(ask.report, ask.to)) require_writable({{"--report", ask.report}}, ask.from);  // DST is not there yet
   auto open = ask.model.open;
   open.threads = budget.threads;
   const auto origin = origin_of(ask);
@@ -231,14 +251,19 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
                    [&] { return fmt::format("--vocab-size {}: {} records {} tokens; the last {} would be cut off", *source.vocab, ask.from, *recorded, *recorded - *source.vocab); });
   shard::require(!source.logical.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
   auto options = target_options(ask, source);
+  const auto carried = source.hf && options.format != "hf" ? source.hf->folder : std::filesystem::path();  // what a run's hf/ holds is in a new hf/, too
+  if (ask.force) refuse_source_in_target(ask.to, {ask.from, origin.base, origin.adapter, open.family, carried}, source);
   const auto path = ask.dry_run ? planning_folder() : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
     shard::require(ask.to.empty() || !std::filesystem::exists(ask.to), shard::Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", ask.to); });
   const auto part = crew ? std::optional(crew->part()) : ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
-  if (part) options.joint = true;
-  auto target = formats::create(crew ? crew->folder() : part ? joint_folder(path, *part, ask.force) : path, source, options);    // describe
+  options.joint = part.has_value();
+  const auto identity = part ? Fingerprint{shaping_options(ask, options), source_facts(source, origin.adapter)} : Fingerprint{};
+  auto joint = part && !crew ? std::optional<JointFolder>(std::in_place, path, *part, identity, ask.force) : std::nullopt;
+  auto target = formats::create(crew ? crew->folder() : joint ? joint->files() : path, source, options);                         // describe
   target.notes.insert(target.notes.begin(), source.notes.begin(), source.notes.end());
   target.notes.insert(target.notes.begin(), origin.notes.begin(), origin.notes.end());
+  if (const auto lost = ask.force ? lost_iterations(ask.to) : std::string(); !lost.empty()) target.notes.insert(target.notes.begin(), lost);
   if (options.dtype && size_of(*options.dtype) < 4 && *options.dtype != shard::DType::BF16)
     target.notes.push_back(fmt::format("{} holds no larger numbers than {}: what was larger is infinite or NaN now; shardkit verify counts such numbers", shard::name(*options.dtype),
                                        *options.dtype == shard::DType::F16 ? "65504" : *options.dtype == shard::DType::F8E5M2 ? "57344" : "448"));
@@ -246,9 +271,11 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   const formats::LocalReader reader(filled_source.logical, filled_source.files);
   const auto whole = make_plan(filled_source.logical, target.logical,                                     // plan
                               {wanted_pad(ask.pad), options.dtype.has_value(), [&](const auto& tensor) { return mean_row(reader, tensor, source.vocab); }});
-  if (crew) crew->agree(whole, *target.writer);
+  if (crew) crew->agree(identity, whole, *target.writer);
   const auto mine = part ? std::optional(part_of(whole, part->index, part->count)) : std::nullopt;
   const auto& plan = mine ? *mine : whole;
+  refuse_report_in_target(ask.report, ask.to, target.writer->folder().names(), ask.dry_run || !ask.part.empty());
+  if (joint) joint->begin();
   bool published = !ask.dry_run;
   gpu::reshard::Outcome run;
   auto& report = run.report;
@@ -259,19 +286,24 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
     if (!device.cuda.empty()) run = gpu::reshard::execute(plan, reader, *target.writer, formats::kernels(), budget, {device.cuda, ask.run.device_limit()}, bar.callback());
     else report = execute(plan, reader, *target.writer, formats::kernels(), budget, bar.callback());     // execute
     refuse(report.findings);
+    source.files->refuse_changed();
     if (crew && !crew->finish(report, *target.writer, !ask.no_sync)) return 0;                           // rank 0 publishes and tells
     if (!part) target.writer->commit(report.crc32, !ask.no_sync);                                        // commit
-    else if (!crew && !finish_part(path, *part, report, *target.writer, ask.force, !ask.no_sync)) {
+    else if (joint && !joint->finish(whole, report, *target.writer, !ask.no_sync)) {
       published = false;
       target.notes.push_back("other parts are not done yet; the last one publishes");
     }
     if (const auto packed = target.writer->packed_bytes()) report.bytes_written = *packed;  // a plan does not know it before
+    if (!joint) remove_abandoned_parts(path);
+    if (const auto rest = crew ? crew->left_over() : joint ? joint->left_over() : target.writer->folder().left_over(); !rest.empty())
+      target.notes.push_back(fmt::format("of what {} was before, {} could not be removed", ask.to, rest));
   }
   const Outcome outcome{source, target, options, all_dropped(source, target), plan.filled, target.writer->folder().names(), device, run,
                         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
   if (ask.run.json) print_json(outcome_json(ask, outcome));
   else if (!ask.run.quiet) print_summary(ask, outcome);
   if (!ask.report.empty()) {
+    if (published) say_when_stopped(fmt::format("{} is published and whole, {} is not written", ask.to, ask.report));
     std::optional<ReceiptSource> receipt;
     open.adapter.clear();  // what was published holds it
     if (published) receipt.emplace(ReceiptSource{filled_source, target.writer->describe(), whole, ask.pad, outcome.files, path, open});

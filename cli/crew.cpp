@@ -1,7 +1,6 @@
 // What the ranks tell each other: the folder, a fingerprint of the plan, and at the end sums and counts.
 #include "cli/crew.h"
 
-#include "formats/hash.h"
 #include "formats/json.h"
 #include "libshard/error.h"
 
@@ -9,37 +8,6 @@ namespace cli {
 namespace {
 
 using shard::Code;
-
-/// Numbers and names, folded into one digest.
-class Fingerprint {
- public:
-  void add(std::uint64_t number) {
-    text_.append(reinterpret_cast<const char*>(&number), sizeof number);
-    if (text_.size() > kFold) text_ = folded();
-  }
-  void add(const std::string& name) {
-    add(name.size());
-    text_ += name;
-  }
-  std::string folded() const { return formats::hex(formats::hash_bytes(std::as_bytes(std::span(text_)))); }
-
- private:
-  static constexpr std::size_t kFold = 1 << 20;
-  std::string text_;
-};
-
-std::string fingerprint(const shard::Plan& plan, const shard::ShardedStateDict& target, const std::vector<std::string>& files) {
-  Fingerprint out;
-  for (const auto& name : files) out.add(name);
-  for (const auto& stream : target.streams) out.add(stream.file), out.add(stream.offset), out.add(stream.size);
-  for (const auto& copy : plan.copies) {
-    out.add(copy.from_stream), out.add(copy.to_stream), out.add(copy.from), out.add(copy.to), out.add(copy.run);
-    out.add(static_cast<std::uint64_t>(copy.from_type) << 8 | static_cast<std::uint64_t>(copy.to_type));
-    for (const auto& step : copy.steps) out.add(static_cast<std::uint64_t>(step.count)), out.add(static_cast<std::uint64_t>(step.from)), out.add(static_cast<std::uint64_t>(step.to));
-  }
-  for (const auto& row : plan.memory) out.add(formats::hex(formats::hash_bytes(row)));
-  return out.folded();
-}
 
 }  // namespace
 
@@ -51,8 +19,9 @@ const std::filesystem::path& Crew::folder() {
   return folder_ = ranks_.broadcast(folder_.string());
 }
 
-void Crew::agree(const shard::Plan& whole, formats::LocalWriter& writer) {
-  const auto all = ranks_.all_gather(fingerprint(whole, writer.describe(), writer.folder().names()));
+void Crew::agree(Fingerprint mine, const shard::Plan& whole, formats::LocalWriter& writer) {
+  mine.source.erase("times");  // hosts may have copies of the source
+  const auto all = ranks_.all_gather(digest_of(mine.whole() + fingerprint(whole, writer.describe(), writer.folder().names())));
   for (std::size_t r = 1; r < all.size(); ++r)
     shard::require(all[r] == all[0], Code::Mismatch, [&] { return fmt::format("rank {}: would do something else than rank 0; arguments or sources differ", r); });
 }

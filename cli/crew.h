@@ -2,9 +2,10 @@
 // the streams into rank 0's staging folder, and rank 0 publishes once all have done so. Any rank's failure fails all, and nothing is published.
 #pragma once
 
-#include "formats/local_writer.h"
+#include "cli/fingerprint.h"
 #include "cli/meeting.h"
 #include "cli/parts.h"
+#include "formats/local_writer.h"
 #include "libshard/execute.h"
 
 #include <filesystem>
@@ -27,9 +28,11 @@ class Crew {
   /// Where all write. The first call makes it.
   const std::filesystem::path& folder();
   /// Throws Mismatch in every rank unless all would do the same.
-  void agree(const shard::Plan& whole, formats::LocalWriter& writer);
+  void agree(Fingerprint mine, const shard::Plan& whole, formats::LocalWriter& writer);
   /// Publishes once every rank came here. Rank 0 gets true, and a report of all ranks' bytes.
   bool finish(shard::Report& report, formats::LocalWriter& writer, bool sync);
+  /// See Publication.
+  std::string left_over() const { return staging_ ? staging_->left_over() : std::string(); }
 
  private:
   std::filesystem::path target_, folder_;

@@ -57,7 +57,7 @@ int run(const cli::Action& action) {
     return action();
   } catch (const shard::Error& error) {
     if (cli::stopped_by()) {
-      cli::print_error(fmt::format("stopped by signal {}; nothing is left under the final name", cli::stopped_by()));
+      cli::print_error(fmt::format("stopped by signal {}; {}", cli::stopped_by(), cli::said_when_stopped()));
       return 128 + cli::stopped_by();
     }
     cli::print_error(error.what());
@@ -65,7 +65,7 @@ int run(const cli::Action& action) {
   } catch (const std::bad_alloc&) {
     cli::print_error("memory: the input asks for more than there is");
   } catch (const std::system_error& error) {
-    if (!std::ferror(stdout)) cli::print_error(error.what());
+    if (!std::ferror(stdout)) cli::print_error(error.code() == std::errc::resource_unavailable_try_again ? fmt::format("threads: cannot be started: {}; the limit (ulimit -u, -v) should allow more", error.code().message()) : error.what());
     else if (error.code().value() == EPIPE) return 128 + SIGPIPE;
     errno = error.code().value();  // for told(), where fmt::print could not write
   } catch (const std::exception& error) {

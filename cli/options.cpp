@@ -17,6 +17,7 @@ namespace {
 
 std::atomic<bool> stop = false;
 volatile std::sig_atomic_t signal_number = 0;
+std::string outcome_when_stopped = "nothing is left under the final name";
 
 /// A file that is viewed became shorter: zeros take its place and whoever reads it says so at the end.
 void on_lost_page(int number, siginfo_t* info, void*) {
@@ -120,6 +121,8 @@ std::uint64_t parse_size(const std::string& text, std::string_view flag) {
 
 const std::atomic<bool>& stop_flag() { return stop; }
 int stopped_by() { return signal_number; }
+void say_when_stopped(std::string what) { outcome_when_stopped = std::move(what); }
+const std::string& said_when_stopped() { return outcome_when_stopped; }
 void request_stop() { stop = true; }
 
 void watch_signals() {
@@ -127,7 +130,8 @@ void watch_signals() {
   torn.sa_sigaction = on_lost_page;
   torn.sa_flags = SA_SIGINFO;
   sigaction(SIGBUS, &torn, nullptr);
-  for (const int number : {SIGINT, SIGTERM, SIGHUP}) std::signal(number, on_signal);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP})
+    if (std::signal(number, on_signal) == SIG_IGN) std::signal(number, SIG_IGN);  // nohup's, or a shell's for what runs in the background
   // A reader that went away, a limit on the size of files: the write that fails says so.
   for (const int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);
 }

@@ -47,6 +47,9 @@ void check_dropped(const formats::OpenOptions& options, std::initializer_list<co
 /// Set by SIGINT, SIGTERM, SIGHUP; the signal's number.
 const std::atomic<bool>& stop_flag();
 int stopped_by();
+/// What the message of a stopped process says of its output, from now on; at first that nothing is left.
+void say_when_stopped(std::string what);
+const std::string& said_when_stopped();
 /// As a signal does, but stopped_by() stays 0.
 void request_stop();
 void watch_signals();

@@ -1,6 +1,7 @@
 // Several processes that carry out one conversion together, on storage that they share.
 #pragma once
 
+#include "cli/fingerprint.h"
 #include "formats/local_writer.h"
 #include "libshard/execute.h"
 
@@ -20,12 +21,37 @@ struct Part {
 /// Throws Usage.
 Part parse_part(const std::string& text);
 
-/// The folder that all parts write to, beside the final one; made if it is not there.
-std::filesystem::path joint_folder(const std::filesystem::path& target, const Part& part, bool force);
+/// What the parts of one conversion share: a folder beside the target, with the file `conversion.json` that says of which conversion
+/// it is, `files`, which becomes the target, and `sums`, with a file for each part that is done.
+class JointFolder {
+ public:
+  /// Made by whichever part comes first. Throws Mismatch where it is of another conversion, Usage where `target` exists without `force`.
+  JointFolder(const std::filesystem::path& target, const Part& part, Fingerprint mine, bool force);
+  JointFolder(const JointFolder&) = delete;
+  JointFolder& operator=(const JointFolder&) = delete;
+  ~JointFolder();
+  /// The conversion can be done. Where it cannot, whoever made the folder removes it.
+  void begin() { begun_ = true; }
+  /// Where all write.
+  std::filesystem::path files() const { return folder_ / "files"; }
+  /// Leaves this part's sums. The process that finds every part done closes the archives, gives the files their final name, and gets
+  /// true. Throws Mismatch where the folder is another one by now, or a part did something else.
+  bool finish(const shard::Plan& whole, const shard::Report& report, formats::LocalWriter& writer, bool sync);
+  /// See Publication.
+  const std::string& left_over() const { return left_over_; }
 
-/// Leaves this part's sums beside the folder. The process that finds every part done closes the archives, gives the
-/// folder its final name, and gets true.
-bool finish_part(const std::filesystem::path& target, const Part& part, const shard::Report& report, formats::LocalWriter& writer, bool force, bool sync);
+ private:
+  void publish(const std::filesystem::path& sums, const std::string& plan, const shard::Report& report, formats::LocalWriter& writer, bool sync);
+
+  std::filesystem::path target_, folder_;
+  Part part_;
+  bool force_, made_ = false, begun_ = false;
+  std::string left_over_;
+  std::string number_;  ///< of the conversion, by chance: one begun anew has another
+};
+
+/// Removes what parts that never ended left beside `target`, which somebody else has published now. Only what a JointFolder made.
+void remove_abandoned_parts(const std::filesystem::path& target);
 
 /// A part's sums, as pairs of stream and sum; and the sums of all streams from those of all parts and what `report` holds.
 nlohmann::json sums_of(const shard::Report& report);

@@ -2,6 +2,7 @@
 #include "cli/report_files.h"
 
 #include "formats/file.h"
+#include "formats/publication.h"
 #include "libshard/error.h"
 
 #include <algorithm>
@@ -58,6 +59,7 @@ void require_writable(const std::vector<ReportFile>& reports, const fs::path& ch
   std::vector<fs::path> seen;
   for (const auto& [flag, path] : reports) {
     if (path.empty()) continue;
+    shard::require(path != "-", Code::Usage, [&, flag = flag] { return fmt::format("{} -: should be a file; --json prints on stdout (./- is a file of that name)", flag); });
     const auto place = place_of(path);
     const auto named = [&, flag = flag, &path = path](const std::string& what) { return fmt::format("{} {}: {}", flag, path, what); };
     shard::require(!fs::is_directory(place.path), Code::Io, [&] { return named("is a folder; should be a file"); });
@@ -73,7 +75,7 @@ void require_writable(const std::vector<ReportFile>& reports, const fs::path& ch
 
 void write_text(const std::string& path, std::string_view text) {
   const auto place = place_of(path);
-  const auto draft = place.in_place ? place.path : folder_of(place.path) / fmt::format(".{}.{}", place.path.filename().string(), ::getpid());
+  const auto draft = place.in_place ? place.path : folder_of(place.path) / fmt::format("{}.{}", formats::sibling_stem(place.path), ::getpid());
   try {
     write_all(draft, O_CREAT | O_TRUNC | (place.in_place ? 0 : O_NOFOLLOW), text);
     if (!place.in_place) fs::rename(draft, place.path);

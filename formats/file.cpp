@@ -21,17 +21,16 @@ using shard::Code;
   shard::fail(errno == ENOENT ? Code::NotFound : Code::Io, "{}: {}: {}", name, doing, std::strerror(errno));
 }
 
-struct Facts {
-  std::uint64_t size;
-  std::int64_t written_ns;
-};
+FileFacts facts_in(const struct stat& info) {
+  return {static_cast<std::uint64_t>(info.st_dev), static_cast<std::uint64_t>(info.st_ino), static_cast<std::uint64_t>(info.st_size), std::int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
+}
 
-Facts regular_file(int fd, const std::string& name) {
+FileFacts regular_file(int fd, const std::string& name) {
   struct stat info {};
   if (fstat(fd, &info) != 0) fail_with_errno(name, "cannot stat");
   shard::require(S_ISREG(info.st_mode), Code::BadFormat,
                  [&] { return fmt::format("{}: is no regular file", name); });
-  return {static_cast<std::uint64_t>(info.st_size), std::int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
+  return facts_in(info);
 }
 
 /// Absolute and with links resolved; "" where that cannot be.
@@ -43,14 +42,18 @@ fs::path resolved(const fs::path& path) {
 
 }  // namespace
 
+std::optional<FileFacts> facts_of(const fs::path& path) {
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0) return std::nullopt;
+  return facts_in(info);
+}
+
 File::File(const fs::path& path) : name_(path.string()) {
   fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO must not hang the program
   if (fd_ < 0 && errno == ELOOP) shard::fail(Code::BadFormat, "{}: links go in a circle", name_);
   if (fd_ < 0) fail_with_errno(name_, "cannot open");
   try {
-    const auto facts = regular_file(fd_, name_);
-    size_ = facts.size;
-    written_ns_ = facts.written_ns;
+    facts_ = regular_file(fd_, name_);
   } catch (...) {
     ::close(fd_);
     throw;
@@ -58,15 +61,10 @@ File::File(const fs::path& path) : name_(path.string()) {
 }
 
 File::File(int descriptor, std::string name) : name_(std::move(name)), fd_(descriptor) {
-  const auto facts = regular_file(fd_, name_);
-  size_ = facts.size;
-  written_ns_ = facts.written_ns;
+  facts_ = regular_file(fd_, name_);
 }
 
-bool File::changed() const {
-  const auto facts = regular_file(fd_, name_);
-  return facts.size != size_ || facts.written_ns != written_ns_;
-}
+bool File::changed() const { return regular_file(fd_, name_) != facts_; }
 
 File::~File() {
   if (fd_ >= 0) ::close(fd_);
@@ -87,7 +85,7 @@ void File::read(std::uint64_t offset, std::span<std::byte> into) const {
 }
 
 std::string File::text(std::uint64_t offset, std::uint64_t length) const {
-  shard::require(offset <= size_ && length <= size_ - offset, Code::BadFormat,
+  shard::require(offset <= size() && length <= size() - offset, Code::BadFormat,
                  [&] { return fmt::format("{}: bytes {}+{} reach past its end", name_, offset, length); });
   std::string out(length, '\0');
   read(offset, std::as_writable_bytes(std::span(out.data(), out.size())));

@@ -12,6 +12,15 @@
 
 namespace formats {
 
+/// What tells whether a file is the one that it was: the inode, its size, and when it was written.
+struct FileFacts {
+  std::uint64_t device = 0, inode = 0, size = 0;
+  std::int64_t written_ns = 0;  ///< since 1970
+  bool operator==(const FileFacts&) const = default;
+};
+/// Of what stands under a name; nothing where nothing does.
+std::optional<FileFacts> facts_of(const std::filesystem::path& path);
+
 /// One open regular file, read by range. Owns the descriptor.
 class File {
  public:
@@ -22,9 +31,11 @@ class File {
   File(const File&) = delete;
   File& operator=(const File&) = delete;
   ~File();
-  std::uint64_t size() const { return size_; }
+  std::uint64_t size() const { return facts_.size; }
   int descriptor() const { return fd_; }
   const std::string& name() const { return name_; }
+  /// When it was opened.
+  const FileFacts& facts() const { return facts_; }
   /// Fills `into` from `offset`; BadFormat where the file ends before, Io where the system fails. Thread
   /// safe.
   void read(std::uint64_t offset, std::span<std::byte> into) const;
@@ -36,8 +47,7 @@ class File {
  private:
   std::string name_;
   int fd_ = -1;
-  std::uint64_t size_ = 0;
-  std::int64_t written_ns_ = 0;  ///< since 1970
+  FileFacts facts_;
 };
 
 /// One file being written by range. Owns the descriptor. Thread safe for disjoint ranges.

@@ -11,22 +11,36 @@ namespace {
 constexpr std::size_t kMostOpen = 512;
 constexpr std::uint64_t kCompareBlock = 1 << 20;
 
+void refuse(bool changed, const std::string& name) {
+  shard::require(!changed, shard::Code::Io, [&] { return fmt::format("{}: was written to or replaced while it was read", name); });
+}
+
 }  // namespace
+
+FilePool::FilePool(std::vector<std::filesystem::path> paths) : open_(paths.size()), paths_(std::move(paths)) {
+  for (const auto& path : paths_) facts_.push_back(facts_of(path));
+}
 
 std::shared_ptr<const File> FilePool::get(std::uint32_t file) const {
   const std::lock_guard lock(mutex_);
   if (open_[file]) return open_[file];
   if (order_.size() >= kMostOpen) {
-    for (std::size_t i = 0; i < kMostOpen / 2; ++i) open_[order_[i]].reset();
+    for (std::size_t i = 0; i < kMostOpen / 2; ++i) {
+      refuse(open_[order_[i]]->changed(), open_[order_[i]]->name());
+      open_[order_[i]].reset();
+    }
     order_.erase(order_.begin(), order_.begin() + kMostOpen / 2);
   }
+  auto opened = std::make_shared<const File>(paths_[file]);
+  refuse(facts_[file] && opened->facts() != *facts_[file], opened->name());
   order_.push_back(file);
-  return open_[file] = std::make_shared<const File>(paths_[file]);
+  return open_[file] = std::move(opened);
 }
 
 std::uint32_t FilePool::add(std::shared_ptr<const File> file) {
   const std::lock_guard lock(mutex_);
   paths_.emplace_back();
+  facts_.emplace_back();
   open_.push_back(std::move(file));
   return static_cast<std::uint32_t>(open_.size() - 1);
 }
@@ -43,9 +57,16 @@ const ComputedBytes* FilePool::computed(std::uint32_t file) const {
 }
 
 void FilePool::refuse_changed() const {
-  const std::lock_guard lock(mutex_);
-  for (const auto& file : open_)
-    shard::require(!file || !file->changed(), shard::Code::Io, [&] { return fmt::format("{}: was written to while it was read", file->name()); });
+  {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < open_.size(); ++i) {
+      if (open_[i]) refuse(open_[i]->changed(), open_[i]->name());
+      if (i >= facts_.size() || !facts_[i]) continue;
+      const auto now = facts_of(paths_[i]);
+      refuse(now && *now != *facts_[i], paths_[i].string());  // one that is gone was the same to its end
+    }
+  }
+  for (const auto& other : others_) other->refuse_changed();
 }
 
 void LocalReader::read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const {

@@ -20,17 +20,20 @@ struct ComputedBytes {
   virtual const shard::ScaledMatrix* scaled_matrix() const { return nullptr; }
 };
 
-/// Open files by index, the least recently opened closed first when there are too many. Thread safe.
+/// Open files by index, the least recently opened closed first when there are too many. All are read as they were when the pool was made: where one
+/// is another by the time it is opened, or closed, Io is thrown. Thread safe.
 class FilePool {
  public:
-  explicit FilePool(std::vector<std::filesystem::path> paths) : open_(paths.size()), paths_(std::move(paths)) {}
+  explicit FilePool(std::vector<std::filesystem::path> paths);
   std::shared_ptr<const File> get(std::uint32_t file) const;
   /// A file that is open already and has no path to be opened by again.
   std::uint32_t add(std::shared_ptr<const File> file);
   /// Bytes that are computed when asked for; a stream names their index as its file.
   std::uint32_t add(std::shared_ptr<const ComputedBytes> bytes);
   const ComputedBytes* computed(std::uint32_t file) const;
-  /// Throws Io where a file was written to since it was opened: what was read of it may be half old, half new.
+  /// Files of another pool that computed bytes are read from.
+  void also(std::shared_ptr<const FilePool> other) { others_.push_back(std::move(other)); }
+  /// Throws Io where a file was written to or replaced since the pool was made: what was read may be half old, half new.
   void refuse_changed() const;
 
  private:
@@ -38,6 +41,8 @@ class FilePool {
   mutable std::vector<std::shared_ptr<const File>> open_;
   mutable std::vector<std::uint32_t> order_;  ///< those that may be closed
   std::vector<std::filesystem::path> paths_;
+  std::vector<std::optional<FileFacts>> facts_;  ///< by path, of those that were there
+  std::vector<std::shared_ptr<const FilePool>> others_;
   std::map<std::uint32_t, std::shared_ptr<const ComputedBytes>> computed_;  ///< complete before the first read
 };
 

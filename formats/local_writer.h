@@ -32,6 +32,8 @@ class OutputFolder {
   /// Closes what is open; `sync` has the system store it, so that other machines see it too.
   void flush(bool sync);
   void commit(bool sync);
+  /// See Publication.
+  std::string left_over() const { return publication_ ? publication_->left_over() : std::string(); }
 
  private:
   std::shared_ptr<OutFile> open(std::uint32_t file) const;

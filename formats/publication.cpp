@@ -9,9 +9,14 @@
 
 #include <cerrno>
 #include <cstring>
+#include <span>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "libshard/error.h"
+#include "libshard/fnv1a.h"
 
 namespace formats {
 namespace {
@@ -58,21 +63,36 @@ void sync_tree(const fs::path& root) {
   sync_one(root);
 }
 
-std::string prefix_of(const fs::path& final_path) {
-  return "." + final_path.filename().string() + ".shardkit-";
+constexpr const char* kOld = "-old";  // behind a staging name: what stood at the final name, while neither does
+
+std::string prefix_of(const fs::path& final_path) { return sibling_stem(final_path) + ".shardkit-"; }
+
+/// "PID-N", as stage() makes them: nobody else's file is called so by chance.
+bool is_our_number(std::string_view text) {
+  const auto dash = text.find('-');
+  const auto digits = [](std::string_view part) { return !part.empty() && part.find_first_not_of("0123456789") == part.npos; };
+  return dash != text.npos && digits(text.substr(0, dash)) && digits(text.substr(dash + 1));
+}
+
+std::vector<fs::path> siblings(const fs::path& final_path, std::string_view suffix) {
+  const auto prefix = prefix_of(final_path);
+  std::vector<fs::path> out;
+  std::error_code error;
+  for (fs::directory_iterator at(final_path.parent_path(), error), end; !error && at != end; at.increment(error)) {
+    const auto name = at->path().filename().string();
+    if (name.size() < prefix.size() + suffix.size() || !name.starts_with(prefix) || !name.ends_with(suffix)) continue;
+    if (is_our_number(std::string_view(name).substr(prefix.size(), name.size() - prefix.size() - suffix.size()))) out.push_back(at->path());
+  }
+  return out;
 }
 
 /// Siblings that a killed process left behind: nobody holds their lock.
 void remove_leavings(const fs::path& final_path) {
-  const auto prefix = prefix_of(final_path);
-  std::error_code error;
-  for (fs::directory_iterator at(final_path.parent_path(), error), end; !error && at != end;
-       at.increment(error)) {
-    if (!at->path().filename().string().starts_with(prefix)) continue;
-    const int lock = open_locked(at->path());
+  for (const auto& path : siblings(final_path, "")) {
+    const int lock = open_locked(path);
     if (lock < 0) continue;
     std::error_code ignored;
-    fs::remove_all(at->path(), ignored);
+    fs::remove_all(path, ignored);
     ::close(lock);
   }
 }
@@ -94,15 +114,37 @@ bool is_there(const fs::path& path) {
   return fs::exists(fs::symlink_status(path, error));
 }
 
+/// A process that was killed between two renames left nothing under the final name: what stood there is put back. Whether it still lives, the
+/// lock on its staging folder tells.
+void put_back_old(const fs::path& final_path) {
+  for (const auto& old : siblings(final_path, kOld)) {
+    if (is_there(final_path)) return;  // somebody's since: neither is ours to remove
+    const auto name = old.string();
+    const int lock = open_locked(name.substr(0, name.size() - std::strlen(kOld)));
+    if (lock < 0 && errno == EWOULDBLOCK) continue;
+    if (::renameat2(AT_FDCWD, old.c_str(), AT_FDCWD, final_path.c_str(), kNoReplace) != 0 && (errno == EINVAL || errno == ENOSYS) && !is_there(final_path))
+      ::rename(old.c_str(), final_path.c_str());
+    if (lock >= 0) ::close(lock);
+  }
+}
+
 void rename_or_fail(const fs::path& from, const fs::path& to) {
   if (::rename(from.c_str(), to.c_str()) != 0) fail_with(to, "cannot publish", std::strerror(errno));
 }
 
 }  // namespace
 
+std::string sibling_stem(const fs::path& path) {
+  constexpr std::size_t kLongest = 200, kKept = 160;  // of a name's 255 bytes
+  const auto name = path.filename().string();
+  if (name.size() <= kLongest) return "." + name;
+  return fmt::format(".{}-{:016x}", name.substr(0, kKept), shard::fnv1a(std::as_bytes(std::span(name))));
+}
+
 Publication::Publication(const fs::path& final_path, bool force, Kind kind) : force_(force) {
   final_ = fs::absolute(final_path).lexically_normal();
   if (final_.filename().empty()) final_ = final_.parent_path();
+  put_back_old(final_);
   shard::require(force || !is_there(final_), Code::Usage,
                  [&] { return fmt::format("{}: exists; --force replaces it", final_path.string()); });
   std::error_code error;
@@ -112,7 +154,8 @@ Publication::Publication(const fs::path& final_path, bool force, Kind kind) : fo
   stage(kind);
 }
 
-Publication::Publication(Adopted adopted, const fs::path& final_path, bool force) : staging_(std::move(adopted.folder)), force_(force) {
+Publication::Publication(Adopted adopted, const fs::path& final_path, bool force)
+    : staging_(std::move(adopted.folder)), force_(force), adopted_(true) {
   final_ = fs::absolute(final_path).lexically_normal();
   if (final_.filename().empty()) final_ = final_.parent_path();
 }
@@ -123,16 +166,31 @@ void Publication::stage(Kind kind) {
     if (!make(staging_, kind)) continue;
     lock_ = open_locked(staging_);
     // Before the lock was held another process may have taken it for a leaving.
-    if (lock_ >= 0 ? same_file(lock_, staging_) : errno != EWOULDBLOCK && errno != ENOENT) return;
+    if (lock_ >= 0 ? same_file(lock_, staging_) : errno != EWOULDBLOCK && errno != ENOENT) break;
     if (lock_ >= 0) ::close(lock_);
     lock_ = -1;
   }
+  for (int& fd : spare_) fd = lock_ >= 0 ? ::fcntl(lock_, F_DUPFD_CLOEXEC, 0) : -1;
+}
+
+void Publication::let_go() {
+  for (int& fd : spare_)
+    if (fd >= 0) ::close(std::exchange(fd, -1));
+  if (lock_ >= 0) ::close(std::exchange(lock_, -1));
 }
 
 Publication::~Publication() {
+  let_go();
   std::error_code error;
-  if (!committed_) fs::remove_all(staging_, error);
-  if (lock_ >= 0) ::close(lock_);
+  if (!committed_ && !adopted_) fs::remove_all(staging_, error);
+}
+
+/// What stood there has the staging name by now, by which the next run knows it.
+void Publication::remove_old() {
+  let_go();
+  std::error_code error;
+  fs::remove_all(staging_, error);
+  if (error && is_there(staging_)) left_over_ = staging_.string();
 }
 
 void Publication::commit(bool sync) {
@@ -155,14 +213,12 @@ void Publication::replace() {
   }
   shard::require(force_, Code::Usage,
                  [&] { return fmt::format("{}: exists by now; --force replaces it", final_.string()); });
-  std::error_code error;
   if (::renameat2(AT_FDCWD, staging_.c_str(), AT_FDCWD, final_.c_str(), kExchange) == 0) {
     committed_ = true;
-    fs::remove_all(staging_, error);
-    return;
+    return remove_old();
   }
   if (errno != EINVAL && errno != ENOSYS) fail_with(final_, "cannot replace", std::strerror(errno));
-  const auto old = fs::path(staging_.string() + "-old");
+  const auto old = fs::path(staging_.string() + kOld);
   rename_or_fail(final_, old);
   if (::rename(staging_.c_str(), final_.c_str()) != 0) {
     const std::string why = std::strerror(errno);
@@ -170,7 +226,8 @@ void Publication::replace() {
     fail_with(final_, "cannot replace", why);
   }
   committed_ = true;
-  fs::remove_all(old, error);
+  rename_or_fail(old, staging_);
+  remove_old();
 }
 
 }  // namespace formats

@@ -29,7 +29,10 @@ void run_tasks(std::size_t count, unsigned threads, const std::function<void(std
     }
   };
   std::vector<std::thread> others;
-  for (unsigned worker = 1; worker < threads; ++worker) others.emplace_back(work, worker);
+  try {
+    for (unsigned worker = 1; worker < threads; ++worker) others.emplace_back(work, worker);
+  } catch (const std::exception&) {  // the system gives no more: those that run do all of it
+  }
   work(0);
   for (auto& thread : others) thread.join();
   if (error) std::rethrow_exception(error);

@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <exception>
+#include <system_error>
 #include <thread>
+
+#include "libshard/error.h"
 
 namespace lm {
 
@@ -81,8 +84,16 @@ void run_ranks(int ranks, const std::function<void()>& fail, const std::function
     }
   };
   std::vector<std::thread> threads;
-  for (int rank = 1; rank < ranks; ++rank) threads.emplace_back(guarded, rank);
-  guarded(0);
+  try {
+    for (int rank = 1; rank < ranks; ++rank) threads.emplace_back(guarded, rank);
+    guarded(0);
+  } catch (const std::system_error& failed) {
+    {
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::make_exception_ptr(shard::Error(shard::Code::Io, fmt::format("rank {}: its thread cannot be started: {}", threads.size() + 1, failed.code().message())));
+    }
+    fail();
+  }
   for (auto& thread : threads) thread.join();
   if (error) std::rethrow_exception(error);
 }

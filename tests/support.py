@@ -11,6 +11,11 @@ SHARDKIT = os.environ.get("SHARDKIT", "build/release/bin/shardkit")
 DATA = pathlib.Path(os.environ.get("SHARDKIT_TEST_DATA", pathlib.Path(__file__).parent / "data"))
 
 
+def sanitized():
+    """Whether the program is one with sanitizers, which need descriptors and memory of their own."""
+    return b"__asan_init" in pathlib.Path(SHARDKIT).read_bytes()
+
+
 def run(*args, timeout=120, **more):
     done = subprocess.run([SHARDKIT, *map(str, args)], capture_output=True, text=True, timeout=timeout, **more)
     return done.returncode, done.stdout, done.stderr

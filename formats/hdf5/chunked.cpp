@@ -60,7 +60,7 @@ void ChunkCache::keep(const Key& key, Chunk chunk) {
 }
 
 ChunkedBytes::~ChunkedBytes() {
-  const std::lock_guard lock(library());
+  const Library lock;
   dataset_ = Handle();
 }
 
@@ -77,7 +77,7 @@ ChunkCache::Chunk ChunkedBytes::chunk_at(const std::vector<Index>& at) const {
   std::vector<std::byte> bytes;
   std::uint32_t mask = 0;
   {
-    const std::lock_guard lock(library());
+    const Library lock;
     hsize_t stored = 0;
     shard::require(H5Dget_chunk_storage_size(dataset_, offset.data(), &stored) >= 0, Code::BadFormat, [&] { return fmt::format("{}: chunk {} cannot be found", layout_.where, number); });
     shard::require(stored <= 2 * size + (1 << 20), Code::BadFormat, [&] { return fmt::format("{}: a chunk of {} bytes is stored in {}", layout_.where, size, stored); });

@@ -6,16 +6,37 @@ namespace {
 
 std::size_t never(unsigned, std::size_t, const unsigned*, std::size_t, std::size_t*, void**) { return 0; }
 
+std::recursive_mutex& mutex() {
+  static std::recursive_mutex one;
+  return one;
+}
+
+/// What H5atexit would do, but for a library that could not close a file (a full disk): it would try once more, and crash.
+struct Ending {
+  bool sound = true;
+  Ending() { H5dont_atexit(); }
+  ~Ending() {
+    if (sound) H5close();
+  }
+};
+
+Ending& ending() {
+  static Ending one;
+  return one;
+}
+
 }  // namespace
 
-std::recursive_mutex& library() {
-  static std::recursive_mutex mutex;
-  return mutex;
+void leave_open() { ending().sound = false; }
+
+Library::Library() : lock_(mutex()) {
+  ending();
+  [[maybe_unused]] static thread_local const bool silent = H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr) >= 0;
 }
 
 void prepare() {
+  const Library lock;
   static const bool done = [] {
-    H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
     H5PLset_loading_state(0);  // no code from plug-in folders
     const H5Z_class2_t zstd{H5Z_CLASS_T_VERS, kZstd, 1, 1, "zstd", nullptr, nullptr, never};
     return H5Zregister(&zstd) >= 0;

@@ -12,8 +12,17 @@
 
 namespace formats::hdf5 {
 
-/// Held around every call into the library; again by what ends while an error unwinds.
-std::recursive_mutex& library();
+/// Held around every call into the library; again by what ends while an error unwinds. Silences the library's own messages, which it prints or not by thread.
+class Library {
+ public:
+  Library();
+
+ private:
+  std::lock_guard<std::recursive_mutex> lock_;
+};
+
+/// Something could not be closed: the library is left as it is when the process ends.
+void leave_open();
 
 /// Owns one handle of any kind.
 class Handle {
@@ -26,9 +35,16 @@ class Handle {
     return *this;
   }
   ~Handle() {
-    if (id_ >= 0) H5Idec_ref(id_);
+    if (id_ >= 0) close();
   }
   operator hid_t() const { return id_; }
+  /// False where the library could not, which it then must not be asked to do at exit.
+  bool close() {
+    const auto id = std::exchange(id_, H5I_INVALID_HID);
+    if (H5Iis_valid(id) <= 0 || H5Idec_ref(id) >= 0) return true;  // a data set is closed with its file
+    leave_open();
+    return false;
+  }
 
  private:
   hid_t id_ = H5I_INVALID_HID;
@@ -40,7 +56,7 @@ inline Handle checked(hid_t id, shard::Code code, const std::string& what) {
   return Handle(id);
 }
 
-/// Silences the library's own messages; registers zstd's filter number so that files with it can be made.
+/// Registers zstd's filter number so that files with it can be made.
 void prepare();
 
 constexpr H5Z_filter_t kZstd = 32015;                  ///< registered with The HDF Group

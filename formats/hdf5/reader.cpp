@@ -43,7 +43,7 @@ class Reader {
     out_.files = std::make_shared<FilePool>(std::vector{file});
     out_.stored.files = {file.filename().string()};
     where_ = file.string();
-    const std::lock_guard lock(library());
+    const Library lock;
     const Handle access(H5Pcreate(H5P_FILE_ACCESS));
     H5Pset_file_locking(access, false, true);  // checkpoints lie on file systems without locks
     file_ = checked(H5Fopen(file.c_str(), H5F_ACC_RDONLY, access), Code::BadFormat, fmt::format("{}: is no HDF5 file, or is damaged", where_));
@@ -55,7 +55,7 @@ class Reader {
   }
 
   ~Reader() {
-    const std::lock_guard lock(library());
+    const Library lock;
     file_ = Handle();
   }
 

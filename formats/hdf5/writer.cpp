@@ -27,7 +27,7 @@ struct OutputFile {
   Handle file;
   std::shared_ptr<std::atomic<std::uint64_t>> stored = std::make_shared<std::atomic<std::uint64_t>>(0);  ///< bytes of all data sets, packed
   ~OutputFile() {
-    const std::lock_guard lock(library());
+    const Library lock;
     file = Handle();
   }
 };
@@ -38,7 +38,7 @@ struct Output {
   Handle dataset;
   std::string key;
   ~Output() {
-    const std::lock_guard lock(library());
+    const Library lock;
     dataset = Handle();
   }
 };
@@ -57,17 +57,19 @@ class ChunkSink final : public StreamSink {
     std::memcpy(bytes_.data() + offset, from.data(), from.size());
     if (written_.fetch_add(from.size()) + from.size() == expected_) store();
   }
-  /// What was never written reads as zeros.
+  /// What was never written reads as zeros. Nothing comes any more.
   void finish() {
-    if (written_ == expected_) return;
-    bytes_.resize(size_);
-    store();
+    if (written_ != expected_) {
+      bytes_.resize(size_);
+      store();
+    }
+    output_.reset();
   }
 
  private:
   void store() {
     auto packed = offset_.empty() ? std::vector<std::byte>() : pack(bytes_, kLevel);
-    const std::lock_guard lock(library());
+    const Library lock;
     herr_t status = 0;
     if (offset_.empty()) {
       const Handle type(H5Dget_type(output_->dataset));
@@ -122,11 +124,12 @@ class Writer {
     target.writer = make_writer(path, options);
     const auto index = target.writer->folder().add("model.h5");
     const auto name = target.writer->folder().path(index).string();
-    const std::lock_guard lock(library());
+    const Library lock;
     file_ = std::make_shared<OutputFile>();
     target.writer->count_packed(file_->stored);
     const Handle access(H5Pcreate(H5P_FILE_ACCESS));
     H5Pset_libver_bounds(access, H5F_LIBVER_V18, H5F_LIBVER_V110);
+    H5Pset_fclose_degree(access, H5F_CLOSE_STRONG);
     file_->file = checked(H5Fcreate(name.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access), Code::Io, fmt::format("{}: cannot be created", name));
     links_ = Handle(H5Pcreate(H5P_LINK_CREATE));
     H5Pset_create_intermediate_group(links_, 1);
@@ -136,13 +139,13 @@ class Writer {
     for (const auto& wish : wishes)  // its names are C's
       shard::require(!wish.key.empty() && wish.key.find('\0') == wish.key.npos, Code::BadFormat,
                      [&] { return fmt::format("a key that is empty or holds a NUL has no name in HDF5: '{}'", wish.key.c_str()); });
-    const std::lock_guard lock(library());
+    const Library lock;
     const bool grouped = can_be_grouped(wishes);
     for (std::size_t i = 0; i < wishes.size(); ++i) add(wishes[i], grouped ? grouped_path(wishes[i].key) : fmt::format("tensors/{:06d}", i));
   }
 
   void bytes(const std::string& name, std::string_view content) {
-    const std::lock_guard lock(library());
+    const Library lock;
     const hsize_t size = content.size();
     const Handle space(H5Screate_simple(1, &size, nullptr));
     const Handle list(H5Pcreate(H5P_DATASET_CREATE));
@@ -156,15 +159,17 @@ class Writer {
   }
 
   void attribute(const char* name, const std::string& text) {
-    const std::lock_guard lock(library());
+    const Library lock;
     set_attribute(file_->file, name, text);
   }
 
   void finish() {
     target_.writer->before_commit([sinks = std::move(sinks_), file = file_] {
       for (const auto& sink : sinks) sink->finish();
-      const std::lock_guard lock(library());
-      shard::require(H5Fflush(file->file, H5F_SCOPE_GLOBAL) >= 0, Code::Io, [] { return "model.h5: cannot be written; is the disk full?"; });
+      const Library lock;
+      // Closed, and with it the library's lock on it gone, before it is read again. Data sets that hold no bytes are closed by it, too.
+      const bool written = H5Fflush(file->file, H5F_SCOPE_GLOBAL) >= 0;
+      shard::require(file->file.close() && written, Code::Io, [] { return "model.h5: cannot be written; is the disk full?"; });
     });
   }
 

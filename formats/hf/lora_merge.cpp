@@ -290,6 +290,7 @@ class Merge {
 void merge_adapter(Checkpoint& base, const Checkpoint& adapter, const Family& family, const std::vector<shard::Row>& rows) {
   refuse(adapter.findings);
   Merge(base, adapter, family, rows).run();
+  base.files->also(adapter.files);
   base.notes.push_back(fmt::format("merged {}: {} modules, {} tensors replaced", adapter.path.string(), adapter.adapter->modules.size(), adapter.adapter->replaced.size()));
 }
 

@@ -25,8 +25,12 @@ class Helpers {
   }
 
   void run(std::size_t count, unsigned threads, const std::function<void(std::size_t)>& task, const std::atomic<bool>* stop) {
-    const auto helpers = static_cast<unsigned>(count < threads ? count : threads) - 1;
-    while (threads_.size() < helpers) threads_.emplace_back([this, mine = threads_.size()] { serve(mine); });
+    auto helpers = static_cast<unsigned>(count < threads ? count : threads) - 1;
+    try {
+      while (threads_.size() < helpers) threads_.emplace_back([this, mine = threads_.size()] { serve(mine); });
+    } catch (const std::exception&) {  // the system gives no more: those that run do all of it
+      helpers = static_cast<unsigned>(threads_.size());
+    }
     {
       const std::lock_guard lock(mutex_);
       task_ = &task;

@@ -13,7 +13,7 @@ import unittest
 import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json  # noqa: E402
+from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json, sanitized  # noqa: E402
 
 LLAMA = DATA / "legacy/llama_untied_bf16/tp2pp2"
 DIST = DATA / "mcore/llama_untied_bf16/tp2pp2"
@@ -108,6 +108,83 @@ class Usage(Case):
         self.assertIn("--force", self.refused(2, "reshard", LLAMA, target, "--tp", 2))
         self.ok("reshard", LLAMA, target, "--tp", 4, "--pp", 1, "--force")
         self.assertEqual(len(list((target / "iter_0000010").iterdir())), 4)
+
+    def test_force_never_removes_what_is_read(self):
+        run_folder = self.copy("legacy/llama_untied_bf16/tp2pp2")
+        before = files_below(self.tmp)
+        (self.tmp / "link").symlink_to(run_folder.parent)
+        for cwd, source, target in (("/", run_folder, run_folder), ("/", run_folder, run_folder.parent), ("/", run_folder / "iter_0000010", run_folder), ("/", run_folder, run_folder / "iter_0000010"),
+                                    (run_folder, ".", ".."), (run_folder.parent, run_folder.name, "."), ("/", run_folder, self.tmp / "link"), ("/", self.tmp / "link" / run_folder.name, run_folder.parent),
+                                    ("/", run_folder, self.tmp / "link/..")):
+            for command in ("convert", "plan"):
+                self.assertIn("--force would remove", self.refused(2, command, source, target, "--to", "hf", "--force", cwd=cwd))
+        (self.tmp / "link").unlink()
+        self.ok("convert", DATA / "hf/llama_untied_bf16", self.tmp / "carries", "--to", "mp_rank", "-q")
+        self.refused(2, "convert", self.tmp / "carries/release", self.tmp / "carries/hf", "--to", "dcp", "--force")  # its config.json is there
+        shutil.rmtree(self.tmp / "carries")
+        cache = self.tmp / "models--x"
+        shutil.copytree(DATA / "hf/llama_untied_bf16", cache / "blobs")
+        (cache / "snapshots/1").mkdir(parents=True)
+        for blob in (cache / "blobs").iterdir():
+            (cache / "snapshots/1" / blob.name).symlink_to(f"../../blobs/{blob.name}")
+        self.refused(2, "convert", cache / "snapshots/1", cache / "blobs", "--to", "dcp", "--force")
+        self.refused(2, "convert", cache / "snapshots/1", cache, "--to", "dcp", "--force")
+        shutil.rmtree(cache)
+        self.assertEqual(files_below(self.tmp), before)
+        self.ok("convert", run_folder, run_folder / "hf", "--to", "hf", "-q")  # below SRC there is room
+        self.ok("convert", run_folder, run_folder / "hf", "--to", "hf", "-q", "--force")
+        self.assertEqual(digest(run_folder / "hf"), digest(run_folder))
+
+    def test_force_says_that_it_takes_all_iterations(self):
+        run_folder = self.copy("legacy/llama_untied_bf16/tp2pp2")
+        (run_folder / "iter_0000020").mkdir()
+        _, out = run_json("reshard", LLAMA, run_folder, "--tp", 1, "--pp", 1, "--force")
+        self.assertTrue(any("held 2 iterations (iter_0000010 to iter_0000020)" in note for note in out["notes"]), out)
+
+    def test_force_says_what_of_the_old_it_could_not_remove(self):
+        target = self.tmp / "there"
+        (target / "kept").mkdir(parents=True)
+        (target / "kept/file").write_text("x")
+        self.tmp.chmod(0o777)
+        user = {}
+        if os.geteuid() == 0:  # who removes everything
+            user = {"user": 65534, "extra_groups": []}
+            for path in (target, target / "kept"):
+                os.chown(path, 65534, -1)
+        (target / "kept").chmod(0o500)
+        try:
+            status, text, err = run("convert", self.copy("legacy/llama_untied_bf16/tp2pp2"), target, "--to", "hf", "--force", "--json", **user)
+        except PermissionError:
+            self.skipTest("this program is for root only")
+        self.assertEqual(status, 0, err)
+        out = json.loads(text)
+        rest = next(self.tmp.glob(".there.shardkit-*"))
+        self.assertTrue(any(str(rest) in note for note in out["notes"]), out)
+        (rest / "kept").chmod(0o700)
+
+    def test_a_long_name(self):
+        target = self.tmp / ("x" * 250)
+        self.ok("convert", LLAMA, target, "--to", "hf", "-q", "--report", self.tmp / ("r" * 250))
+        self.ok("convert", LLAMA, target, "--to", "hf", "-q", "--force")
+        for part in (1, 2):
+            self.ok("convert", LLAMA, target, "--to", "hf", "-q", "--force", "--part", f"{part}/2")
+        self.assertEqual(len(list(self.tmp.iterdir())), 2)
+
+    @unittest.skipIf(sanitized(), "sanitizers need more")
+    def test_few_descriptors(self):
+        import resource
+        for files in range(8, 20):
+            for flags in (["--to", "hf", "--max-shard-size", "2KB"], ["--to", "mp_rank", "--tp", 4]):
+                self.refused(7, "convert", LLAMA, self.tmp / "out", *flags, "--threads", 1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)))
+                self.assertEqual(list(self.tmp.iterdir()), [])
+
+    @unittest.skipIf(sanitized(), "sanitizers need more")
+    def test_few_threads(self):
+        import resource
+        status, _, err = run("convert", LLAMA, self.tmp / "out", "--to", "hf", "--threads", 1000, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (200 << 20, 200 << 20)))
+        self.assertIn(status, (0, 7), err)
+        self.assertEqual(err.count("shardkit: error: "), status // 7, err)
+        self.assertEqual([p.name for p in self.tmp.iterdir()], [] if status else ["out"])
 
     def test_impossible_layouts(self):
         for flags in (["--tp", 3], ["--pp", 3], ["--tp", 16], ["--pp", 2, "--vpp", 4], ["--ep", 2], ["--pp-layout", "E|t"], ["--first-stage-layers", 9]):
@@ -308,6 +385,79 @@ class Parts(Case):
         self.ok("convert", LLAMA, self.tmp / "parts", "--to", "torch_dist", "--part", "1/2", "-q")
         self.assertEqual(digest(self.tmp / "parts"), digest(LLAMA))
         self.refused(2, "convert", LLAMA, self.tmp / "x", "--to", "torch_dist", "--part", "3/2")
+
+    def test_parts_of_different_conversions_never_meet(self):
+        source = self.copy("legacy/llama_untied_bf16/tp2pp2")
+        shutil.copytree(source / "iter_0000010", source / "iter_0000020")
+        tracker = source / "latest_checkpointed_iteration.txt"
+        target, work = self.tmp / "out", self.tmp / ".out.parts"
+        convert = ["convert", source, target, "--to", "hf", "-q", "--max-shard-size", "50KB"]
+        self.ok(*convert, "--part", "1/2")
+        before = files_below(work)
+        for flag, value, said in (("--dtype", "f16", "--dtype nothing, here f16"), ("--pad", "mean", "--pad zeros, here mean"), ("--max-shard-size", "60KB", "--max-shard-size 50000, here 60000"),
+                                  ("--to", "dcp", "--to hf, here dcp"), ("--tp", 4, "--tp 2, here 4")):
+            given = [value if before == flag else x for before, x in zip([None, *convert], convert)]
+            err = self.refused(6, *given, *([] if flag in convert else [flag, value]), "--part", "2/2")
+            self.assertIn(said, err)
+            self.assertIn(f"{work}: holds parts of another conversion", err)
+        self.assertIn("parts 2, here 3", self.refused(6, *convert, "--part", "2/3"))
+        tracker.write_text("20")
+        self.assertIn("iteration iter_0000010, here iter_0000020", self.refused(6, *convert, "--part", "2/2"))
+        tracker.write_text("10")
+        file = next(source.glob("iter_0000010/*/model_optim_rng.pt"))
+        facts = file.stat()
+        os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+        self.assertIn("written at other times", self.refused(6, *convert, "--part", "2/2"))
+        os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        self.assertEqual(files_below(work), before)
+        self.assertFalse(target.exists())
+        moved = self.tmp / "elsewhere"
+        source.rename(moved)  # where the source lies is no matter
+        self.ok("convert", moved, *convert[2:], "--part", "2/2")
+        self.assertEqual(digest(target), digest(moved))
+        self.assertEqual(sorted(p.name for p in self.tmp.iterdir()), ["copy", "elsewhere", "out"])
+
+    def test_what_abandoned_parts_leave(self):
+        convert = ["convert", LLAMA, self.tmp / "out", "--to", "hf", "-q"]
+        self.refused(5, "reshard", LLAMA, self.tmp / "out", "--tp", 3, "--part", "1/2")
+        self.assertEqual(list(self.tmp.iterdir()), [])  # what cannot be done begins nothing
+        self.ok(*convert, "--part", "1/2")
+        self.ok(*convert)  # another conversion made the target: the part waits for nothing any more
+        self.assertEqual([p.name for p in self.tmp.iterdir()], ["out"])
+        self.ok(*convert, "--part", "1/2", "--force")
+        (self.tmp / ".out.parts/sums").rename(self.tmp / ".out.parts/done")
+        self.assertIn("died while it did", self.refused(6, *convert, "--part", "2/2", "--force"))
+        shutil.rmtree(self.tmp / ".out.parts")
+        for name in (".out.parts", ".out.parts-abcdef", ".out.shardkit-notes", ".out.shardkit-1-x"):
+            (self.tmp / name).mkdir()
+            (self.tmp / name / "mine").write_text("mine")
+        before = files_below(self.tmp)
+        self.assertIn("holds no conversion.json of shardkit's", self.refused(6, *convert, "--part", "1/2", "--force"))
+        self.ok(*convert, "--force")
+        self.assertEqual(files_below(self.tmp), before)
+
+    def test_a_part_whose_folder_was_begun_anew(self):
+        convert = [SHARDKIT, "convert", str(LLAMA), str(self.tmp / "out"), "--to", "hf", "-q", "--part"]
+        for seconds in (0.001, 0.003, 0.005, 0.01, 0.02):
+            first = subprocess.Popen([*convert, "1/2"], stderr=subprocess.PIPE, text=True)
+            time.sleep(seconds)
+            first.send_signal(signal.SIGSTOP)
+            shutil.rmtree(self.tmp / ".out.parts", ignore_errors=True)
+            second = subprocess.run([*convert, "2/2"])
+            first.send_signal(signal.SIGCONT)
+            err, status = first.communicate()[1], first.returncode
+            self.assertEqual(second.returncode, 0)
+            if (self.tmp / "out").exists():
+                self.assertEqual((status, digest(self.tmp / "out")), (0, digest(LLAMA)))
+            else:
+                self.assertIn(status, (0, 6, 7), err)
+            for path in list(self.tmp.iterdir()):
+                shutil.rmtree(path)
+
+    def test_a_plain_conversion_leaves_parts_of_others(self):
+        self.ok("convert", LLAMA, self.tmp / "other", "--to", "hf", "-q", "--part", "1/2")
+        self.ok("convert", LLAMA, self.tmp / "out", "--to", "hf", "-q")
+        self.assertEqual(sorted(p.name for p in self.tmp.iterdir()), [".other.parts", "out"])
 
 
 class Plain(Case):
@@ -535,6 +685,66 @@ class Interrupted(Case):
                     self.assertEqual(len([f for f in target.rglob("*") if f.is_file()]), 5)
                 self.ok("reshard", LLAMA, target, "--tp", 4, "--pp", 1, "-q", "--force")
                 self.assertEqual([p.name for p in self.tmp.iterdir()], ["t"])
+
+    def test_a_signal_while_the_report_is_written(self):
+        source, target, report = self.tmp / "big", self.tmp / "t", self.tmp / "r.json"
+        source.mkdir()
+        head = json.dumps({"a": {"dtype": "U8", "shape": [200 << 20], "data_offsets": [0, 200 << 20]}}).encode()
+        with open(source / "model.safetensors", "wb") as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            file.truncate(8 + len(head) + (200 << 20))
+        p = subprocess.Popen([SHARDKIT, "convert", str(source), str(target), "--to", "dcp", "-q", "--no-sync", "--threads", "1", "--report", str(report)], stderr=subprocess.PIPE, text=True)
+        while not target.exists():
+            time.sleep(0.0005)
+        p.send_signal(signal.SIGTERM)
+        err = p.communicate()[1]
+        if p.returncode != 0:
+            self.assertEqual((p.returncode, err), (128 + signal.SIGTERM, f"shardkit: error: stopped by signal 15; {target} is published and whole, {report} is not written\n"))
+            self.assertEqual(sorted(x.name for x in self.tmp.iterdir()), ["big", "t"])
+        self.assertEqual(digest(target), digest(source))
+
+    def test_signals_that_were_ignored_stay_so(self):
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            p = subprocess.Popen([SHARDKIT, "serve", "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+            p.stdout.readline()
+            ignored = int(next(line for line in pathlib.Path(f"/proc/{p.pid}/status").read_text().splitlines() if line.startswith("SigIgn")).split()[1], 16)
+            self.assertTrue(ignored >> (number - 1) & 1)
+            p.kill()
+            p.communicate()
+
+    def test_a_source_that_changes_meanwhile(self):
+        def write(path, byte):
+            head = json.dumps({path.stem: {"dtype": "U8", "shape": [100_000], "data_offsets": [0, 100_000]}}).encode()
+            path.with_suffix(".new").write_bytes(struct.pack("<Q", len(head)) + head + bytes([byte]) * 100_000)
+            path.with_suffix(".new").rename(path)
+
+        def replace(path):
+            write(path, 2)
+
+        def overwrite(path):
+            with open(path, "r+b") as file:
+                file.seek(50_000)
+                file.write(b"\2" * 50_000)
+
+        for change in (replace, overwrite):
+            source, target = self.tmp / "many", self.tmp / "out"
+            source.mkdir()
+            names = [f"k{i:04}.safetensors" for i in range(700)]
+            for name in names:
+                write(source / name, 1)
+            (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {name[:5]: name for name in names}}))
+            p = subprocess.Popen([SHARDKIT, "convert", str(source), str(target), "--to", "dcp", "-q", "--threads", "1", "--no-sync"], stderr=subprocess.PIPE, text=True)
+            while not list(self.tmp.glob(".out.shardkit-*")) and p.poll() is None:
+                time.sleep(0.0005)
+            p.send_signal(signal.SIGSTOP)
+            for name in names:
+                change(source / name)
+            p.send_signal(signal.SIGCONT)
+            err = p.communicate()[1]
+            self.assertEqual(p.returncode, 7, err)
+            self.assertIn("was written to or replaced while it was read", err)
+            self.assertFalse(target.exists())
+            shutil.rmtree(source)
 
     def test_file_size_limit_is_a_write_error(self):
         import resource

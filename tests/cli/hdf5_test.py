@@ -82,6 +82,24 @@ class Hdf5(Case):
         file.write_bytes(whole)
         self.assertEqual(before, files_below(out))
 
+    def test_no_room(self):
+        import resource
+        import signal
+        source = self.tmp / "src"
+        source.mkdir()
+        head = b'{"a":{"dtype":"U8","shape":[8,1000000],"data_offsets":[0,8000000]}}'
+        (source / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + os.urandom(8_000_000))
+        for size in (1000, 100_000, 3_000_000):
+            self.refused(7, "convert", source, self.tmp / "out", "--to", "hdf5", "-q", "--threads", 4, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},  # the library's own, who cannot close
+                         preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))))
+            self.assertEqual([p.name for p in self.tmp.iterdir()], ["src"])
+
+    def test_a_receipt(self):
+        for name in ("hf/llama_untied_bf16", "legacy/llama_untied_bf16/tp2pp2"):
+            out, report = self.tmp / name[:2], self.tmp / f"{name[:2]}.json"
+            self.ok("convert", DATA / name, out, "--to", "hdf5", "-q", "--report", report)
+            self.ok("verify", out, "--receipt", report)
+
     def test_parts_are_refused(self):
         self.refused(2, "convert", DATA / "hf/llama_untied_bf16", self.tmp / "x", "--to", "hdf5", "--part", "1/2")
 

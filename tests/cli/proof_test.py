@@ -186,6 +186,28 @@ class Receipt(Case):
         self.ok(*args, self.tmp / "out/report.json")
         self.assertIn("receipt", json.loads((self.tmp / "out/report.json").read_text()))
 
+    def test_a_report_in_the_output_is_no_file_of_it(self):
+        source, out = DATA / "hf/llama_untied_bf16", self.tmp / "out"
+        (self.tmp / "link").symlink_to(self.tmp)
+        for to, taken, folders in (("hf", ("config.json", "model.safetensors", "../out/./config.json"), ()), ("hdf5", ("model.h5",), ()),
+                                   ("torch_dist", ("latest_checkpointed_iteration.txt", "release/.metadata", "hf/config.json"), ("release", "hf"))):
+            args = ("convert", source, out, "--to", to, "-q", "--report")
+            for name in taken:
+                self.assertIn("is a file of the output", self.refused(2, *args, f"{out}/{name}"))
+                self.assertIn("is a file of the output", self.refused(2, *args, f"{self.tmp}/link/out/{name}"))
+            for name in folders:
+                self.assertIn("is a folder of the output", self.refused(2, *args, out / name))
+            self.refused(7, *args, out)
+            self.refused(7, *args, out / "sub/r.json")
+            self.refused(2, *args, "-")
+            self.refused(2, "convert", source, out, "--to", "hf", "-q", "--part", "1/2", "--report", out / "r.json")
+            self.assertEqual([p.name for p in self.tmp.iterdir()], ["link"])
+            name = "release/r.json" if folders else "r.json"
+            self.ok(*args, out / name)
+            self.ok("verify", out, "--receipt", out / name)
+            import shutil
+            shutil.rmtree(out)
+
     def test_says_where_everything_came_from(self):
         out, report = self.written(("convert", DENSE + "/tp2pp2"), "--to", "torch_dist", "--tp", 4, "--pp", 1)
         summary = json.loads(report.read_text())

@@ -107,6 +107,36 @@ TEST_CASE("leavings of a killed process go, those of a living one stay") {
   close(ready[1]);
 }
 
+TEST_CASE("only what a publication makes is taken for a leaving") {
+  const TemporaryFolder folder;
+  for (const auto* name : {".out.shardkit-notes.txt", ".out.shardkit-", ".out.shardkit-1", ".out.shardkit-1-", ".out.shardkit-1-2x", ".out.shardkit-1-2-3", "out.shardkit-1-2"})
+    std::ofstream(folder.path() / name) << "mine";
+  fs::create_directory(folder.path() / ".out.shardkit-1-2");
+  { const Publication publication(folder.path() / "out", false); }
+  CHECK(entries(folder.path()) == 7);
+}
+
+TEST_CASE("what was moved out of the way by a process that died is put back") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "out", old = folder.path() / ".out.shardkit-1-2-old";
+  const auto killed = [&] {
+    fs::create_directory(old);
+    std::ofstream(old / "x") << "old";
+    fs::create_directory(folder.path() / ".out.shardkit-1-2");
+  };
+  killed();
+  CHECK_THROWS_WITH_AS(Publication(path, false), doctest::Contains("exists; --force replaces it"), shard::Error);
+  CHECK(formats::read_text(path / "x") == "old");
+  fs::remove_all(path);
+  killed();
+  publish(path, "new", true);
+  CHECK(formats::read_text(path / "sub" / "x") == "new");
+  CHECK(entries(folder.path()) == 1);
+  killed();
+  publish(path, "newer", true);  // somebody made the target anew since: neither is ours to remove
+  CHECK(formats::read_text(old / "x") == "old");
+}
+
 TEST_CASE("where nothing can be made the system's reason comes back") {
   const TemporaryFolder folder;
   std::ofstream(folder.path() / "file") << "x";
