@@ -262,7 +262,7 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
       if (extra.kind != ExtraState::Kind::None) target.dropped.push_back({name + "._extra_state", "HDF5 holds only tensors"});
     target.carried = {"args", "iteration"};
     writer.finish();
-    megatron::describe_logical(target, model);
+    megatron::describe_logical(target, source, model);
   } else {
     for (const auto& one : same_keys(source, options)) wishes.push_back({one.key, one.dtype, one.shape, false, one.shape.size() > 1 ? 0 : -1, options.parallel.tp});
     writer.tensors(wishes);

@@ -40,7 +40,7 @@ class DistWriter {
     const auto metadata = torch_dcp::write_metadata(metadata_, false);
     plain_file(".metadata", metadata);
     plain_file("metadata.json", R"({"sharded_backend": "torch_dist", "sharded_backend_version": 1})");
-    describe_logical(target_, model_);
+    describe_logical(target_, source_, model_);
   }
 
  private:
