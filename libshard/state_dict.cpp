@@ -45,19 +45,27 @@ Plane best_plane(const Boxes& boxes, const Box& region) {
   return best;
 }
 
+bool touch(const Box& a, const Box& b) {
+  for (std::size_t d = 0; d < a.lo.size(); ++d)
+    if (a.lo[d] >= b.lo[d] + b.size[d] || b.lo[d] >= a.lo[d] + a.size[d]) return false;
+  return true;
+}
+
 /// Compares boxes within a region, which is halved until few are left: pairs of far boxes are never looked at.
 class Cover {
  public:
-  Cover(const ShardedTensor& tensor, std::vector<Finding>& findings, std::size_t most) : tensor_(tensor), findings_(findings), most_(most) {}
+  Cover(const ShardedTensor& tensor, std::size_t boxes, std::vector<Finding>& findings, std::size_t most)
+      : tensor_(tensor), findings_(findings), most_(most), looks_(boxes * 32) {}
 
   void check(const Boxes& boxes, const Box& region) {
-    constexpr std::size_t kFew = 64;
     if (overlaps_ >= most_ && holes_ >= most_) return;
-    const bool many = boxes.size() > kFew;
+    const bool many = boxes.size() > kFew && looks_ >= boxes.size();  // where halving cuts box after box, it is given up
+    looks_ -= std::min(looks_, boxes.size());
     const auto plane = many ? best_plane(boxes, region) : Plane();
     if (!many || plane.side > boxes.size() / 8 * 7 || plane.both > boxes.size() / 4 * 5) {  // few, or in one another's way
-      if (!compare(boxes, region) && held(boxes, region) == volume(region.size)) return;  // disjoint, and as large as the whole
-      return find_holes(boxes, region);
+      const bool overlapping = compare(boxes, region);
+      if (!overlapping && held(boxes, region) == volume(region.size)) return;  // disjoint, and as large as the whole
+      return find_holes(boxes, region, overlapping);
     }
     auto below = region, above = region;
     below.size[plane.dim] = plane.at - region.lo[plane.dim];
@@ -66,7 +74,7 @@ class Cover {
     for (const auto& half : {below, above}) {
       Boxes within;
       for (const auto* box : boxes)
-        if (intersect(*box, half)) within.push_back(box);
+        if (touch(*box, half)) within.push_back(box);
       check(within, half);
     }
   }
@@ -87,8 +95,9 @@ class Cover {
     bool found = false;
     for (std::size_t i = 0; i < boxes.size(); ++i)
       for (std::size_t j = i + 1; j < boxes.size() && boxes[j]->lo[d] < boxes[i]->lo[d] + boxes[i]->size[d]; ++j) {
+        if (!touch(*boxes[i], *boxes[j])) continue;
         const auto common = intersect(*boxes[i], *boxes[j]);
-        if (!common || !intersect(*common, region)) continue;
+        if (!common || !touch(*common, region)) continue;
         found = true;
         if (overlaps_ >= most_) return true;
         if (!contains(region, {common->lo, Shape(common->lo.size(), 1)})) continue;  // told where it begins
@@ -108,7 +117,15 @@ class Cover {
   }
 
   /// The boxes of the region that no shard holds; a hole can fall into many pieces, of which few are told.
-  void find_holes(const Boxes& boxes, const Box& region) {
+  void find_holes(const Boxes& boxes, const Box& region, bool overlapping) {
+    if (holes_ >= most_) return;
+    if (boxes.size() > 4 * kFew) {  // more pieces than can be counted: their sum tells that there are some
+      if (overlapping) return;
+      findings_.push_back({"coverage", Finding::Severity::Error, tensor_.key,
+                           fmt::format("no shard holds {} elements of {} within {}", volume(region.size) - held(boxes, region), to_string(tensor_.global_shape), to_string(region))});
+      ++holes_;
+      return;
+    }
     std::vector<Box> missing{region};
     for (const auto* box : boxes) {
       std::vector<Box> rest;
@@ -124,9 +141,12 @@ class Cover {
     }
   }
 
+  static constexpr std::size_t kFew = 64;
+
   const ShardedTensor& tensor_;
   std::vector<Finding>& findings_;
   std::size_t most_, overlaps_ = 0, holes_ = 0;
+  std::size_t looks_;  ///< at boxes, while regions are halved
 };
 
 }  // namespace
@@ -165,7 +185,7 @@ void check_cover(const ShardedTensor& tensor, std::vector<Finding>& findings, st
                           fmt::format("shard {} reaches past the shape {}", to_string(*box), to_string(tensor.global_shape))});
       return;
     }
-  if (!empty(all)) Cover(tensor, findings, most).check(boxes, all);
+  if (!empty(all)) Cover(tensor, boxes.size(), findings, most).check(boxes, all);
 }
 
 }  // namespace shard

@@ -183,6 +183,25 @@ TEST_CASE("cover: any tiling is whole, and lacks or doubles what was taken or ad
   }
 }
 
+TEST_CASE("cover: needles that pass one another, which no plane parts, are compared all the same") {
+  constexpr Index n = 100;
+  std::vector<Box> boxes;
+  for (Index i = 0; i < n; i += 2)
+    for (Index j = 0; j < n; j += 2) {
+      boxes.push_back({{i, j, 0}, {1, 1, n}});
+      boxes.push_back({{0, i + 1, j}, {n, 1, 1}});
+      boxes.push_back({{i + 1, 0, j + 1}, {1, n, 1}});
+    }
+  std::vector<Finding> findings;
+  check_cover(tensor_of({n, n, n}, boxes), findings);
+  CHECK(!findings.empty());
+  CHECK(std::all_of(findings.begin(), findings.end(), [](const Finding& f) { return f.rule == "coverage"; }));
+  findings.clear();
+  boxes.push_back({{40, 40, 40}, {1, 1, 2}});
+  check_cover(tensor_of({n, n, n}, boxes), findings);
+  CHECK(std::any_of(findings.begin(), findings.end(), [](const Finding& f) { return f.rule == "overlap"; }));
+}
+
 TEST_CASE("cover: a tensor without shards is one hole") {
   std::vector<Finding> findings;
   check_cover(tensor_of({4, 4}, {}), findings);
