@@ -249,8 +249,9 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   if (const auto recorded = source.recorded_vocab)  // comparing fewer rows is fine, losing them is not
     shard::require(*source.vocab >= *recorded, shard::Code::Mismatch,
                    [&] { return fmt::format("--vocab-size {}: {} records {} tokens; the last {} would be cut off", *source.vocab, ask.from, *recorded, *recorded - *source.vocab); });
-  shard::require(!source.logical.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
   auto options = target_options(ask, source);
+  const bool carries = source.format == "dcp" && options.format == "dcp" && !source.stored.objects.empty();  // bytes items travel, too
+  shard::require(!source.logical.tensors.empty() || carries, shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
   const auto carried = source.hf && options.format != "hf" ? source.hf->folder : std::filesystem::path();  // what a run's hf/ holds is in a new hf/, too
   if (ask.force) refuse_source_in_target(ask.to, {ask.from, origin.base, origin.adapter, open.family, carried}, source);
   const auto path = ask.dry_run ? planning_folder() : std::filesystem::path(ask.to);

@@ -7,9 +7,11 @@
 #include "cli/receipt.h"
 #include "cli/report_files.h"
 #include "formats/kernels.h"
+#include "formats/torch_dcp/reader.h"
 #include "gpu/reshard/scan.h"
 #include "libshard/error.h"
 #include "libshard/inspectors.h"
+#include "libshard/stop.h"
 
 #include <algorithm>
 
@@ -43,9 +45,9 @@ shard::ShardedStateDict readable(shard::ShardedStateDict dict, const std::vector
   return dict;
 }
 
-void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared, std::uint64_t sums, Result& out) {
+void note_unverifiable(const formats::Checkpoint& checkpoint, bool replicas_compared, bool ties_compared, std::uint64_t sums, Result& out) {
   const auto note = [&](const char* key, std::string message) { out.findings.push_back({"unverifiable", Finding::Severity::Note, key, std::move(message)}); };
-  if (checkpoint.format == "torch_dist" || checkpoint.format == "dcp") note("replicas", "this format stores one copy of every element; replicas cannot be compared");
+  if ((checkpoint.format == "torch_dist" || checkpoint.format == "dcp") && !replicas_compared) note("replicas", "this format stores one copy of every element; replicas cannot be compared");
   if (checkpoint.tied.value_or(false) && !ties_compared) note("output.weight", "tied to the embedding and stored once; there is no second copy to compare");
   if (sums == 0 && !checkpoint.stored.streams.empty() && checkpoint.format != "hdf5") note("checksums", "this format records no checksums");
   if (checkpoint.megatron && !checkpoint.vocab) note("vocabulary", "args do not say the true vocabulary size; padding rows are taken for tokens");
@@ -53,7 +55,7 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared
 
 Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   Result out{checkpoint.findings, {}, ""};
-  if (checkpoint.stored.tensors.empty()) out.findings.push_back({"missing", Finding::Severity::Error, "", "no tensors are there at all"});
+  if (checkpoint.stored.tensors.empty() && (checkpoint.format != "dcp" || checkpoint.stored.objects.empty())) out.findings.push_back({"missing", Finding::Severity::Error, "", "no tensors are there at all"});
   const auto stored = readable(checkpoint.stored, checkpoint.findings);
   auto logical = readable(checkpoint.logical, checkpoint.findings);
   const auto replicas = compare_replicas(logical);
@@ -63,6 +65,10 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   gpu::reshard::ScanOutcome found;
   if (!device.cuda.empty()) found = gpu::reshard::scan_bytes(reader, stored, replicas, formats::kernels(), budget, {device.cuda, ask.run.device_limit()}, bar.callback());
   else found.findings = scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());
+  for (const auto& object : checkpoint.stored.objects) {
+    shard::refuse_stopped(budget.stop);
+    if (const auto damaged = formats::torch_dcp::check_object(checkpoint, object)) found.findings.push_back(*damaged);
+  }
   bar.clear();
   out.storage = found.storage;
   out.findings.insert(out.findings.end(), found.findings.begin(), found.findings.end());
@@ -74,7 +80,7 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   out.checked = {{"coverage", tensors}, {"overlap", tensors}, {"replica", replicas.comparisons.size() - ties}, {"tie", ties}, {"nonfinite", floating},
                  {"shape", tensors}, {"dtype", tensors}, {"missing", checkpoint.logical.tensors.size()}, {"unexpected", tensors},
                  {"padding", checkpoint.megatron ? 1u : 0u}, {"checksum", sums}, {"rank", checkpoint.format == "mp_rank" ? checkpoint.stored.files.size() : 0}};
-  note_unverifiable(checkpoint, ties > 0, sums, out);
+  note_unverifiable(checkpoint, replicas.comparisons.size() > ties, ties > 0, sums, out);
   return out;
 }
 

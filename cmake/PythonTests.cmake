@@ -17,6 +17,7 @@ endfunction()
 
 add_python_test(architecture fast architecture_test.py)
 add_python_test(cli cli cli/cli_test.py)
+add_python_test(dcp cli cli/dcp_test.py)
 add_python_test(layouts cli cli/layouts_test.py)
 add_python_test(validate cli cli/validate_test.py)
 add_python_test(families cli cli/families_test.py)

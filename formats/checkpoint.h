@@ -14,6 +14,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <variant>
 #include <vector>
 
 namespace formats {
@@ -78,6 +79,7 @@ struct Checkpoint {
     shard::Index layers = 0, experts = 0, mtp_layers = 0;
   } sizes;                                       ///< as numbered by the keys of a Hugging Face folder
   std::map<std::string, std::string> metadata;   ///< safetensors' __metadata__
+  std::map<std::string, std::vector<std::variant<std::string, std::int64_t>>> nesting;  ///< dcp: a key's path in the state dict that was saved
 };
 
 struct OpenOptions {

@@ -18,6 +18,7 @@ using shard::Code;
 using shard::Index;
 
 constexpr std::uint64_t kFileBytes = 5ull << 30;  // where a new .distcp file begins
+constexpr std::uint64_t kBlock = 1 << 20;         // of what is copied as it is
 
 /// A tensor or object found in a pickled value, by its path ("model.layers.0.weight").
 class Walk {
@@ -90,6 +91,13 @@ void describe(Target& target, const PlainTensor& one, std::uint32_t stream, std:
   auto stride = shard::row_major(one.shape);
   for (auto& step : stride) step *= static_cast<Index>(size_of(one.dtype));
   target.writer->described().tensors[one.key] = {one.key, one.dtype, one.shape, one.shape, {{shard::whole(one.shape), {stream, offset, std::move(stride)}, {}}}, false};
+}
+
+/// Without a state dict that was saved: "model.embed.weight" is 'embed.weight' of 'model'.
+torch_dcp::Path first_step(const std::string& key) {
+  const auto dot = key.find('.');
+  if (dot == key.npos) return {key};
+  return {key.substr(0, dot), key.substr(dot + 1)};
 }
 
 }  // namespace
@@ -179,15 +187,24 @@ void create_dcp(const std::filesystem::path& path, const Checkpoint& source, con
       target.dropped.push_back({object.key, "not a tensor"});
       continue;
     }
+    if (const auto damaged = torch_dcp::check_object(source, object)) shard::refuse({*damaged});
     make_room(object.bytes);
-    const auto bytes = source.files->get(object.file)->text(object.offset, object.bytes);
-    writer.folder().write(file, at, bytes);
+    const auto from = source.files->get(object.file);
+    std::vector<std::byte> block(std::min(object.bytes, kBlock));
+    for (std::uint64_t done = 0; done < object.bytes; done += block.size()) {
+      const auto part = std::span(block).first(std::min<std::uint64_t>(block.size(), object.bytes - done));
+      from->read(object.offset + done, part);
+      writer.folder().write(file, at + done, part);
+    }
     metadata.bytes[object.key] = {in_metadata(), at, object.bytes, false};
     target.carried.push_back(object.key);
     at += object.bytes;
   }
   if (!metadata.files.empty()) writer.folder().resize(file, at);
-  writer.folder().write(writer.folder().add(".metadata"), 0, torch_dcp::write_metadata(metadata, true));
+  if (source.format == "dcp") metadata.nesting = source.nesting;  // none where the state dict was saved as it was
+  else
+    for (const auto& one : all) metadata.nesting[one.key] = first_step(one.key);
+  writer.folder().write(writer.folder().add(".metadata"), 0, torch_dcp::write_metadata(metadata));
   hf::carry_files(source, target, "", options.dtype);
   join(source, target);
 }

@@ -19,8 +19,6 @@ namespace {
 namespace fs = std::filesystem;
 using shard::Code;
 
-bool has_metadata(const fs::path& folder) { return fs::exists(folder / ".metadata"); }
-
 struct FolderFormat {
   const char* name;
   bool (*matches)(const fs::path&);
@@ -29,7 +27,7 @@ struct FolderFormat {
 constexpr FolderFormat kFolders[] = {
     {"torch_dist", megatron::is_torch_dist, megatron::open_torch_dist},
     {"mp_rank", megatron::is_mp_rank, megatron::open_mp_rank},
-    {"dcp", has_metadata, torch_dcp::open_plain},
+    {"dcp", torch_dcp::has_metadata, torch_dcp::open_plain},
     {"hf", safetensors::matches, safetensors::open},
     {"hdf5", hdf5::matches, hdf5::open},
     {"hf", hf::is_adapter, hf::open_adapter},

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "formats/crc32.h"
+#include "formats/kernels.h"
 #include "formats/torch_legacy.h"
 #include "formats/torch_save.h"
 #include "formats/torch_storage.h"
@@ -92,6 +93,19 @@ TorchFile open_torch(const File& file, std::uint64_t begin, std::uint64_t length
   TorchFile opened{std::move(zip), std::move(graph)};
   check_storages(opened);
   return opened;
+}
+
+std::string wrong_sum(const File& file, const ZipDirectory& zip, const ZipRecord& record) {
+  constexpr std::uint64_t kBlock = 1 << 20;
+  if (!zip.crcs_recorded) return "";
+  std::uint32_t crc = 0;
+  std::vector<std::byte> block(std::min(record.size, kBlock));
+  for (std::uint64_t done = 0; done < record.size; done += block.size()) {
+    const auto part = std::span(block).first(std::min<std::uint64_t>(block.size(), record.size - done));
+    file.read(record.offset + done, part);
+    crc = kernels().combine(crc, crc32(part), part.size());
+  }
+  return crc == record.crc32 ? "" : fmt::format("{}: CRC-32 of the stored bytes is {:08x}; the file says {:08x}", record.name, crc, record.crc32);
 }
 
 TorchFile open_torch(const File& file) { return open_torch(file, 0, file.size()); }

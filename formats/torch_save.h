@@ -45,6 +45,9 @@ struct TorchFile {
 TorchFile open_torch(const File& file, std::uint64_t begin, std::uint64_t length);
 TorchFile open_torch(const File& file);
 
+/// Reads a record whole: what is wrong with its sum, "" where it is right or none is recorded.
+std::string wrong_sum(const File& file, const ZipDirectory& zip, const ZipRecord& record);
+
 /// Adds torch.<dtype>.
 pickle::Ref dtype_node(pickle::Graph& graph, shard::DType dtype);
 /// Adds torch.Size(sizes).

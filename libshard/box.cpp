@@ -135,8 +135,11 @@ Shape unravel(Index flat, const Shape& shape) {
 
 std::string to_string(const Box& box) {
   std::string out = "[";
-  for (std::size_t d = 0; d < box.lo.size(); ++d)
-    out += fmt::format("{}{}:{}", d ? ", " : "", box.lo[d], box.lo[d] + box.size[d]);
+  for (std::size_t d = 0; d < box.lo.size(); ++d) {
+    Index end = 0;
+    const bool wraps = __builtin_add_overflow(box.lo[d], box.size[d], &end);  // a stranger's numbers
+    out += wraps ? fmt::format("{}{}:{}+{}", d ? ", " : "", box.lo[d], box.lo[d], box.size[d]) : fmt::format("{}{}:{}", d ? ", " : "", box.lo[d], end);
+  }
   return out + "]";
 }
 

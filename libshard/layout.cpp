@@ -175,9 +175,11 @@ Chunk Pipeline::of_layer(Index layer) const {
 }
 
 Pipeline place_layers(const Parallel& p, Index num_layers, Index mtp_layers) {
-  require(p.tp >= 1 && p.pp >= 1 && p.vpp >= 1 && p.ep >= 1 && p.etp >= 1, Code::BadLayout,
-          [] { return "layout: parallel sizes should be at least 1"; });
-  require(p.pp * p.vpp <= kMostStages && p.tp * p.ep <= kMostStages, Code::BadLayout,
+  for (const auto size : {p.tp, p.pp, p.vpp, p.ep, p.etp}) {
+    require(size >= 1, Code::BadLayout, [] { return "layout: parallel sizes should be at least 1"; });
+    require(size <= kMostStages, Code::BadLayout, [&] { return fmt::format("layout: parallel size {}: more ranks than any cluster has", size); });
+  }
+  require(p.pp * p.vpp <= kMostStages && p.tp * p.ep <= kMostStages && ranks_per_stage(p) <= kMostStages, Code::BadLayout,
           [] { return "layout: more ranks than any cluster has"; });
   if (!p.pp_layout.empty()) return from_text(p, num_layers, mtp_layers);
   require(p.vpp == 1 || p.pp > 1, Code::BadLayout, [] { return "layout: --vpp needs --pp above 1"; });

@@ -9,15 +9,6 @@
 namespace shard {
 namespace {
 
-/// The first dimension in which the boxes start at different places: the one worth sorting by.
-std::size_t sweep_dimension(const std::vector<const Box*>& boxes) {
-  const auto rank = boxes.front()->lo.size();
-  for (std::size_t d = 0; d < rank; ++d)
-    for (const auto* box : boxes)
-      if (box->lo[d] != boxes.front()->lo[d]) return d;
-  return 0;
-}
-
 std::vector<const Box*> distinct_boxes(const ShardedTensor& tensor) {
   std::vector<const Box*> boxes;
   for (const auto& shard : tensor.shards)
@@ -30,37 +21,133 @@ std::vector<const Box*> distinct_boxes(const ShardedTensor& tensor) {
   return boxes;
 }
 
-/// The overlapping pairs, found by a sweep along one dimension; false once `most` are reported.
-bool report_overlaps(const ShardedTensor& tensor, std::vector<const Box*> boxes, std::vector<Finding>& findings,
-                     std::size_t most) {
-  if (boxes.empty() || boxes.front()->lo.empty()) return false;
-  const auto d = sweep_dimension(boxes);
-  std::sort(boxes.begin(), boxes.end(), [d](const Box* a, const Box* b) { return a->lo[d] < b->lo[d]; });
-  std::size_t found = 0;
-  for (std::size_t i = 0; i < boxes.size(); ++i)
-    for (std::size_t j = i + 1; j < boxes.size() && boxes[j]->lo[d] < boxes[i]->lo[d] + boxes[i]->size[d]; ++j)
-      if (const auto common = intersect(*boxes[i], *boxes[j]); common && found < most) {
-        findings.push_back({"overlap", Finding::Severity::Error, tensor.key,
-                            fmt::format("shards {} and {} both hold {}; each element should be stored once",
-                                        to_string(*boxes[i]), to_string(*boxes[j]), to_string(*common))});
-        ++found;
-      }
-  return found > 0;
+using Boxes = std::vector<const Box*>;
+
+/// A plane that parts the boxes of a region, few of them on both sides.
+struct Plane {
+  std::size_t dim = 0;
+  Index at = 0;
+  std::size_t side = 0, both = 0;  ///< boxes on the fuller side, and on the two together
+};
+
+Plane best_plane(const Boxes& boxes, const Box& region) {
+  Plane best{0, 0, boxes.size(), boxes.size()};
+  Shape starts(boxes.size());
+  for (std::size_t d = 0; d < region.lo.size(); ++d) {
+    for (std::size_t i = 0; i < boxes.size(); ++i) starts[i] = boxes[i]->lo[d];
+    std::nth_element(starts.begin(), starts.begin() + static_cast<std::ptrdiff_t>(starts.size() / 2), starts.end());
+    const auto at = starts[starts.size() / 2];
+    if (at <= region.lo[d]) continue;
+    std::size_t below = 0, above = 0;
+    for (const auto* box : boxes) below += box->lo[d] < at, above += box->lo[d] + box->size[d] > at;
+    if (std::max(below, above) < best.side) best = {d, at, std::max(below, above), below + above};
+  }
+  return best;
 }
 
-/// The boxes of [0, shape) that no shard holds; gives up after `most` since a hole can fall into many pieces.
-std::vector<Box> holes(const Shape& shape, const std::vector<const Box*>& boxes, std::size_t most) {
-  std::vector<Box> missing{whole(shape)};
-  for (const auto* box : boxes) {
-    std::vector<Box> rest;
-    for (const auto& piece : missing)
-      for (auto& part : subtract(piece, *box)) rest.push_back(std::move(part));
-    missing = std::move(rest);
-    if (missing.empty()) break;
-  }
-  if (missing.size() > most) missing.resize(most);
-  return missing;
+bool touch(const Box& a, const Box& b) {
+  for (std::size_t d = 0; d < a.lo.size(); ++d)
+    if (a.lo[d] >= b.lo[d] + b.size[d] || b.lo[d] >= a.lo[d] + a.size[d]) return false;
+  return true;
 }
+
+/// Compares boxes within a region, which is halved until few are left: pairs of far boxes are never looked at.
+class Cover {
+ public:
+  Cover(const ShardedTensor& tensor, std::size_t boxes, std::vector<Finding>& findings, std::size_t most)
+      : tensor_(tensor), findings_(findings), most_(most), looks_(boxes * 32) {}
+
+  void check(const Boxes& boxes, const Box& region) {
+    if (overlaps_ >= most_ && holes_ >= most_) return;
+    const bool many = boxes.size() > kFew && looks_ >= boxes.size();  // where halving cuts box after box, it is given up
+    looks_ -= std::min(looks_, boxes.size());
+    const auto plane = many ? best_plane(boxes, region) : Plane();
+    if (!many || plane.side > boxes.size() / 8 * 7 || plane.both > boxes.size() / 4 * 5) {  // few, or in one another's way
+      const bool overlapping = compare(boxes, region);
+      if (!overlapping && held(boxes, region) == volume(region.size)) return;  // disjoint, and as large as the whole
+      return find_holes(boxes, region, overlapping);
+    }
+    auto below = region, above = region;
+    below.size[plane.dim] = plane.at - region.lo[plane.dim];
+    above.lo[plane.dim] = plane.at;
+    above.size[plane.dim] = region.size[plane.dim] - below.size[plane.dim];
+    for (const auto& half : {below, above}) {
+      Boxes within;
+      for (const auto* box : boxes)
+        if (touch(*box, half)) within.push_back(box);
+      check(within, half);
+    }
+  }
+
+ private:
+  static Index held(const Boxes& boxes, const Box& region) {
+    Index out = 0;
+    for (const auto* box : boxes)
+      if (const auto part = intersect(*box, region)) out += volume(part->size);
+    return out;
+  }
+
+  /// True where two boxes overlap within the region.
+  bool compare(Boxes boxes, const Box& region) {
+    if (boxes.size() < 2 || region.lo.empty()) return false;
+    const auto d = sweep_dimension(boxes);
+    std::sort(boxes.begin(), boxes.end(), [d](const Box* a, const Box* b) { return a->lo[d] < b->lo[d]; });
+    bool found = false;
+    for (std::size_t i = 0; i < boxes.size(); ++i)
+      for (std::size_t j = i + 1; j < boxes.size() && boxes[j]->lo[d] < boxes[i]->lo[d] + boxes[i]->size[d]; ++j) {
+        if (!touch(*boxes[i], *boxes[j])) continue;
+        const auto common = intersect(*boxes[i], *boxes[j]);
+        if (!common || !touch(*common, region)) continue;
+        found = true;
+        if (overlaps_ >= most_) return true;
+        if (!contains(region, {common->lo, Shape(common->lo.size(), 1)})) continue;  // told where it begins
+        findings_.push_back({"overlap", Finding::Severity::Error, tensor_.key,
+                             fmt::format("shards {} and {} both hold {}; each element should be stored once", to_string(*boxes[i]), to_string(*boxes[j]), to_string(*common))});
+        ++overlaps_;
+      }
+    return found;
+  }
+
+  /// The first dimension in which the boxes start at different places: the one worth sorting by.
+  static std::size_t sweep_dimension(const Boxes& boxes) {
+    for (std::size_t d = 0; d < boxes.front()->lo.size(); ++d)
+      for (const auto* box : boxes)
+        if (box->lo[d] != boxes.front()->lo[d]) return d;
+    return 0;
+  }
+
+  /// The boxes of the region that no shard holds; a hole can fall into many pieces, of which few are told.
+  void find_holes(const Boxes& boxes, const Box& region, bool overlapping) {
+    if (holes_ >= most_) return;
+    if (boxes.size() > 4 * kFew) {  // more pieces than can be counted: their sum tells that there are some
+      if (overlapping) return;
+      findings_.push_back({"coverage", Finding::Severity::Error, tensor_.key,
+                           fmt::format("no shard holds {} elements of {} within {}", volume(region.size) - held(boxes, region), to_string(tensor_.global_shape), to_string(region))});
+      ++holes_;
+      return;
+    }
+    std::vector<Box> missing{region};
+    for (const auto* box : boxes) {
+      std::vector<Box> rest;
+      for (const auto& piece : missing)
+        for (auto& part : subtract(piece, *box)) rest.push_back(std::move(part));
+      missing = std::move(rest);
+      if (missing.empty()) break;
+    }
+    for (const auto& hole : missing) {
+      if (holes_ >= most_) break;
+      findings_.push_back({"coverage", Finding::Severity::Error, tensor_.key, fmt::format("no shard holds {} of {}", to_string(hole), to_string(tensor_.global_shape))});
+      ++holes_;
+    }
+  }
+
+  static constexpr std::size_t kFew = 64;
+
+  const ShardedTensor& tensor_;
+  std::vector<Finding>& findings_;
+  std::size_t most_, overlaps_ = 0, holes_ = 0;
+  std::size_t looks_;  ///< at boxes, while regions are halved
+};
 
 }  // namespace
 
@@ -98,13 +185,7 @@ void check_cover(const ShardedTensor& tensor, std::vector<Finding>& findings, st
                           fmt::format("shard {} reaches past the shape {}", to_string(*box), to_string(tensor.global_shape))});
       return;
     }
-  const bool overlapping = report_overlaps(tensor, boxes, findings, most);
-  Index held = 0;
-  for (const auto* box : boxes) held += volume(box->size);
-  if (!overlapping && held == volume(tensor.global_shape)) return;  // disjoint, inside and as large as the whole
-  for (const auto& hole : holes(tensor.global_shape, boxes, most))
-    findings.push_back({"coverage", Finding::Severity::Error, tensor.key,
-                        fmt::format("no shard holds {} of {}", to_string(hole), to_string(tensor.global_shape))});
+  if (!empty(all)) Cover(tensor, boxes.size(), findings, most).check(boxes, all);
 }
 
 }  // namespace shard

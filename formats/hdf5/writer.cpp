@@ -272,7 +272,7 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
       for (const auto& name : source.hf->files) target.dropped.push_back({"hf/" + name, "HDF5 has no place beside a Megatron model"});
     target.carried = {"args", "iteration"};
     writer.finish();
-    megatron::describe_logical(target, model);
+    megatron::describe_logical(target, source, model);
   } else {
     for (const auto& one : same_keys(source, options)) wishes.push_back({one.key, one.dtype, one.shape, false, one.shape.size() > 1 ? 0 : -1, options.parallel.tp});
     writer.tensors(wishes);

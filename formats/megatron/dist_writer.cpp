@@ -37,10 +37,10 @@ class DistWriter {
     collect();
     for (auto& [rank, items] : files_) rank_files(rank, items);
     small_file("common.pt", common_pickle(source_, model_, target_));
-    const auto metadata = torch_dcp::write_metadata(metadata_, false);
+    const auto metadata = torch_dcp::write_metadata(metadata_);
     plain_file(".metadata", metadata);
     plain_file("metadata.json", R"({"sharded_backend": "torch_dist", "sharded_backend_version": 1})");
-    describe_logical(target_, model_);
+    describe_logical(target_, source_, model_);
   }
 
  private:

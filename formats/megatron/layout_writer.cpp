@@ -41,6 +41,9 @@ Model model_for(const Checkpoint& source, const TargetOptions& options, std::str
   shard::check_tensor_parallel(out.params, options.parallel.tp, options.parallel.etp);
   shard::require(state.experts % options.parallel.ep == 0 && (state.experts > 0 || options.parallel.ep == 1), Code::BadLayout,
                  [&] { return fmt::format("layout: {} experts cannot be divided by expert parallel size {}", state.experts, options.parallel.ep); });
+  // Of ranks with the same place among tensor ranks one writes: it should have its own part of the experts.
+  shard::require(state.experts == 0 || options.parallel.ep > 1 || options.parallel.tp % options.parallel.etp == 0, Code::BadLayout,
+                 [&] { return fmt::format("layout: expert tensor size {} with expert parallel size 1; should divide tensor size {}", options.parallel.etp, options.parallel.tp); });
   out.parallel.vpp = out.pipeline.chunks;
   out.params["vocab"] = padded(source, options.parallel);
   out.wanted = spell_out(source.logical, out.table, out.params, {keep ? &state.rows : nullptr, state.layers, state.experts, state.mtp_layers});
@@ -64,13 +67,18 @@ std::string iteration_folder(LocalWriter& writer, const Checkpoint& source) {
   return source.iteration ? fmt::format("iter_{:07d}/", *source.iteration) : "release/";
 }
 
-void describe_logical(Target& target, const Model& model) {
+void describe_logical(Target& target, const Checkpoint& source, const Model& model) {
   std::vector<shard::Finding> findings;
   auto& stored = target.writer->described();
   stored.files = target.writer->folder().names();
   auto translation = to_logical(stored, model.table, model.params, {}, findings);
   refuse(findings);
   target.logical = std::move(translation.logical);
+  // A layout whose ranks do not hold the model together would lose weights in silence.
+  for (const auto& [key, tensor] : source.logical.tensors)
+    shard::require(target.logical.tensors.contains(key), Code::BadLayout, [&] { return fmt::format("layout: no rank would hold {}", key); });
+  for (const auto& [key, tensor] : target.logical.tensors) check_cover(tensor, findings, 1);
+  shard::require(findings.empty(), Code::BadLayout, [&] { return fmt::format("layout: {}: {}", findings.front().key, findings.front().message); });
 }
 
 shard::Chunk chunk_of(const Model& model, const shard::Wanted& wanted) {

@@ -285,7 +285,11 @@ class LegacyReader {
       }
       key = modern_name(key);
       if (key.ends_with(kExtraState)) {
-        out.push_back({std::move(key), chunk, std::nullopt, {}, extra_state(file, archive, value)});
+        try {
+          out.push_back({key, chunk, std::nullopt, {}, extra_state(file, archive, value)});
+        } catch (const shard::Error& error) {
+          throw error.within(key);
+        }
         continue;
       }
       auto tensor = tensor_at(g, value, key);

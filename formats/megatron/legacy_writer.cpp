@@ -37,7 +37,7 @@ class LegacyWriter {
     const Index per_stage = ranks_per_stage(model_.parallel);
     for (Index stage = 0; stage < model_.parallel.pp; ++stage)
       for (const auto& cell : all) rank_file(cell, stage, stage * per_stage + cell.rank_in_stage, per_stage * model_.parallel.pp);
-    describe_logical(target_, model_);
+    describe_logical(target_, source_, model_);
     for (const auto& [stream, bytes] : constants_) writer_.write(stream, 0, std::as_bytes(std::span(bytes->data(), bytes->size())));
     for (const auto& name : dropped_args_) target_.dropped.push_back({"args." + name, "torch.load(weights_only=True) refuses a file that names its class"});
   }

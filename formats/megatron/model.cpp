@@ -99,8 +99,13 @@ ExtraState extra_state(const File& file, const TorchFile& archive, pickle::Ref n
     ExtraState out{ExtraState::Kind::Tensor, {}, nullptr, 0};
     const auto size = static_cast<std::uint64_t>(tensor->sizes[0]);
     shard::require(size <= kMostExtraState, shard::Code::BadFormat, [&] { return fmt::format("extra state of {} bytes is beyond reason", size); });
+    shard::require(size < 2 || tensor->strides[0] == 1, shard::Code::BadFormat, [] { return "extra state: its bytes do not lie side by side"; });
     const auto* record = archive.zip.find("data/" + tensor->storage);
-    if (size > 0 && record) out.bytes = file.text(record->offset + tensor->offset, size);
+    if (size > 0 && record) {  // it is written again with a sum of its own, which would make damage look sound
+      const auto wrong = wrong_sum(file, archive.zip, *record);
+      shard::require(wrong.empty(), shard::Code::BadFormat, [&] { return "extra state: " + wrong; });
+      out.bytes = file.text(record->offset + tensor->offset, size);
+    }
     return out;
   }
   auto graph = std::make_shared<pickle::Graph>();

@@ -28,8 +28,8 @@ std::optional<shard::Index> vocab_multiple(const Model& model);
 /// "iter_0000010/", or "release/" where there is no iteration; writes the tracker file.
 std::string iteration_folder(LocalWriter& writer, const Checkpoint& source);
 
-/// Adds to the target the logical tensors of its stored ones.
-void describe_logical(Target& target, const Model& model);
+/// Adds to the target the logical tensors of its stored ones. Throws BadLayout where they are not all of the source's.
+void describe_logical(Target& target, const Checkpoint& source, const Model& model);
 
 /// The stage and chunk where a row's tensor of that layer lies.
 shard::Chunk chunk_of(const Model& model, const shard::Wanted& wanted);

@@ -6,6 +6,7 @@
 #include "libshard/error.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <set>
 
 namespace formats::safetensors {
@@ -70,7 +71,7 @@ class Folder {
       out_.folder = path;
       if (fs::exists(path / kIndex)) index_ = read_index(path, kIndex);
       else if (fs::exists(path / kSingle)) names_ = {kSingle};
-      else names_ = dcp_shards(path);
+      else names_ = dcp_shards(path), dcp_shards_ = true;
     } else {
       out_.folder = path.parent_path().empty() ? fs::path(".") : path.parent_path();
       if (ends_with(path, ".index.json")) index_ = read_index(out_.folder, path.filename().string());
@@ -88,6 +89,7 @@ class Folder {
     out_.stored.files = names_;
     for (std::uint32_t i = 0; i < names_.size(); ++i) add_file(i);
     if (index_) check_index();
+    if (dcp_shards_) check_shards();
     for (auto& [key, tensor] : out_.stored.tensors) {
       if (sharded_) settle(tensor);
       check_cover(tensor, out_.findings);
@@ -107,6 +109,10 @@ class Folder {
       sharded_ = true;
     }
     out_.stored.streams.push_back({i, header.data_offset, file->size() - header.data_offset, std::nullopt, false});
+    if (sharding.is_object())
+      for (const auto& info : sharding.items())
+        if (std::none_of(header.entries.begin(), header.entries.end(), [&](const Entry& entry) { return entry.name == info.key(); }))
+          out_.findings.push_back({"missing", shard::Finding::Severity::Error, info.key(), fmt::format("{} of {} names it; the file does not hold it", kSharding, names_[i])});
     for (const auto& entry : header.entries) {
       if (index_ && !listed(entry, i)) continue;
       add_entry(entry, i, sharding);
@@ -126,6 +132,43 @@ class Folder {
       copies_.push_back({entry, i});
     }
     return false;
+  }
+
+  /// shard-00002-model-00001-of-00003.safetensors: the second rank's part of the first of three files. A rank without a
+  /// tensor of a file leaves it out, but no file and no rank is left out by all. Where last ranks' are lost, nothing tells.
+  void check_shards() {
+    std::map<unsigned, std::set<unsigned>> models;  // ranks by file
+    std::set<unsigned> ranks;
+    unsigned of = 0;
+    for (const auto& name : names_) {
+      unsigned rank = 0, model = 0, count = 0;
+      int end = 0;
+      if (std::sscanf(name.c_str(), "shard-%u-model-%u-of-%u.safetensors%n", &rank, &model, &count, &end) != 3 || static_cast<std::size_t>(end) != name.size()) return;
+      ranks.insert(rank);
+      models[model].insert(rank);
+      of = std::max(of, count);
+    }
+    const auto add = [&](shard::Finding::Severity severity, std::string key, std::string message) { out_.findings.push_back({"coverage", severity, std::move(key), std::move(message)}); };
+    if (const auto rank = first_gap(ranks); rank < *ranks.rbegin())
+      add(shard::Finding::Severity::Error, fmt::format("shard-{:05d}-*", rank), fmt::format("is not there; {} is", names_.back()));
+    std::set<unsigned> files;
+    for (const auto& [model, holders] : models) files.insert(model);
+    if (const auto model = first_gap(files); model <= of)
+      add(shard::Finding::Severity::Error, fmt::format("shard-*-model-{:05d}-of-{:05d}", model, of), fmt::format("is not there; {} is", names_.back()));
+    for (const auto& [model, holders] : models)
+      if (holders.size() > 1 && holders.size() < ranks.size()) {
+        const auto key = fmt::format("shard-*-model-{:05d}-of-{:05d}", model, of);
+        const auto why = fmt::format("is there of {} ranks, other files of {}; right only where the others held no part of it", holders.size(), ranks.size());
+        add(shard::Finding::Severity::Warning, key, why);
+        out_.notes.push_back(fmt::format("{}: {}", key, why));
+      }
+  }
+
+  /// The least number from 1 on that is not there.
+  static unsigned first_gap(const std::set<unsigned>& numbers) {
+    unsigned out = 1;
+    while (numbers.contains(out)) ++out;
+    return out;
   }
 
   void check_index() {
@@ -212,6 +255,7 @@ class Folder {
   std::optional<IndexFile> index_;
   std::vector<std::pair<Entry, std::uint32_t>> copies_;  ///< of tensors that the index names in another file
   bool sharded_ = false;
+  bool dcp_shards_ = false;  ///< files of torch's HuggingFaceStorageWriter, without an index
 };
 
 }  // namespace

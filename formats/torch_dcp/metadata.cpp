@@ -4,6 +4,10 @@
 #include "formats/torch_save.h"
 #include "libshard/error.h"
 
+#include <algorithm>
+#include <charconv>
+#include <set>
+#include <tuple>
 #include <unordered_map>
 
 namespace formats::torch_dcp {
@@ -47,6 +51,13 @@ std::string index_key(std::string_view fqn, const shard::Shape* offset) {
   return key;
 }
 
+/// What an index_key stands for, for messages.
+std::string chunk_name(std::string_view index) {
+  const auto nul = index.find('\0');
+  const auto key = index.substr(0, nul), at = index.substr(nul + 1);
+  return at == "-" ? std::string(key) : fmt::format("{} at [{}]", key, at.substr(0, at.empty() ? 0 : at.size() - 1));
+}
+
 class Parser {
  public:
   explicit Parser(const std::filesystem::path& folder) : folder_(folder) {}
@@ -66,6 +77,9 @@ class Parser {
       if (g.is_object(value, kMetadata, "BytesStorageMetadata")) out_.bytes[key] = take(key, nullptr);
       else tensor(g, key, value);
     }
+    find_unused();
+    find_shared();
+    if (const auto paths = g.attribute(g.root, "planner_data")) nesting(g, *paths);
     if (const auto extra = g.attribute(g.root, "mcore_data")) flattened(g, *extra);
     return std::move(out_);
   }
@@ -79,9 +93,38 @@ class Parser {
       const auto offset = g.attribute(index, "offset");
       std::optional<shard::Shape> lo;
       if (offset && !g.is_none(*offset)) lo = need_shape(g, *offset, "a chunk's offset");
-      const auto [at, fresh] = items_.emplace(index_key(fqn, lo ? &*lo : nullptr), item(g, info));
+      const auto [at, fresh] = items_.emplace(index_key(fqn, lo ? &*lo : nullptr), Stored{item(g, info), false});
       shard::require(fresh, Code::BadFormat,
                      [&] { return fmt::format("{}: two items for one chunk{}", fqn, lo ? " at " + shard::to_string(*lo) : ""); });
+    }
+  }
+
+  void found(const char* rule, std::string key, std::string message) {
+    constexpr std::size_t kMost = 8;
+    if (out_.findings.size() < kMost) out_.findings.push_back({rule, shard::Finding::Severity::Error, std::move(key), std::move(message)});
+  }
+
+  /// What state_dict_metadata does not name would be lost in silence.
+  void find_unused() {
+    std::map<std::string, const Item*> lost;
+    for (const auto& [index, stored] : items_)
+      if (!stored.taken) lost[chunk_name(index)] = &stored.item;
+    for (const auto& [name, item] : lost)
+      found("coverage", name, fmt::format("is stored in {}, but state_dict_metadata names no such chunk", out_.files[item->file]));
+  }
+
+  /// Writers put items one behind the other: where two share bytes, one is read as the other.
+  void find_shared() {
+    std::vector<const std::pair<const std::string, Stored>*> order;
+    for (const auto& entry : items_)
+      if (entry.second.item.length > 0) order.push_back(&entry);
+    const auto place = [](const auto* entry) { return std::tie(entry->second.item.file, entry->second.item.offset, entry->first); };
+    std::sort(order.begin(), order.end(), [&](const auto* a, const auto* b) { return place(a) < place(b); });
+    for (std::size_t i = 1; i < order.size(); ++i) {
+      const auto &a = order[i - 1]->second.item, &b = order[i]->second.item;
+      if (a.file == b.file && b.offset - a.offset < a.length)
+        found("overlap", chunk_name(order[i]->first),
+              fmt::format("its item is bytes {}+{} of {}; {} has {}+{} of them, too", b.offset, b.length, out_.files[b.file], chunk_name(order[i - 1]->first), a.offset, a.length));
     }
   }
 
@@ -107,12 +150,16 @@ class Parser {
     return files_[std::string(name)] = static_cast<std::uint32_t>(out_.files.size() - 1);
   }
 
-  Item take(const std::string& key, const shard::Shape* offset) {
-    const auto found = items_.find(index_key(key, offset));
-    shard::require(found != items_.end(), Code::BadFormat, [&] {
-      return fmt::format("{}: no stored item for its chunk{}", key, offset ? " at " + shard::to_string(*offset) : "");
+  /// `chunk`: of a tensor, null for a bytes item.
+  Item take(const std::string& key, const shard::Box* chunk) {
+    const auto at = items_.find(index_key(key, chunk ? &chunk->lo : nullptr));
+    shard::require(at != items_.end(), Code::BadFormat, [&] {
+      return fmt::format("{}: no stored item for its chunk{}", key, chunk ? " at " + shard::to_string(chunk->lo) : "");
     });
-    return found->second;
+    // Empty chunks of several ranks may begin at one place.
+    if (at->second.taken && chunk && !shard::empty(*chunk)) found("overlap", key, fmt::format("chunk {} is listed twice", shard::to_string(*chunk)));
+    at->second.taken = true;
+    return at->second.item;
   }
 
   void tensor(const Graph& g, const std::string& key, Ref value) {
@@ -123,7 +170,10 @@ class Parser {
     shard::require(state.has_value() && g.kind(*state) == Kind::Tuple && !g.items(*state).empty(), Code::BadFormat,
                    [&] { return fmt::format("{}: tensor properties are malformed", key); });
     const auto dtype = dtype_of(g, g.items(*state)[0]);
-    shard::require(dtype.has_value(), Code::BadFormat, [&] { return fmt::format("{}: has no dtype", key); });
+    shard::require(dtype.has_value(), Code::BadFormat, [&] {
+      const auto ref = g.items(*state)[0];
+      return g.kind(ref) == Kind::Symbol ? fmt::format("{}: its dtype {} is not supported", key, g.name(ref)) : fmt::format("{}: has no dtype", key);
+    });
     out.dtype = *dtype;
     for (const auto chunk : g.items(need(g, value, "chunks"))) {
       Chunk one{{need_shape(g, need(g, chunk, "offsets"), key), need_shape(g, need(g, chunk, "sizes"), key)}, {}};
@@ -132,10 +182,25 @@ class Parser {
       for (std::size_t d = 0; d < out.shape.size(); ++d)
         shard::require(one.box.size[d] <= out.shape[d] && one.box.lo[d] <= out.shape[d] - one.box.size[d], Code::BadFormat,
                        [&] { return fmt::format("{}: chunk {} reaches past the shape {}", key, shard::to_string(one.box), shard::to_string(out.shape)); });
-      one.item = take(key, &one.box.lo);
+      one.item = take(key, &one.box);
       out.chunks.push_back(std::move(one));
     }
     out_.tensors.emplace(key, std::move(out));
+  }
+
+  void nesting(const Graph& g, Ref dict) {
+    if (g.kind(dict) != Kind::Dict) return;
+    const auto entries = g.items(dict);
+    for (std::size_t i = 0; i + 1 < entries.size(); i += 2) {
+      const std::string key(g.text(entries[i]));
+      auto& path = out_.nesting[key];
+      const auto kind = g.kind(entries[i + 1]);
+      shard::require(kind == Kind::Tuple || kind == Kind::List, Code::BadFormat, [&] { return fmt::format(".metadata: planner_data of '{}' is no path", key); });
+      for (const auto step : g.items(entries[i + 1])) {
+        if (g.kind(step) == Kind::Int) path.emplace_back(g.integer(step));
+        else path.emplace_back(std::string(g.text(step)));
+      }
+    }
   }
 
   void flattened(const Graph& g, Ref dict) {
@@ -146,30 +211,38 @@ class Parser {
         out_.flattened[std::string(g.text(entries[i]))] = need_shape(g, *shape, "original shape");
   }
 
+  struct Stored {
+    Item item;
+    bool taken;  ///< by a key of state_dict_metadata
+  };
+
   const std::filesystem::path& folder_;
   Metadata out_;
-  std::unordered_map<std::string, Item> items_;
+  std::unordered_map<std::string, Stored> items_;
   std::unordered_map<std::string, std::uint32_t> files_;
 };
 
 /// Writes the objects of one Metadata; names them once.
 class Emitter {
  public:
-  std::string write(const Metadata& metadata, bool nested) {
+  std::string write(const Metadata& metadata) {
     std::vector<Ref> states, storage, planner;
+    const auto place = [&](const std::string& key) {
+      if (const auto found = metadata.nesting.find(key); found != metadata.nesting.end()) planner.insert(planner.end(), {g_.word(key), path(found->second)});
+    };
     for (const auto& [key, item] : metadata.bytes) {
       states.insert(states.end(), {g_.word(key), object("BytesStorageMetadata", std::nullopt)});
       add_storage(storage, key, nullptr, 0, metadata.files[item.file], item);
-      planner.insert(planner.end(), {g_.word(key), path_of(key)});
+      place(key);
     }
     for (const auto& [key, tensor] : metadata.tensors) {
       states.insert(states.end(), {g_.word(key), tensor_state(tensor)});
       for (std::size_t i = 0; i < tensor.chunks.size(); ++i)
         add_storage(storage, key, &tensor.chunks[i].box.lo, i, metadata.files[tensor.chunks[i].item.file], tensor.chunks[i].item);
-      planner.insert(planner.end(), {g_.word(key), path_of(key)});
+      place(key);
     }
     const auto state = g_.dict({g_.word("state_dict_metadata"), g_.dict(states), g_.word("planner_data"),
-                                nested ? g_.dict(planner) : g_.none(), g_.word("storage_data"), g_.dict(storage),
+                                planner.empty() ? g_.none() : g_.dict(planner), g_.word("storage_data"), g_.dict(storage),
                                 g_.word("storage_meta"), g_.none(), g_.word("version"), g_.text("1.0.0")});
     return pickle::write(g_, object("Metadata", state), 4);
   }
@@ -180,10 +253,12 @@ class Emitter {
     if (state) g_.set_state(out, *state);
     return out;
   }
-  Ref path_of(const std::string& key) {
-    const auto dot = key.find('.');
-    if (dot == key.npos) return g_.tuple({g_.word(key)});
-    return g_.tuple({g_.word(key.substr(0, dot)), g_.word(key.substr(dot + 1))});
+  Ref path(const Path& steps) {
+    std::vector<Ref> out;
+    for (const auto& step : steps)
+      if (const auto* text = std::get_if<std::string>(&step)) out.push_back(g_.word(*text));
+      else out.push_back(g_.integer(std::get<std::int64_t>(step)));
+    return g_.tuple(out);
   }
   Ref size(const shard::Shape& shape) {
     const auto [at, fresh] = sizes_.try_emplace(shape, 0);
@@ -220,18 +295,72 @@ class Emitter {
   std::map<shard::DType, Ref> properties_;
 };
 
-}  // namespace
+/// What every rank wrote for itself (use_collectives=False), together: their chunks side by side, equal ones as replicas.
+void merge(Metadata& out, Metadata&& more, const std::string& name) {
+  const auto first = static_cast<std::uint32_t>(out.files.size());
+  for (const auto& file : more.files)
+    shard::require(std::find(out.files.begin(), out.files.end(), file) == out.files.end(), Code::BadFormat,
+                   [&] { return fmt::format("{}: names {}, as another rank's does; each rank writes its own files", name, file); });
+  out.files.insert(out.files.end(), more.files.begin(), more.files.end());
+  for (auto& [key, tensor] : more.tensors) {
+    for (auto& chunk : tensor.chunks) chunk.item.file += first;
+    const auto [at, fresh] = out.tensors.try_emplace(key, tensor);
+    shard::require(!out.bytes.contains(key), Code::Mismatch, [&] { return fmt::format("{}: a tensor in {}; another rank's holds no tensor", key, name); });
+    if (fresh) continue;
+    auto& into = at->second;
+    shard::require(into.dtype == tensor.dtype && into.shape == tensor.shape, Code::Mismatch, [&] {
+      return fmt::format("{}: {} {} in {}; another rank's is {} {}", key, shard::name(tensor.dtype), shard::to_string(tensor.shape), name, shard::name(into.dtype), shard::to_string(into.shape));
+    });
+    into.chunks.insert(into.chunks.end(), tensor.chunks.begin(), tensor.chunks.end());
+  }
+  for (auto& [key, item] : more.bytes) {
+    item.file += first;
+    shard::require(!out.tensors.contains(key), Code::Mismatch, [&] { return fmt::format("{}: no tensor in {}; another rank's holds one", key, name); });
+    if (!out.bytes.try_emplace(key, item).second) out.copies.push_back({key, item});
+  }
+  out.nesting.merge(more.nesting);
+  out.findings.insert(out.findings.end(), more.findings.begin(), more.findings.end());
+}
 
-Metadata read_metadata(const std::filesystem::path& folder) {
-  const auto text = read_text(inside(folder, ".metadata"), kMostBytes);
+Metadata read_one(const std::filesystem::path& folder, const std::string& name) {
+  const auto text = read_text(inside(folder, name), kMostBytes);
   try {
     const auto graph = pickle::parse(std::as_bytes(std::span(text.data(), text.size())));
     return Parser(folder).parse(graph);
   } catch (const shard::Error& error) {
-    throw error.within((folder / ".metadata").string());
+    throw error.within((folder / name).string());
   }
 }
 
-std::string write_metadata(const Metadata& metadata, bool nested) { return Emitter().write(metadata, nested); }
+std::string rank_name(std::size_t rank) { return fmt::format("__{}.metadata", rank); }
+
+/// Numbers of the ranks that wrote a `.metadata` each.
+std::size_t count_ranks(const std::filesystem::path& folder) {
+  std::set<std::size_t> ranks;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const auto name = entry.path().filename().string();
+    std::size_t rank = 0;
+    if (name.starts_with("__") && std::from_chars(name.data() + 2, name.data() + name.size(), rank).ec == std::errc() && name == rank_name(rank)) ranks.insert(rank);
+  }
+  for (std::size_t rank = 0; rank < ranks.size(); ++rank)
+    shard::require(ranks.contains(rank), Code::BadFormat,
+                   [&] { return fmt::format("{}: holds {} but no {}: an unfinished save", folder.string(), rank_name(*ranks.rbegin()), rank_name(rank)); });
+  return ranks.size();
+}
+
+}  // namespace
+
+bool has_metadata(const std::filesystem::path& folder) { return std::filesystem::exists(folder / ".metadata") || std::filesystem::exists(folder / rank_name(0)); }
+
+Metadata read_metadata(const std::filesystem::path& folder) {
+  if (std::filesystem::exists(folder / ".metadata")) return read_one(folder, ".metadata");
+  const auto ranks = count_ranks(folder);
+  shard::require(ranks > 0, Code::NotFound, [&] { return fmt::format("{}: holds no .metadata: an unfinished save", folder.string()); });
+  auto out = read_one(folder, rank_name(0));
+  for (std::size_t rank = 1; rank < ranks; ++rank) merge(out, read_one(folder, rank_name(rank)), rank_name(rank));
+  return out;
+}
+
+std::string write_metadata(const Metadata& metadata) { return Emitter().write(metadata); }
 
 }  // namespace formats::torch_dcp

@@ -35,6 +35,7 @@ void check_ranges(const Metadata& metadata, const FilePool& files) {
   for (const auto& [key, tensor] : metadata.tensors)
     for (const auto& chunk : tensor.chunks) check(key, chunk.item);
   for (const auto& [key, item] : metadata.bytes) check(key, item);
+  for (const auto& [key, item] : metadata.copies) check(key, item);
 }
 
 shard::Shape byte_strides(const shard::Shape& elements, shard::DType dtype) {
@@ -93,13 +94,64 @@ TorchFile open_item(const Checkpoint& checkpoint, const Item& item) {
   return open_torch(*file, item.offset, item.length);
 }
 
+namespace {
+
+/// Where ranks wrote bytes items of their own, the first one's stands for those that equal it; others are named.
+void drop_copies(const Metadata& metadata, Checkpoint& checkpoint) {
+  for (const auto& [key, copy] : metadata.copies) {
+    const auto& first = metadata.bytes.at(key);
+    const auto same = [&](std::uint64_t done) {
+      const auto block = std::min<std::uint64_t>(1 << 20, copy.length - done);
+      return checkpoint.files->get(first.file)->text(first.offset + done, block) == checkpoint.files->get(copy.file)->text(copy.offset + done, block);
+    };
+    std::uint64_t equal = 0;
+    if (first.length == copy.length)
+      while (equal < copy.length && same(equal)) equal += std::min<std::uint64_t>(1 << 20, copy.length - equal);
+    if (first.zstd == copy.zstd && first.length == copy.length && equal == copy.length) continue;
+    const auto why = fmt::format("{} holds another one than {}, which is taken", metadata.files[copy.file], metadata.files[first.file]);
+    checkpoint.findings.push_back({"replica", Finding::Severity::Warning, key, why});
+    checkpoint.not_carried.push_back({key, why});
+  }
+}
+
+/// What is wrong with the bytes of an item that is no tensor; "" where they are what torch.save wrote.
+std::string damage(const File& file, std::uint64_t offset, std::uint64_t length) {
+  if (length == 0) return "is empty; should be what torch.save wrote";
+  const auto head = file.text(offset, std::min<std::uint64_t>(length, 2));
+  if (head[0] == '\x80') return "";  // torch before 1.6: a stream without sums
+  if (head != "PK") return fmt::format("is {} bytes of no known kind; should be what torch.save wrote", length);
+  const auto zip = read_zip(file, offset, length);
+  for (const auto& record : zip.records)
+    if (auto wrong = wrong_sum(file, zip, record); !wrong.empty()) return wrong;
+  return "";
+}
+
+}  // namespace
+
+std::optional<Finding> check_object(const Checkpoint& checkpoint, const shard::ShardedObject& object) try {
+  const bool item = (checkpoint.format == "dcp" || checkpoint.format == "torch_dist") && object.key != "common.pt";  // a file of its own
+  const auto found = item ? damage(*checkpoint.files->get(object.file), object.offset, object.bytes) : "";
+  if (found.empty()) return std::nullopt;
+  return Finding{"checksum", Finding::Severity::Error, object.key, fmt::format("{}: {}", checkpoint.stored.files[object.file], found)};
+} catch (const shard::Error& error) {
+  if (error.code != Code::BadFormat) throw;
+  return Finding{"checksum", Finding::Severity::Error, object.key, fmt::format("{}: {}", checkpoint.stored.files[object.file], error.what())};
+}
+
 Metadata read_stored(Checkpoint& checkpoint, const OpenOptions& options) {
   auto metadata = read_metadata(checkpoint.folder);
+  checkpoint.findings = metadata.findings;
   std::vector<std::filesystem::path> paths;
   for (const auto& name : metadata.files) paths.push_back(inside(checkpoint.folder, name));
   checkpoint.stored.files = metadata.files;
   checkpoint.files = std::make_shared<FilePool>(std::move(paths));
   if (options.places) check_ranges(metadata, *checkpoint.files);
+  const auto unpacked = [&](const Item& item) {
+    if (!item.zstd || !options.places) return item;
+    const auto plain = inflate_item(*checkpoint.files->get(item.file), item.offset, item.length);
+    checkpoint.stored.files.push_back(metadata.files[item.file]);
+    return Item{checkpoint.files->add(plain), 0, plain->size(), false};
+  };
   std::size_t chunks = 0;
   for (const auto& [key, tensor] : metadata.tensors) chunks += tensor.chunks.size();
   auto& streams = checkpoint.stored.streams;
@@ -109,12 +161,7 @@ Metadata read_stored(Checkpoint& checkpoint, const OpenOptions& options) {
     auto& stored = checkpoint.stored.tensors[key];
     stored = {key, tensor.dtype, tensor.shape, tensor.shape, std::vector<shard::Shard>(tensor.chunks.size()), false};
     for (std::size_t i = 0; i < tensor.chunks.size(); ++i) {
-      auto item = tensor.chunks[i].item;
-      if (item.zstd && options.places) {
-        const auto plain = inflate_item(*checkpoint.files->get(item.file), item.offset, item.length);
-        item = {checkpoint.files->add(plain), 0, plain->size(), false};
-        checkpoint.stored.files.push_back(metadata.files[tensor.chunks[i].item.file]);
-      }
+      const auto item = unpacked(tensor.chunks[i].item);
       streams.push_back({item.file, item.offset, item.length, std::nullopt, false});
       auto& shard = stored.shards[i];
       shard.box = tensor.chunks[i].box;
@@ -123,9 +170,12 @@ Metadata read_stored(Checkpoint& checkpoint, const OpenOptions& options) {
     }
     check_cover(stored, checkpoint.findings);
   }
-  for (const auto& [key, item] : metadata.bytes)
+  for (const auto& [key, stored] : metadata.bytes) {
+    const auto item = unpacked(stored);
     checkpoint.stored.objects.push_back({key, "bytes", item.length, item.file, item.offset});
+  }
   if (!options.places) return metadata;
+  drop_copies(metadata, checkpoint);
   std::mutex mutex;
   constexpr std::size_t kTogether = 64;
   shard::run_tasks((pending.size() + kTogether - 1) / kTogether, options.threads, [&](std::size_t task, unsigned) {
@@ -150,9 +200,14 @@ Checkpoint open_plain(const std::filesystem::path& folder, const OpenOptions& op
   out.folder = folder;
   const auto metadata = read_stored(out, options);
   // Megatron writes metadata.json last; without it nobody knows that this is one of its checkpoints.
-  shard::require(!std::filesystem::exists(folder / "common.pt") && !metadata.bytes.contains("common_state/shard_0_1"), Code::BadFormat,
-                 [&] { return fmt::format("{}: holds Megatron's common state but no metadata.json; an unfinished save", folder.string()); });
+  shard::require(!std::filesystem::exists(folder / "common.pt") && !metadata.bytes.contains("common_state/shard_0_1"), Code::BadFormat, [&] {
+    const bool there = std::filesystem::exists(folder / "metadata.json");
+    return fmt::format("{}: holds Megatron's common state but {}", folder.string(),
+                       there ? "metadata.json names no sharded_backend; should be torch_dist" : "no metadata.json; an unfinished save");
+  });
   for (const auto& [key, item] : metadata.bytes) scan_item(out, key, item);
+  for (const auto& [key, item] : metadata.copies) scan_item(out, key, item);
+  out.nesting = metadata.nesting;
   out.logical = out.stored;
   return out;
 }

@@ -5,6 +5,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <map>
 #include <random>
 #include <set>
 
@@ -100,4 +103,114 @@ TEST_CASE("cover: holes and overlaps are found by box, also where volumes add up
   add({2, 2}, {4, 2});
   check_cover(tensor, findings);
   CHECK(findings.size() == 1);
+}
+
+namespace {
+
+ShardedTensor tensor_of(const Shape& shape, const std::vector<Box>& boxes) {
+  ShardedTensor out{"t", DType::F32, shape, shape, {}, false};
+  for (const auto& box : boxes) out.shards.push_back({box, {}, {}});
+  return out;
+}
+
+/// Rows above, columns below: whichever way one sweeps, half of the boxes begin at one place.
+std::vector<Box> rows_and_columns(Index n) {
+  std::vector<Box> out;
+  for (Index i = 0; i < n; ++i) {
+    out.push_back({{i, 0}, {1, n}});
+    out.push_back({{n, i}, {n, 1}});
+  }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("cover: many boxes are checked in no more time than it takes to look at each a few times") {
+  constexpr Index n = 50'000;
+  auto boxes = rows_and_columns(n);
+  std::vector<Finding> findings;
+  check_cover(tensor_of({2 * n, n}, boxes), findings);
+  CHECK(findings.empty());
+
+  boxes[2 * 777].size[1] = n - 1;  // row 777 lacks its last element
+  boxes[2 * 99 + 1].size[1] = 2;   // column 99 takes the next one, too
+  check_cover(tensor_of({2 * n, n}, boxes), findings);
+  REQUIRE(findings.size() >= 2);
+  bool hole = false, overlap = false;
+  for (const auto& finding : findings) {
+    hole |= finding.rule == "coverage" && finding.message.find("[777:778, 49999:50000]") != std::string::npos;
+    overlap |= finding.rule == "overlap" && finding.message.find("99:101") != std::string::npos;
+  }
+  CHECK(hole);
+  CHECK(overlap);
+}
+
+TEST_CASE("cover: any tiling is whole, and lacks or doubles what was taken or added, as counting elements says") {
+  std::mt19937 random(7);
+  const auto below = [&](int n) { return static_cast<Index>(random() % static_cast<unsigned>(n)); };
+  for (int round = 0; round < 60; ++round) {
+    const Shape shape{12, 10, 8};
+    std::vector<Box> boxes{whole(shape)};
+    for (int cuts = 0; cuts < 150; ++cuts) {
+      auto& box = boxes[static_cast<std::size_t>(below(static_cast<int>(boxes.size())))];
+      const auto d = static_cast<std::size_t>(below(3));
+      if (box.size[d] < 2) continue;
+      auto upper = box;
+      const auto at = 1 + below(static_cast<int>(box.size[d] - 1));
+      upper.lo[d] += at, upper.size[d] -= at, box.size[d] = at;
+      boxes.push_back(upper);
+    }
+    if (round % 3 == 1) boxes.erase(boxes.begin() + below(static_cast<int>(boxes.size())));
+    if (round % 3 == 2) boxes.push_back({{below(6), below(5), below(4)}, {1 + below(6), 1 + below(5), 1 + below(4)}});
+    std::map<Shape, int> held;
+    auto distinct = boxes;
+    const auto less = [](const Box& a, const Box& b) { return a.lo != b.lo ? a.lo < b.lo : a.size < b.size; };
+    std::sort(distinct.begin(), distinct.end(), less);
+    distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+    for (const auto& box : distinct)
+      for (Index i = 0; i < volume(box.size); ++i) {
+        auto at = unravel(i, box.size);
+        for (std::size_t d = 0; d < 3; ++d) at[d] += box.lo[d];
+        ++held[at];
+      }
+    const bool hole = static_cast<Index>(held.size()) < volume(shape);
+    const bool twice = std::any_of(held.begin(), held.end(), [](const auto& entry) { return entry.second > 1; });
+    std::vector<Finding> findings;
+    check_cover(tensor_of(shape, boxes), findings);
+    const auto has = [&](const char* rule) { return std::any_of(findings.begin(), findings.end(), [&](const auto& f) { return f.rule == rule; }); };
+    CHECK(has("coverage") == hole);
+    CHECK(has("overlap") == twice);
+  }
+}
+
+TEST_CASE("cover: needles that pass one another, which no plane parts, are compared all the same") {
+  constexpr Index n = 100;
+  std::vector<Box> boxes;
+  for (Index i = 0; i < n; i += 2)
+    for (Index j = 0; j < n; j += 2) {
+      boxes.push_back({{i, j, 0}, {1, 1, n}});
+      boxes.push_back({{0, i + 1, j}, {n, 1, 1}});
+      boxes.push_back({{i + 1, 0, j + 1}, {1, n, 1}});
+    }
+  std::vector<Finding> findings;
+  check_cover(tensor_of({n, n, n}, boxes), findings);
+  CHECK(!findings.empty());
+  CHECK(std::all_of(findings.begin(), findings.end(), [](const Finding& f) { return f.rule == "coverage"; }));
+  findings.clear();
+  boxes.push_back({{40, 40, 40}, {1, 1, 2}});
+  check_cover(tensor_of({n, n, n}, boxes), findings);
+  CHECK(std::any_of(findings.begin(), findings.end(), [](const Finding& f) { return f.rule == "overlap"; }));
+}
+
+TEST_CASE("cover: a tensor without shards is one hole") {
+  std::vector<Finding> findings;
+  check_cover(tensor_of({4, 4}, {}), findings);
+  check_cover(tensor_of({}, {}), findings);
+  check_cover(tensor_of({0, 4}, {}), findings);
+  REQUIRE(findings.size() == 2);
+  CHECK(findings[0].message == "no shard holds [0:4, 0:4] of [4, 4]");
+}
+
+TEST_CASE("boxes of a stranger's numbers are told without wrapping") {
+  CHECK(to_string(Box{{INT64_MAX}, {2}}) == "[9223372036854775807:9223372036854775807+2]");
 }

@@ -4,6 +4,8 @@
 
 #include <doctest/doctest.h>
 
+#include <cstdint>
+
 using namespace shard;
 
 namespace {
@@ -101,4 +103,19 @@ TEST_CASE("vocabulary padding and cuts") {
   CHECK(gated[0].lo == 2);
   CHECK(gated[1].lo == 10);
   CHECK_THROWS_AS(cut(10, 2, 4, 0), Error);
+}
+
+TEST_CASE("sizes whose products wrap are no layout") {
+  constexpr Index kHuge = INT64_MAX;
+  const auto refused = [](Index tp, Index pp, Index vpp, Index ep, Index etp) {
+    auto p = sizes(tp, pp, vpp);
+    p.ep = ep, p.etp = etp;
+    CHECK_THROWS_WITH(place_layers(p, 4), doctest::Contains("more ranks than any cluster has"));
+  };
+  refused(1, 1, 1, 1, kHuge);
+  refused(1, 1, 1, 1, 1'000'000'000'000);
+  refused(Index{1} << 32, 1, 1, Index{1} << 32, 1);
+  refused(1, 2, kHuge, 1, 1);
+  refused(1, Index{1} << 32, Index{1} << 32, 1, 1);
+  refused(65'535, 1, 1, 1, 65'521);
 }

@@ -141,6 +141,46 @@ class TorchLoadsDistributed(Case):
             self.assertTrue(same(state[key], values[key]), key)
 
 
+class TorchSaves(Case):
+    """Plain DCP as torch writes it: lists and dicts, a tensor under two keys, empty ones, without collectives."""
+
+    def state(self):
+        w = torch.randn(4, 6)
+        return {"emb": w, "head": w, "view": w[1:3], "empty": torch.zeros(0, 4), "scalar": torch.tensor(3.0), "step": 7, "none": None,
+                "optim": {"state": [{"exp.avg": torch.ones(3)}, {"exp.avg": torch.zeros(3)}], "groups": [{"lr": 0.1, "params": [0, 1]}]}}
+
+    def same(self, a, b):
+        if isinstance(a, torch.Tensor):
+            return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        if isinstance(a, dict):
+            return isinstance(b, dict) and a.keys() == b.keys() and all(self.same(a[k], b[k]) for k in a)
+        if isinstance(a, list):
+            return isinstance(b, list) and len(a) == len(b) and all(map(self.same, a, b))
+        return a == b
+
+    def loaded(self, folder):
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+        dcp_to_torch_save(folder, self.tmp / "whole.pt")
+        return torch.load(self.tmp / "whole.pt", weights_only=False)
+
+    def test_state_dicts_keep_their_form(self):
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as dcp
+        state = self.state()
+        dcp.save(state, checkpoint_id=self.tmp / "together", no_dist=True)
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        try:
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(self.tmp / "alone"), use_collectives=False)
+            dcp.async_save(state, checkpoint_id=self.tmp / "later").result()
+        finally:
+            dist.destroy_process_group()
+        self.assertTrue((self.tmp / "alone/__0.metadata").exists())
+        for name in ("together", "alone", "later"):
+            self.ok("verify", self.tmp / name)
+            self.ok("convert", self.tmp / name, self.tmp / ("out" + name), "--to", "dcp")
+            self.assertTrue(self.same(self.loaded(self.tmp / ("out" + name)), self.loaded(self.tmp / "together")), name)
+
+
 class SafetensorsLoads(Case):
     def test_same_keys(self):
         from safetensors.torch import load_file
