@@ -78,6 +78,10 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   return out;
 }
 
+bool known(const std::vector<Finding>& findings, const Finding& one) {
+  return std::any_of(findings.begin(), findings.end(), [&](const Finding& f) { return f.rule == one.rule && f.key == one.key && f.message == one.message; });
+}
+
 void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget, Result& out) {
   auto options = ask.model.open;
   options.threads = budget.threads;
@@ -89,7 +93,14 @@ void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, c
   }
   const formats::LocalReader a(checkpoint.logical, checkpoint.files), b(other.logical, other.files);
   const auto vocab = checkpoint.vocab ? checkpoint.vocab : other.vocab;
-  for (const auto& difference : diff_tensors(a, vocab, b, vocab, formats::kernels(), budget, out.findings))
+  std::vector<Finding> found;
+  const auto differences = diff_tensors(a, vocab, b, vocab, formats::kernels(), budget, found);
+  for (auto& finding : found) {
+    if (known(out.findings, finding)) continue;  // what is wrong with the first one was told
+    finding.message = fmt::format("{}: {}", ask.against, finding.message);
+    out.findings.push_back(std::move(finding));
+  }
+  for (const auto& difference : differences)
     out.findings.push_back({difference.note.empty() ? "replica" : "shape", Finding::Severity::Error, difference.key,
                             difference.note.empty() ? fmt::format("differs from {} in {} elements, by up to {} ULP", ask.against, difference.difference.count, difference.difference.max_ulp)
                                                     : difference.note});

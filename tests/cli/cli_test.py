@@ -190,6 +190,11 @@ class Outcome(Case):
         for number in ("99999999999999999999", "-1", "x"):
             self.assertIn("--iteration", self.refused(2, "inspect", LLAMA, "--iteration", number))
 
+    def test_numbers_are_decimal(self):
+        self.ok("inspect", LLAMA, "--iteration", "0000010")
+        _, out = run_json("plan", LLAMA, self.tmp / "d", "--to", "torch_dist", "--tp", "004", "--pp", "01", "--vocab-size", "0250", "--threads", "010")
+        self.assertEqual((out["target"]["layout"]["tp"], out["target"]["layout"]["pp"], out["padded_vocab_size"]), (4, 1, 256))
+
 
 class SameBytes(Case):
     def test_any_thread_count_and_budget(self):
@@ -388,7 +393,12 @@ class Verify(Case):
         self.assertIn("first at [7]", found["message"])
         self.assertIn("ULP", found["message"])
         self.assertIn("first at [3, 5]", self.finding("tie", DATA / "hostile/mega_tied_copy_differs")["message"])
-        self.refused(6, "reshard", DATA / "hostile/mega_tied_copy_differs", self.tmp / "x", "--pp", 1)
+        for name in ("mega_tied_copy_differs", "mega_layernorm_replica_differs"):
+            self.refused(6, "reshard", DATA / "hostile" / name, self.tmp / "x", "--pp", 1)
+            for command in (("hash", DATA / "hostile" / name), ("diff", DATA / "hostile" / name, LLAMA), ("diff", LLAMA, DATA / "hostile" / name)):
+                self.assertRegex(self.refused(6, *command), "the copies in .* differ")
+        status, out = run_json("verify", DATA / "legacy/llama_tied_bf16/tp2pp2", "--against", DATA / "hostile/mega_tied_copy_differs")
+        self.assertEqual((status, [f["message"].count("mega_tied_copy_differs: the copies in") for f in out["findings"] if f["rule"] == "tie"]), (1, [1]))
 
     def test_exchanged_ranks(self):
         other = self.copy("legacy/llama_untied_bf16/tp2pp2") / "iter_0000010"
