@@ -7,11 +7,15 @@
 #include "cli/receipt.h"
 #include "cli/report_files.h"
 #include "formats/kernels.h"
+#include "formats/torch_save.h"
 #include "gpu/reshard/scan.h"
 #include "libshard/error.h"
 #include "libshard/inspectors.h"
+#include "libshard/source.h"
 
 #include <algorithm>
+#include <memory>
+#include <set>
 
 namespace cli {
 namespace {
@@ -51,6 +55,29 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool ties_compared
   if (checkpoint.megatron && !checkpoint.vocab) note("vocabulary", "args do not say the true vocabulary size; padding rows are taken for tokens");
 }
 
+/// What a file recorded of bytes that no tensor names: optimizer states, extra states, and the torch files beside the weights.
+std::uint64_t sum_the_rest(const formats::Checkpoint& checkpoint, const shard::ShardedStateDict& stored, const shard::Budget& budget, std::vector<Finding>& findings) {
+  const auto sum = [&](const shard::ShardedStateDict& dict, const std::shared_ptr<const formats::FilePool>& files, const std::set<std::uint32_t>& known) {
+    const formats::LocalReader reader(dict, files);
+    shard::SummedSource source(reader, formats::kernels());
+    for (std::uint32_t s = 0; s < dict.streams.size(); ++s)
+      if (!known.contains(s) && dict.streams[s].file < dict.files.size()) source.touch(s, dict.files[dict.streams[s].file]);
+    source.finish(budget, findings);
+  };
+  std::set<std::uint32_t> known;
+  for (const auto& [key, tensor] : stored.tensors)
+    for (const auto& shard : tensor.shards) known.insert(shard.place.stream);
+  sum(stored, checkpoint.files, known);
+  std::uint64_t more = 0;
+  for (const auto& name : checkpoint.beside) {
+    const auto path = formats::inside(checkpoint.folder, name);
+    const auto dict = formats::summed_records(path, name);
+    sum(dict, std::make_shared<formats::FilePool>(std::vector{path}), {});
+    more += dict.streams.size();
+  }
+  return more;
+}
+
 Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   Result out{checkpoint.findings, {}, ""};
   if (checkpoint.stored.tensors.empty()) out.findings.push_back({"missing", Finding::Severity::Error, "", "no tensors are there at all"});
@@ -66,6 +93,7 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   bar.clear();
   out.storage = found.storage;
   out.findings.insert(out.findings.end(), found.findings.begin(), found.findings.end());
+  const auto beside = sum_the_rest(checkpoint, stored, budget, out.findings);
   const auto ties = static_cast<std::uint64_t>(std::count_if(replicas.comparisons.begin(), replicas.comparisons.end(), [](const auto& c) { return c.tie; }));
   std::uint64_t sums = 0, floating = 0;
   for (const auto& stream : checkpoint.stored.streams) sums += stream.crc32.has_value();
@@ -73,7 +101,7 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   const auto tensors = checkpoint.stored.tensors.size();
   out.checked = {{"coverage", tensors}, {"overlap", tensors}, {"replica", replicas.comparisons.size() - ties}, {"tie", ties}, {"nonfinite", floating},
                  {"shape", tensors}, {"dtype", tensors}, {"missing", checkpoint.logical.tensors.size()}, {"unexpected", tensors},
-                 {"padding", checkpoint.megatron ? 1u : 0u}, {"checksum", sums}, {"rank", checkpoint.format == "mp_rank" ? checkpoint.stored.files.size() : 0}};
+                 {"padding", checkpoint.megatron ? 1u : 0u}, {"checksum", sums + beside}, {"rank", checkpoint.format == "mp_rank" ? checkpoint.stored.files.size() : 0}};
   note_unverifiable(checkpoint, ties > 0, sums, out);
   return out;
 }

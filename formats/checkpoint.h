@@ -63,6 +63,7 @@ struct Checkpoint {
   std::vector<shard::Finding> findings;
   std::vector<Dropped> not_carried;              ///< RNG, scheduler and the like
   std::set<std::string> quantised;               ///< stored keys of weights and their scales, which are their own logical names
+  std::vector<std::string> beside;               ///< torch files of optimizers: only verify looks at their bytes
   std::vector<std::string> notes;                ///< what became of the weights on the way in, worth saying
   bool needs_weights_only = false;               ///< holds optimizer state that cannot be placed
   std::optional<MegatronState> megatron;

@@ -92,7 +92,7 @@ std::map<std::string, Digest> digest_tensors(const Reader& from, std::optional<I
     out[tensors[t]->key] = hash(std::as_bytes(std::span(text.data(), text.size())));
   }
   compare_copies(source, budget, findings);
-  source.finish(budget.threads, findings);
+  source.finish(budget, findings);
   return out;
 }
 
@@ -165,8 +165,8 @@ std::vector<TensorDifference> diff_tensors(const Reader& a, std::optional<Index>
     if (sums[p].count) out.push_back({pairs[p].a->key, sums[p], ""});
   compare_copies(source_a, budget, findings);
   compare_copies(source_b, budget, findings);
-  source_a.finish(budget.threads, findings);
-  source_b.finish(budget.threads, findings);
+  source_a.finish(budget, findings);
+  source_b.finish(budget, findings);
   return out;
 }
 
