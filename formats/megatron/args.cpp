@@ -173,7 +173,7 @@ std::vector<bool> moe_layers_of(const Graph& graph, const Args& args, Index laye
   if (!value || graph.kind(*value) == Kind::Int) {
     const auto every = value ? graph.integer(*value) : 1;
     for (Index layer = 0; every >= 1 && layer < layers; ++layer) out.push_back(layer % every == 0);
-  } else if (graph.kind(*value) == Kind::List && static_cast<Index>(graph.items(*value).size()) == layers) {
+  } else if ((graph.kind(*value) == Kind::List || graph.kind(*value) == Kind::Tuple) && static_cast<Index>(graph.items(*value).size()) == layers) {
     for (const auto item : graph.items(*value)) out.push_back(graph.kind(item) == Kind::Int && graph.integer(item) != 0);
   }
   return out;

@@ -349,6 +349,26 @@ class Expected(Case):
             with self.subTest(**values):
                 self.caught(self.edited(MOE, self.arg(**values)), rule, key)
 
+    def test_tensors_that_args_rule_out(self):
+        for name, values, key in (
+                ("legacy/gpt_tied_bf16_te_names/tp2pp2", {"add_bias_linear": False}, "attention.out.bias"),
+                ("legacy/gpt_tied_bf16_te_names/tp2pp2", {"position_embedding_type": "rope"}, "embedding.position.weight"),
+                ("legacy/gpt_tied_bf16_te_names/tp2pp2", {"normalization": "RMSNorm"}, "norm.bias"),
+                (MOE, {"moe_layer_freq": [1, 1, 1, 0]}, "layers.3.mlp"), (MOE, {"moe_layer_freq": [1, 1, 1]}, "args.moe_layer_freq"),
+                (MOE, {"moe_layer_freq": 0}, "args.moe_layer_freq"), (MOE, {"moe_layer_freq": "[1]*4"}, "args.moe_layer_freq")):
+            with self.subTest(**values):
+                self.caught(self.edited(name, self.arg(**values)), "unexpected", key)
+        dist = self.tmp / "dist"
+        for values, key in (({"qk_layernorm": False}, "norm.weight"), ({"mtp_num_layers": None}, "mtp.0."), ({"moe_router_enable_expert_bias": False}, "expert_bias")):
+            self.ok("convert", DATA / "hf/deepseek_v3_mtp_bf16", dist, "--to", "mp_rank", "-q", "--force")
+            edit_archive(next(dist.rglob("*.pt")), self.arg(**values))
+            self.assertIn(key, self.finding("unexpected", dist)["key"])
+            self.refused(6, "hash", dist)
+
+        def older(root):  # did not speak of it
+            del root["args"].add_bias_linear
+        self.ok("hash", self.edited("legacy/gpt_tied_bf16_te_names/tp2pp2", older))
+
     def test_extra_keys(self):
         def add(root):
             root["model"]["decoder.surprise.weight"] = next(v for k, v in root["model"].items() if k.endswith(".weight"))
