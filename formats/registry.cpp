@@ -118,9 +118,14 @@ Checkpoint open_folder(const fs::path& path, const OpenOptions& options) {
   refuse_two(folder);
   for (const auto& format : kFolders) {
     if (!format.matches(folder)) continue;
-    auto out = format.open(folder, options);
-    check_iteration(out, folder);
-    return out;
+    try {
+      auto out = format.open(folder, options);
+      check_iteration(out, folder);
+      return out;
+    } catch (const shard::Error& error) {  // the layout is what args say, not what somebody wants
+      if (error.code != Code::BadLayout) throw;
+      throw shard::Error(Code::Mismatch, fmt::format("{}: args: {}", folder.string(), error.what()));
+    }
   }
   for (const auto& entry : fs::directory_iterator(folder)) {
     const auto name = entry.path().filename().string();

@@ -101,8 +101,11 @@ class Usage(Case):
         self.assertEqual(len(list((target / "iter_0000010").iterdir())), 4)
 
     def test_impossible_layouts(self):
-        for flags in (["--tp", 3], ["--pp", 3], ["--tp", 16], ["--pp", 2, "--vpp", 4], ["--ep", 2], ["--pp-layout", "E|t"], ["--first-stage-layers", 9]):
+        for flags in (["--tp", 3], ["--pp", 3], ["--tp", 16], ["--pp", 2, "--vpp", 4], ["--ep", 2], ["--pp-layout", "E|t"], ["--first-stage-layers", 9], ["--first-stage-layers", 0],
+                      ["--last-stage-layers", 0]):
             self.refused(5, "reshard", LLAMA, self.tmp / "x", *flags)
+        for layout in ("Et*1000000000|L", "E(t|)*1000000000L"):
+            self.assertIn("expands to too many", self.refused(5, "reshard", LLAMA, self.tmp / "x", "--pp-layout", layout))
         self.assertEqual(list(self.tmp.iterdir()), [])
 
 
@@ -242,6 +245,7 @@ class Plain(Case):
 
     def test_no_family_no_layout(self):
         self.refused(5, "reshard", DATA / "dcp/dtensor_2x2", self.tmp / "x", "--tp", 2)
+        self.assertIn("convert it to hf first", self.refused(4, "convert", DIST, self.tmp / "x", "--to", "dcp"))
 
 
 class Diff(Case):
