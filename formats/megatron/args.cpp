@@ -94,6 +94,35 @@ void add_text(const Graph& g, Ref value, std::string& out, int depth = 0) {
   }
 }
 
+/// Sizes that keys showed or that were given by hand: a target without them could not be opened.
+void add_sizes(Graph& to, Ref dict, const shard::Params& sizes) {
+  const auto lacks = [&](const char* name) {
+    const auto found = to.find(dict, name);
+    return !found || to.is_none(*found);
+  };
+  const auto size = [&](const char* name) {
+    const auto found = sizes.find(name);
+    return found == sizes.end() ? 0 : found->second;
+  };
+  const auto fill = [&](const char* name, Index value, bool wanted = true) {
+    if (wanted && value > 0 && lacks(name)) to.set(dict, name, to.integer(value));
+  };
+  fill("num_layers", size("layers"));
+  fill("hidden_size", size("hidden"));
+  fill("ffn_hidden_size", size("ffn"));
+  fill("num_attention_heads", size("heads"));
+  fill("kv_channels", size("head"), size("head") * size("heads") != size("hidden"));
+  fill("max_position_embeddings", size("positions"));
+  fill("num_experts", size("experts"));
+  fill("moe_ffn_hidden_size", size("expert_ffn"), size("experts") > 0 && size("expert_ffn") != size("ffn"));
+  if (lacks("group_query_attention") && size("groups") != size("heads")) {
+    to.set(dict, "group_query_attention", to.boolean(true));
+    to.set(dict, "num_query_groups", to.integer(size("groups")));
+  }
+  const auto set = [&](const char* name) { return !lacks(name) && to.kind(*to.find(dict, name)) == Kind::Bool && to.boolean(*to.find(dict, name)); };
+  if (size("gated") && lacks("swiglu") && !set("quick_geglu") && !set("gated_linear_unit")) to.set(dict, "swiglu", to.boolean(true));
+}
+
 }  // namespace
 
 std::optional<Ref> Args::value(std::string_view name) const {
@@ -268,6 +297,7 @@ Ref copy_args(Graph& to, const Graph& from, Ref args, const ArgsChange& change, 
   const auto optional = [&](const char* name, std::optional<Index> value) {
     if (value || known(name)) to.set(dict, name, value ? to.integer(*value) : to.none());
   };
+  add_sizes(to, dict, change.sizes);
   const auto& p = change.parallel;
   put("tensor_model_parallel_size", p.tp);
   put("pipeline_model_parallel_size", p.pp);

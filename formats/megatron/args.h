@@ -46,6 +46,7 @@ struct ArgsChange {
   shard::Index rank = 0, world_size = 1;
   std::string ckpt_format;             ///< "torch" or "torch_dist"
   shard::Index mtp_layers = 0;         ///< that the target holds
+  shard::Params sizes = {};            ///< of the model: what args lack of them is added
 };
 /// Who reads the copy: torch.load(weights_only=True) with argparse.Namespace allowed, or every Megatron-Core since 0.12,
 /// which allows a few classes of its own.

@@ -43,6 +43,7 @@ Model model_for(const Checkpoint& source, const TargetOptions& options, std::str
   out.pipeline = place_layers(options.parallel, state.layers, state.mtp_layers);
   out.parallel.vpp = out.pipeline.chunks;
   out.params["vocab"] = padded(source, options.parallel);
+  out.params["layers"] = state.layers;
   out.wanted = spell_out(source.logical, out.table, out.params, {keep ? &state.rows : nullptr, state.layers, state.experts, state.mtp_layers});
   if (options.dtype)
     for (auto& one : out.wanted)

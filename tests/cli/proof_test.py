@@ -458,6 +458,24 @@ class RankFiles(Case):
         copy = self.edited(lambda root: vars(root["args"]).update(local_rank=77, master_port=1, virtual_pipeline_model_parallel_rank=3), "rank_01_001")
         self.assertEqual(digest(copy), digest(REFERENCE))
 
+    def test_layouts_that_args_cannot_mean(self):
+        for values in ({"pipeline_model_parallel_layout": "Ett|tt"}, {"decoder_first_pipeline_num_layers": 0}, {"virtual_pipeline_model_parallel_size": 3}):
+            copy = self.edited(lambda root: vars(root["args"]).update(values))
+            for command in (("verify", copy), ("reshard", copy, self.tmp / "out")):
+                self.assertIn("args: ", self.refused(6, *command))
+            shutil.rmtree(copy)
+
+    def test_sizes_that_args_lack_are_written(self):
+        def forget(root):
+            for name in ("num_layers", "num_attention_heads", "ffn_hidden_size", "group_query_attention", "num_query_groups", "swiglu"):
+                delattr(root["args"], name)
+        copy = self.edited(forget)
+        given = ("--num-layers", 4, "--num-attention-heads", 8, "--ffn-hidden-size", 128, "--num-query-groups", 4, "--swiglu")
+        self.assertIn("--num-layers", self.refused(6, "hash", copy))
+        for kind in ("mp_rank", "torch_dist"):
+            self.ok("convert", copy, self.tmp / kind, "--to", kind, "--tp", 1, "-q", *given)
+            self.assertEqual(digest(self.tmp / kind), digest(REFERENCE))
+
     def test_what_lies_beside(self):
         folder = "iter_0000010/mp_rank_01_001"
         for name in ("iter_0000010/mp_rank_00_000.bak", "iter_0000010/mp_rank_4294967296_000", "iter_0000010/mp_rank_"):
