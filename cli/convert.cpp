@@ -224,8 +224,9 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   shard::require(!source.needs_weights_only || ask.weights_only, shard::Code::BadFormat,
                  [&] { return fmt::format("{}: holds optimizer state, which cannot be placed in another layout yet; --weights-only drops it", ask.from); });
   refuse(source.findings);
-  shard::require(!source.stored.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
   auto options = target_options(ask, source);
+  const bool only_bytes = source.format == "dcp" && options.format == "dcp" && !source.stored.objects.empty();
+  shard::require(!source.stored.tensors.empty() || only_bytes, shard::Code::Mismatch, [&] { return fmt::format("{}: holds no tensors", ask.from); });
   const auto path = ask.dry_run ? std::filesystem::temp_directory_path() / fmt::format("shardkit-plan-{}", ::getpid()) : std::filesystem::path(ask.to);
   if (ask.dry_run && !ask.force)
     shard::require(ask.to.empty() || !std::filesystem::exists(ask.to), shard::Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", ask.to); });

@@ -80,7 +80,8 @@ std::uint64_t sum_the_rest(const formats::Checkpoint& checkpoint, const shard::S
 
 Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   Result out{checkpoint.findings, {}, ""};
-  if (checkpoint.stored.tensors.empty()) out.findings.push_back({"missing", Finding::Severity::Error, "", "no tensors are there at all"});
+  const bool only_bytes = checkpoint.format == "dcp" && !checkpoint.stored.objects.empty();  // of anything that pickles
+  if (checkpoint.stored.tensors.empty() && !only_bytes) out.findings.push_back({"missing", Finding::Severity::Error, "", "no tensors are there at all"});
   const auto stored = readable(checkpoint.stored, checkpoint.findings);
   auto logical = readable(checkpoint.logical, checkpoint.findings);
   const auto replicas = compare_replicas(logical);

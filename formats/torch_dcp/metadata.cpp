@@ -123,7 +123,10 @@ class Parser {
     shard::require(state.has_value() && g.kind(*state) == Kind::Tuple && !g.items(*state).empty(), Code::BadFormat,
                    [&] { return fmt::format("{}: tensor properties are malformed", key); });
     const auto dtype = dtype_of(g, g.items(*state)[0]);
-    shard::require(dtype.has_value(), Code::BadFormat, [&] { return fmt::format("{}: has no dtype", key); });
+    shard::require(dtype.has_value(), Code::BadFormat, [&] {
+      const auto named = g.items(*state)[0];
+      return fmt::format("{}: its dtype {} is not supported", key, g.kind(named) == Kind::Symbol ? g.name(named) : "without a name");
+    });
     out.dtype = *dtype;
     for (const auto chunk : g.items(need(g, value, "chunks"))) {
       Chunk one{{need_shape(g, need(g, chunk, "offsets"), key), need_shape(g, need(g, chunk, "sizes"), key)}, {}};

@@ -13,6 +13,7 @@ import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json  # noqa: E402
+from torch_edit import edit_file  # noqa: E402
 
 LLAMA = DATA / "legacy/llama_untied_bf16/tp2pp2"
 DIST = DATA / "mcore/llama_untied_bf16/tp2pp2"
@@ -242,6 +243,22 @@ class Plain(Case):
         self.ok("convert", self.tmp / "hf", self.tmp / "one", "--to", "hf")
         self.assertEqual(digest(self.tmp / "one"), digest(source))
         self.ok("verify", self.tmp / "one")
+
+    def test_bytes_items_alone(self):
+        source = self.copy("dcp/fsdp2_adamw_4")
+
+        def only_bytes(root):
+            state = root.state
+            for key in [k for k, v in state["state_dict_metadata"].items() if type(v).__name__ == "TensorStorageMetadata"]:
+                del state["state_dict_metadata"][key]
+                for index in [i for i in state["storage_data"] if i.state["fqn"] == key]:
+                    del state["storage_data"][index]
+        edit_file(source / ".metadata", only_bytes)
+        self.assertGreater(len(run_json("inspect", source)[1]["objects"]), 0)
+        self.ok("verify", source)
+        self.ok("convert", source, self.tmp / "again", "--to", "dcp", "-q")
+        self.ok("verify", self.tmp / "again")
+        self.assertIn("holds no tensors", self.refused(6, "convert", source, self.tmp / "hf", "--to", "hf"))
 
     def test_no_family_no_layout(self):
         self.refused(5, "reshard", DATA / "dcp/dtensor_2x2", self.tmp / "x", "--tp", 2)
