@@ -105,12 +105,15 @@ void refuse_two(const fs::path& folder) {
                  [&] { return fmt::format("{}: holds mp_rank_* folders beside {}; should hold one checkpoint", folder.string(), dist ? "a torch_dist checkpoint" : ".metadata"); });
 }
 
+/// Megatron goes by the state, whatever somebody called the folder; so do we, and say so.
 void check_iteration(Checkpoint& checkpoint, const fs::path& folder) {
   const auto full = fs::absolute(folder).lexically_normal();
   const auto name = (full.has_filename() ? full : full.parent_path()).filename().string();
   const auto named = iteration_named(name);
-  if (checkpoint.megatron && named && checkpoint.iteration && *named != *checkpoint.iteration)
-    checkpoint.findings.push_back({"rank", shard::Finding::Severity::Error, name, fmt::format("holds iteration {} by its own state; the folder's name should say so", *checkpoint.iteration)});
+  if (!checkpoint.megatron || !named || !checkpoint.iteration || *named == *checkpoint.iteration) return;
+  const auto why = fmt::format("holds iteration {} by its own state, which is followed", *checkpoint.iteration);
+  checkpoint.findings.push_back({"rank", shard::Finding::Severity::Warning, name, why});
+  checkpoint.notes.push_back(fmt::format("{} {}", name, why));
 }
 
 Checkpoint open_folder(const fs::path& path, const OpenOptions& options) {

@@ -566,8 +566,12 @@ class RankFiles(Case):
             (copy / "iter_0000010").rename(copy / "iter_0000020")
             for path in (copy, copy / "iter_0000020", f"{copy}/iter_0000020/"):
                 more = ("--iteration", 20) if path == copy else ()
-                self.assertIn("holds iteration 10", self.finding("rank", path, *more)["message"])
-                self.refused(6, "hash", path, *more)
+                status, out = run_json("verify", path, *more)
+                said = [f["message"] for f in out["findings"] if f["severity"] == "warning"]
+                self.assertEqual((status, said), (0, ["holds iteration 10 by its own state, which is followed"]))
+                status, out = run_json("reshard", path, self.tmp / "out", "--tp", 1, "--force", *more)
+                self.assertEqual((status, out["notes"]), (0, [f"iter_0000020 {said[0]}"]))
+                self.assertTrue((self.tmp / "out/iter_0000010").is_dir())
             (copy / "iter_0000020").rename(self.tmp / "elsewhere")
             tracker.write_text("10")
             (copy / "iter_0000010").symlink_to(self.tmp / "elsewhere")
