@@ -4,6 +4,8 @@
 #include "cli/print.h"
 #include "libshard/error.h"
 
+#include <algorithm>
+#include <cctype>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -74,6 +76,19 @@ int run(const cli::Action& action) {
   return static_cast<int>(shard::Code::Io);
 }
 
+/// CLI11 reads "010" as C does: 8. Here it is ten, as in iter_0000010.
+void read_decimal(CLI::App& app) {
+  for (auto* command : app.get_subcommands({}))
+    for (auto* option : command->get_options())
+      if (const auto type = option->get_type_name(); type.starts_with("INT") || type.starts_with("UINT"))
+        option->transform([](std::string text) {
+          const std::size_t sign = text.starts_with('-') || text.starts_with('+');
+          const auto first = std::min(text.find_first_not_of('0', sign), text.size());
+          const bool number = first == text.size() || std::isdigit(static_cast<unsigned char>(text[first]));
+          return first > sign && number ? text.erase(sign, std::min(first, text.size() - 1) - sign) : text;
+        });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -92,6 +107,7 @@ int main(int argc, char** argv) {
   cli::add_validate(app, action);
   cli::add_serve(app, action);
   cli::add_scan(app, action);
+  read_decimal(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

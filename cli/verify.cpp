@@ -8,12 +8,16 @@
 #include "cli/report_files.h"
 #include "formats/kernels.h"
 #include "formats/torch_dcp/reader.h"
+#include "formats/torch_save.h"
 #include "gpu/reshard/scan.h"
 #include "libshard/error.h"
 #include "libshard/inspectors.h"
+#include "libshard/source.h"
 #include "libshard/stop.h"
 
 #include <algorithm>
+#include <memory>
+#include <set>
 
 namespace cli {
 namespace {
@@ -53,9 +57,33 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool replicas_comp
   if (checkpoint.megatron && !checkpoint.vocab) note("vocabulary", "args do not say the true vocabulary size; padding rows are taken for tokens");
 }
 
+/// What a file recorded of bytes that no tensor names: optimizer states, extra states, and the torch files beside the weights.
+std::uint64_t sum_the_rest(const formats::Checkpoint& checkpoint, const shard::ShardedStateDict& stored, const shard::Budget& budget, std::vector<Finding>& findings) {
+  const auto sum = [&](const shard::ShardedStateDict& dict, const std::shared_ptr<const formats::FilePool>& files, const std::set<std::uint32_t>& known) {
+    const formats::LocalReader reader(dict, files);
+    shard::SummedSource source(reader, formats::kernels());
+    for (std::uint32_t s = 0; s < dict.streams.size(); ++s)
+      if (!known.contains(s) && dict.streams[s].file < dict.files.size()) source.touch(s, dict.files[dict.streams[s].file]);
+    source.finish(budget, findings);
+  };
+  std::set<std::uint32_t> known;
+  for (const auto& [key, tensor] : stored.tensors)
+    for (const auto& shard : tensor.shards) known.insert(shard.place.stream);
+  sum(stored, checkpoint.files, known);
+  std::uint64_t more = 0;
+  for (const auto& name : checkpoint.optimizer_files) {
+    const auto path = formats::inside(checkpoint.folder, name);
+    const auto dict = formats::summed_records(path, name);
+    sum(dict, std::make_shared<formats::FilePool>(std::vector{path}), {});
+    more += dict.streams.size();
+  }
+  return more;
+}
+
 Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   Result out{checkpoint.findings, {}, ""};
-  if (checkpoint.stored.tensors.empty() && (checkpoint.format != "dcp" || checkpoint.stored.objects.empty())) out.findings.push_back({"missing", Finding::Severity::Error, "", "no tensors are there at all"});
+  const bool only_bytes = checkpoint.format == "dcp" && !checkpoint.stored.objects.empty();  // of anything that pickles
+  if (checkpoint.stored.tensors.empty() && !only_bytes) out.findings.push_back({"missing", Finding::Severity::Error, "", "no tensors are there at all"});
   const auto stored = readable(checkpoint.stored, checkpoint.findings);
   auto logical = readable(checkpoint.logical, checkpoint.findings);
   const auto replicas = compare_replicas(logical);
@@ -72,6 +100,7 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   bar.clear();
   out.storage = found.storage;
   out.findings.insert(out.findings.end(), found.findings.begin(), found.findings.end());
+  const auto more = sum_the_rest(checkpoint, stored, budget, out.findings);
   const auto ties = static_cast<std::uint64_t>(std::count_if(replicas.comparisons.begin(), replicas.comparisons.end(), [](const auto& c) { return c.tie; }));
   std::uint64_t sums = 0, floating = 0;
   for (const auto& stream : checkpoint.stored.streams) sums += stream.crc32.has_value();
@@ -79,9 +108,13 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   const auto tensors = checkpoint.stored.tensors.size();
   out.checked = {{"coverage", tensors}, {"overlap", tensors}, {"replica", replicas.comparisons.size() - ties}, {"tie", ties}, {"nonfinite", floating},
                  {"shape", tensors}, {"dtype", tensors}, {"missing", checkpoint.logical.tensors.size()}, {"unexpected", tensors},
-                 {"padding", checkpoint.megatron ? 1u : 0u}, {"checksum", sums}, {"rank", checkpoint.format == "mp_rank" ? checkpoint.stored.files.size() : 0}};
+                 {"padding", checkpoint.megatron ? 1u : 0u}, {"checksum", sums + more}, {"rank", checkpoint.format == "mp_rank" ? checkpoint.stored.files.size() : 0}};
   note_unverifiable(checkpoint, replicas.comparisons.size() > ties, ties > 0, sums, out);
   return out;
+}
+
+bool known(const std::vector<Finding>& findings, const Finding& one) {
+  return std::any_of(findings.begin(), findings.end(), [&](const Finding& f) { return f.rule == one.rule && f.key == one.key && f.message == one.message; });
 }
 
 void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, const shard::Budget& budget, Result& out) {
@@ -96,7 +129,14 @@ void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, c
   }
   const formats::LocalReader a(checkpoint.logical, checkpoint.files), b(other.logical, other.files);
   const auto vocab = checkpoint.vocab ? checkpoint.vocab : other.vocab;
-  for (const auto& difference : diff_tensors(a, vocab, b, vocab, formats::kernels(), budget, out.findings))
+  std::vector<Finding> found;
+  const auto differences = diff_tensors(a, vocab, b, vocab, formats::kernels(), budget, found);
+  for (auto& finding : found) {
+    if (known(out.findings, finding)) continue;  // what is wrong with the first one was told
+    finding.message = fmt::format("{}: {}", ask.against, finding.message);
+    out.findings.push_back(std::move(finding));
+  }
+  for (const auto& difference : differences)
     out.findings.push_back({difference.note.empty() ? "replica" : "shape", Finding::Severity::Error, difference.key,
                             difference.note.empty() ? fmt::format("differs from {} in {} elements, by up to {} ULP", ask.against, difference.difference.count, difference.difference.max_ulp)
                                                     : difference.note});

@@ -69,6 +69,7 @@ struct Checkpoint {
   std::vector<std::filesystem::path> beside;     ///< configuration and tokenizer of a folder that no family speaks for
   std::vector<std::string> unmatched;            ///< patterns of --drop that fit nothing here
   std::map<std::uint32_t, shard::Place> widened; ///< logical streams that are computed of one stored tensor → its place
+  std::vector<std::string> optimizer_files;      ///< torch files beside the ranks': only verify looks at their bytes
   std::vector<std::string> notes;                ///< what became of the weights on the way in, worth saying
   bool needs_weights_only = false;               ///< holds optimizer state that cannot be placed
   std::optional<MegatronState> megatron;

@@ -31,7 +31,9 @@ constexpr Rule kRules[] = {
     {"io", " BytesIO ", kBuild},
     {"numpy", " dtype ndarray ", kBuild},
     {"numpy._core.multiarray", " _reconstruct scalar ", kBuild},
+    {"numpy._core.numeric", " _frombuffer ", kRecord},  // arrays of protocol 5
     {"numpy.core.multiarray", " _reconstruct scalar ", kBuild},
+    {"numpy.core.numeric", " _frombuffer ", kRecord},
     {"numpy.dtypes", "*", kBuild},
     {"pathlib", " Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath ", kRecord},
     {"pathlib._local", " Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath ",

@@ -103,7 +103,7 @@ torch_dcp::Path first_step(const std::string& key) {
 }  // namespace
 
 std::vector<PlainTensor> same_keys(const Checkpoint& source, const TargetOptions& options) {
-  shard::require(!source.megatron, Code::BadLayout, [&] { return fmt::format("--to {}: a {} checkpoint's keys are not its own there; convert it to hf first", options.format, source.format); });
+  shard::require(!source.megatron, Code::BadFormat, [&] { return fmt::format("--to {}: a {} checkpoint's keys are not its own there; convert it to hf first", options.format, source.format); });
   const bool one = (options.parallel.tp == 1 || options.format == "hdf5") && options.parallel.pp == 1 && options.parallel.ep == 1;
   shard::require(one, Code::BadLayout, [&] { return fmt::format("layout: {} is not cut among ranks", options.format); });
   std::vector<PlainTensor> out;

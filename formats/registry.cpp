@@ -12,6 +12,8 @@
 #include "libshard/error.h"
 
 #include <algorithm>
+#include <charconv>
+#include <iterator>
 
 namespace formats {
 namespace {
@@ -54,31 +56,84 @@ constexpr TargetFormat kTargets[] = {
 
 constexpr const char* kTracker = "latest_checkpointed_iteration.txt";
 
+/// An iteration's folder: "iter_0000010".
+std::optional<std::int64_t> iteration_named(const std::string& name) {
+  constexpr std::string_view head = "iter_";
+  std::int64_t value = 0;
+  if (!name.starts_with(head)) return std::nullopt;
+  const auto [end, error] = std::from_chars(name.data() + head.size(), name.data() + name.size(), value);
+  return error == std::errc() && end == name.data() + name.size() && value >= 0 ? std::optional(value) : std::nullopt;
+}
+
+/// What the tracker says, as Megatron reads it.
+std::string tracked(const fs::path& path) {
+  const auto text = read_text(inside(path, kTracker), 4096);
+  const auto space = [](unsigned char c) { return std::isspace(c); };
+  const auto first = std::find_if_not(text.begin(), text.end(), space);
+  return {first, std::find_if_not(text.rbegin(), std::make_reverse_iterator(first), space).base()};
+}
+
+/// The highest iteration below a folder; empty where there is none.
+std::string some_iteration(const fs::path& path) {
+  std::string out;
+  for (const auto& entry : fs::directory_iterator(path))
+    if (const auto name = entry.path().filename().string(); entry.is_directory() && iteration_named(name)) out = std::max(out, name);
+  return out;
+}
+
 /// A run folder stands for its latest (or asked for) iteration.
 fs::path iteration_of(const fs::path& path, const OpenOptions& options) {
-  if (!fs::exists(path / kTracker)) {
+  if (!fs::exists(path / kTracker) && (!options.iteration || some_iteration(path).empty())) {
     shard::require(!options.iteration, Code::Usage, [&] { return fmt::format("{}: is no Megatron run folder; --iteration has no meaning", path.string()); });
     return path;
   }
-  auto text = read_text(inside(path, kTracker), 4096);
-  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back()))) text.pop_back();
-  if (options.iteration) text = std::to_string(*options.iteration);
+  const auto text = options.iteration ? std::to_string(*options.iteration) : tracked(path);
   const bool number = !text.empty() && text.size() < 16 && std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
   shard::require(number || text == "release", Code::BadFormat,
                  [&] { return fmt::format("{}: says '{}'; should be an iteration or 'release'", (path / kTracker).string(), text.substr(0, 40)); });
-  const auto folder = text == "release" ? path / text : path / fmt::format("iter_{:07d}", std::stoll(text));
+  const auto folder = inside(path, text == "release" ? text : fmt::format("iter_{:07d}", std::stoll(text)));
   shard::require(fs::is_directory(folder), Code::NotFound, [&] { return fmt::format("{}: not found", folder.string()); });
   return folder;
 }
 
+/// Which of two checkpoints in one folder is meant, nobody can tell.
+void refuse_two(const fs::path& folder) {
+  const bool dist = megatron::is_torch_dist(folder);
+  shard::require(!megatron::is_mp_rank(folder) || (!dist && !torch_dcp::has_metadata(folder)), Code::Mismatch,
+                 [&] { return fmt::format("{}: holds mp_rank_* folders beside {}; should hold one checkpoint", folder.string(), dist ? "a torch_dist checkpoint" : ".metadata"); });
+}
+
+/// Megatron goes by the state, whatever somebody called the folder; so do we, and say so.
+void check_iteration(Checkpoint& checkpoint, const fs::path& folder) {
+  const auto full = fs::absolute(folder).lexically_normal();
+  const auto name = (full.has_filename() ? full : full.parent_path()).filename().string();
+  const auto named = iteration_named(name);
+  if (!checkpoint.megatron || !named || !checkpoint.iteration || *named == *checkpoint.iteration) return;
+  const auto why = fmt::format("holds iteration {} by its own state, which is followed", *checkpoint.iteration);
+  checkpoint.findings.push_back({"rank", shard::Finding::Severity::Warning, name, why});
+  checkpoint.notes.push_back(fmt::format("{} {}", name, why));
+}
+
 Checkpoint open_folder(const fs::path& path, const OpenOptions& options) {
   const auto folder = iteration_of(path, options);
-  for (const auto& format : kFolders)
-    if (format.matches(folder)) return format.open(folder, options);
+  refuse_two(folder);
+  for (const auto& format : kFolders) {
+    if (!format.matches(folder)) continue;
+    try {
+      auto out = format.open(folder, options);
+      check_iteration(out, folder);
+      return out;
+    } catch (const shard::Error& error) {  // the layout is what args say, not what somebody wants
+      if (error.code != Code::BadLayout) throw;
+      throw shard::Error(Code::Mismatch, fmt::format("{}: args: {}", folder.string(), error.what()));
+    }
+  }
   for (const auto& entry : fs::directory_iterator(folder)) {
     const auto name = entry.path().filename().string();
     shard::require(!name.ends_with(".distcp"), Code::BadFormat, [&] { return fmt::format("{}: holds .distcp files but no .metadata: an unfinished save", folder.string()); });
   }
+  const auto some = some_iteration(folder);
+  shard::require(some.empty(), Code::BadFormat, [&] { return fmt::format("{}: holds {} but no {}, so that none is the latest; --iteration picks one", path.string(), some, kTracker); });
   shard::fail(Code::BadFormat, "{}: holds no checkpoint of a known format (torch_dist, mp_rank, dcp, safetensors, hdf5)", path.string());
 }
 

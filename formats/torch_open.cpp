@@ -110,4 +110,17 @@ std::string wrong_sum(const File& file, const ZipDirectory& zip, const ZipRecord
 
 TorchFile open_torch(const File& file) { return open_torch(file, 0, file.size()); }
 
+shard::ShardedStateDict summed_records(const std::filesystem::path& path, const std::string& name) try {
+  const auto archive = open_torch(File(path));
+  shard::ShardedStateDict out;
+  out.files = {name};
+  if (archive.zip.crcs_recorded) {
+    for (const auto& record : archive.zip.records)
+      out.streams.push_back({0, record.offset, record.size, record.crc32, false});
+  }
+  return out;
+} catch (const shard::Error& error) {
+  throw error.within(path.string());
+}
+
 }  // namespace formats

@@ -17,6 +17,7 @@ using shard::Code;
 using shard::DType;
 using shard::Index;
 
+constexpr Index kMostRepeated = 64 << 20;  // bytes that a view of fewer may stand for
 constexpr int kWrappers = 8;  // a Parameter with attributes has two
 
 template <typename... Args>
@@ -161,6 +162,12 @@ StoredTensor plain_tensor(const Graph& graph, const Call& call) {
     refuse("sizes {} take more than 2^63 bytes", shard::to_string(tensor.sizes));
   }
   check_bounds(tensor, offset, storage->view_bytes);
+  // A few bytes would keep whoever reads the tensor busy without end.
+  if (bytes > kMostRepeated && static_cast<std::uint64_t>(bytes) > storage->view_bytes) {
+    refuse("sizes {} with strides {} repeat the {} bytes of storage '{}' up to {}; at most {} are read so",
+           shard::to_string(tensor.sizes), shard::to_string(tensor.strides), storage->view_bytes,
+           tensor.storage, bytes, kMostRepeated);
+  }
   if (bytes > 0) tensor.offset += static_cast<std::uint64_t>(offset) * size_of(tensor.dtype);
   return tensor;
 }

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <span>
 #include <string>
@@ -16,6 +17,7 @@
 #include "formats/zip.h"
 #include "libshard/box.h"
 #include "libshard/dtype.h"
+#include "libshard/state_dict.h"
 
 namespace formats {
 
@@ -44,6 +46,8 @@ struct TorchFile {
 /// Checks that every storage which the pickle names is there in full.
 TorchFile open_torch(const File& file, std::uint64_t begin, std::uint64_t length);
 TorchFile open_torch(const File& file);
+/// The records of a file whose CRC-32 it keeps, as streams of `name`.
+shard::ShardedStateDict summed_records(const std::filesystem::path& path, const std::string& name);
 
 /// Reads a record whole: what is wrong with its sum, "" where it is right or none is recorded.
 std::string wrong_sum(const File& file, const ZipDirectory& zip, const ZipRecord& record);

@@ -36,7 +36,7 @@ class Execution {
   Report run() {
     plan_units();
     run_tasks(units_.size(), budget_.threads, [&](std::size_t i, unsigned worker) { carry_out(units_[i], buffers_[worker]); });
-    source_.finish(budget_.threads, report_.findings);
+    source_.finish(budget_, report_.findings);
     for (std::size_t i = 0; i < differences_.size(); ++i)
       if (differences_[i].count)
         report_.findings.push_back(describe_difference(source_, plan_.tensors[plan_.comparisons[i].copy.tensor], plan_.comparisons[i], differences_[i]));

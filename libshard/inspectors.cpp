@@ -27,6 +27,21 @@ void touch_all(SummedSource& source, const ShardedStateDict& dict) {
     for (const auto& shard : tensor.shards) source.touch(shard.place.stream, key);
 }
 
+/// No copy is chosen silently: those of one box must agree.
+void compare_copies(SummedSource& source, const Budget& budget, std::vector<Finding>& findings) {
+  const auto plan = compare_replicas(source.reader().describe());
+  std::vector<Difference> differences(plan.comparisons.size());
+  std::vector<Buffers> buffers(std::max(1u, budget.threads));
+  const auto block = block_size(budget);
+  run_tasks(differences.size(), budget.threads, [&](std::size_t i, unsigned worker) {
+    refuse_stopped(budget.stop);
+    differences[i] = compare_places(source, plan.comparisons[i], block, buffers[worker]);
+  });
+  for (std::size_t i = 0; i < differences.size(); ++i)
+    if (differences[i].count)
+      findings.push_back(describe_difference(source, plan.tensors[plan.comparisons[i].copy.tensor], plan.comparisons[i], differences[i]));
+}
+
 }  // namespace
 
 Index rows_that_count(const ShardedTensor& tensor, std::optional<Index> vocab) {
@@ -76,7 +91,8 @@ std::map<std::string, Digest> digest_tensors(const Reader& from, std::optional<I
     text.append(reinterpret_cast<const char*>(digests.data() + first_leaf[t]), (first_leaf[t + 1] - first_leaf[t]) * sizeof(Digest));
     out[tensors[t]->key] = hash(std::as_bytes(std::span(text.data(), text.size())));
   }
-  source.finish(budget.threads, findings);
+  compare_copies(source, budget, findings);
+  source.finish(budget, findings);
   return out;
 }
 
@@ -147,8 +163,10 @@ std::vector<TensorDifference> diff_tensors(const Reader& a, std::optional<Index>
   }
   for (std::size_t p = 0; p < pairs.size(); ++p)
     if (sums[p].count) out.push_back({pairs[p].a->key, sums[p], ""});
-  source_a.finish(budget.threads, findings);
-  source_b.finish(budget.threads, findings);
+  compare_copies(source_a, budget, findings);
+  compare_copies(source_b, budget, findings);
+  source_a.finish(budget, findings);
+  source_b.finish(budget, findings);
   return out;
 }
 

@@ -25,7 +25,7 @@ std::vector<Finding> scan_bytes(const Reader& from, const ShardedStateDict& stor
 Index rows_that_count(const ShardedTensor& tensor, std::optional<Index> vocab);
 
 /// A digest per logical tensor that does not depend on how it is sharded: its type, natural shape and the digests of
-/// its bytes in row-major order, in leaves of 256 KiB. Checksums that do not match come back as findings.
+/// its bytes in row-major order, in leaves of 256 KiB. Checksums that do not match and copies that differ come back as findings.
 std::map<std::string, Digest> digest_tensors(const Reader& from, std::optional<Index> vocab, HashBytes hash, const Kernels& kernels,
                                              const Budget& budget, std::vector<Finding>& findings, const Progress& tell = {});
 
@@ -35,6 +35,7 @@ struct TensorDifference {
   Difference difference;
   std::string note;  ///< another dtype or shape: nothing was compared
 };
+/// Findings as of digest_tensors, of both.
 std::vector<TensorDifference> diff_tensors(const Reader& a, std::optional<Index> vocab_a, const Reader& b, std::optional<Index> vocab_b,
                                            const Kernels& kernels, const Budget& budget, std::vector<Finding>& findings,
                                            const Progress& tell = {});

@@ -28,7 +28,8 @@ std::string repeat_parentheses(std::string_view text) {
     if (!text.empty() && text.front() == '*') {
       std::size_t digits = 1;
       while (digits < text.size() && std::isdigit(static_cast<unsigned char>(text[digits]))) ++digits;
-      require(digits > 1 && digits < 8, Code::BadLayout, [] { return "pipeline layout: '*' needs a count"; });
+      require(digits > 1, Code::BadLayout, [] { return "pipeline layout: '*' needs a count"; });
+      require(digits < 8, Code::BadLayout, [] { return "pipeline layout: expands to too many stages"; });
       times = std::stoll(std::string(text.substr(1, digits - 1)));
       text.remove_prefix(digits);
     }
@@ -48,8 +49,9 @@ std::string repeat_letters(std::string_view text) {
     }
     std::size_t end = i + 1;
     while (end < text.size() && std::isdigit(static_cast<unsigned char>(text[end]))) ++end;
-    require(!out.empty() && end > i + 1 && end - i < 8, Code::BadLayout,
+    require(!out.empty() && end > i + 1, Code::BadLayout,
             [] { return "pipeline layout: '*' needs a letter before it and a count behind it"; });
+    require(end - i < 8, Code::BadLayout, [] { return "pipeline layout: expands to too many layers"; });
     const auto times = std::stoll(std::string(text.substr(i + 1, end - i - 1)));
     require(times <= kMostStages, Code::BadLayout, [] { return "pipeline layout: expands to too many layers"; });
     const char letter = out.back();
@@ -144,6 +146,9 @@ std::vector<Index> counts(const Parallel& p, Index num_layers) {
   std::vector<Index> out(static_cast<std::size_t>(p.pp * p.vpp));
   const auto first = p.first_stage_layers, last = p.last_stage_layers;
   if (first || last) {
+    require(first.value_or(1) > 0 && last.value_or(1) > 0, Code::BadLayout, [&] {
+      return fmt::format("pipeline: {} layers on the {} stage; should be above 0", first.value_or(1) > 0 ? *last : *first, first.value_or(1) > 0 ? "last" : "first");
+    });
     require(!p.account_for_embedding && !p.account_for_loss, Code::BadLayout,
             [] { return "pipeline: first/last stage counts exclude counting embedding or loss as layers"; });
     const Index middle = p.pp - (first ? 1 : 0) - (last ? 1 : 0);

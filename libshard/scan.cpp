@@ -135,7 +135,7 @@ std::vector<Finding> scan_bytes(const Reader& from, const ShardedStateDict& stor
   std::vector<Finding> out;
   for (const auto& [key, what] : damaged) out.push_back({"checksum", Finding::Severity::Error, key, what});
   for (auto& finding : nonfinite_findings(stored, tasks, found)) out.push_back(std::move(finding));
-  source.finish(budget.threads, out);
+  source.finish(budget, out);
   for (std::size_t i = 0; i < differences.size(); ++i)
     if (differences[i].count)
       out.push_back(describe_difference(source, replicas.tensors[replicas.comparisons[i].copy.tensor], replicas.comparisons[i], differences[i]));

@@ -3,6 +3,7 @@
 
 #include "libshard/error.h"
 #include "libshard/parallel.h"
+#include "libshard/stop.h"
 
 #include <algorithm>
 #include <cstring>
@@ -65,16 +66,17 @@ std::span<std::byte> SummedSource::gather(std::uint32_t stream, std::uint64_t ba
   return target;
 }
 
-void SummedSource::finish(unsigned threads, std::vector<Finding>& findings) {
+void SummedSource::finish(const Budget& budget, std::vector<Finding>& findings) {
   std::vector<std::uint32_t> streams;
   for (std::uint32_t s = 0; s < streams_.size(); ++s)
     if (touched_[s] && summed(s)) streams.push_back(s);
   std::vector<char> bad(streams.size());
-  std::vector<Buffers> buffers(std::max(1u, threads));
-  run_tasks(streams.size(), threads, [&](std::size_t i, unsigned worker) {
+  std::vector<Buffers> buffers(std::max(1u, budget.threads));
+  run_tasks(streams.size(), budget.threads, [&](std::size_t i, unsigned worker) {
     const auto s = streams[i];
     for (auto [offset, length] : sums_[s].gaps(streams_[s].size))
       while (length > 0) {
+        refuse_stopped(budget.stop);
         const auto block = Buffers::need(buffers[worker].a, std::min(kBlock, length));
         read(s, offset, block);
         add_sum(s, offset, block);

@@ -101,11 +101,12 @@ class Splitter {
   std::vector<Finding>& findings_;
 };
 
-/// Params with "moe" as this layer has it.
-Params for_layer(const ShardedStateDict& logical, Params params, const Row& row, Index layer, Index depth) {
+/// Params with "moe" as this layer has it: its router tells, or what is known of the layers.
+Params for_layer(const ShardedStateDict& logical, Params params, const Row& row, Index layer, Index depth, const std::vector<bool>& moe_layers = {}) {
   const auto router = row.stage == Stage::Mtp ? fmt::format("mtp.{}.layer.mlp.router.weight", depth)
                                               : fmt::format("layers.{}.mlp.router.weight", layer);
-  params["moe"] = logical.tensors.contains(router);
+  const bool known = layer >= 0 && layer < static_cast<Index>(moe_layers.size());
+  params["moe"] = known ? moe_layers[static_cast<std::size_t>(layer)] : logical.tensors.contains(router);
   return params;
 }
 
@@ -224,11 +225,12 @@ std::vector<LogicalPart> parts_or_names(const Match& match, const Params& params
 std::vector<LogicalPart> missing_tensors(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes) {
   std::vector<LogicalPart> out;
   std::set<std::string> reported;
+  bool wanted = false;
   for_each_instance(table, sizes, [&](std::size_t, const Match& match) {
     const auto& row = *match.row;
-    auto here = for_layer(logical, params, row, match.layer, match.depth);
-    if (match.layer >= 0 && match.layer < static_cast<Index>(sizes.moe_layers.size())) here["moe"] = sizes.moe_layers[static_cast<std::size_t>(match.layer)];
-    if (row.optional || !holds(row.when, here)) return true;
+    // Which expert it is makes no difference: of the first one's answer the others live.
+    if (match.expert <= 0) wanted = !row.optional && holds(row.when, for_layer(logical, params, row, match.layer, match.depth, sizes.moe_layers));
+    if (!wanted) return false;
     const auto names = names_of(match, sizes.experts);
     const bool whole = std::all_of(names.begin(), names.end(), [&](const auto& name) { return logical.tensors.contains(name) || reported.contains(name); });
     if (whole) return true;
@@ -245,9 +247,11 @@ std::vector<LogicalPart> missing_tensors(const ShardedStateDict& logical, const 
 
 std::set<std::string> placed_names(const ShardedStateDict& logical, const Table& table, const Params& params, const SpellOptions& sizes) {
   std::set<std::string> out;
+  bool placed = false;
   for_each_instance(table, sizes, [&](std::size_t, const Match& match) {
-    if (holds(match.row->when, for_layer(logical, params, *match.row, match.layer, match.depth)))
-      for (auto& name : names_of(match, sizes.experts)) out.insert(std::move(name));
+    if (match.expert <= 0) placed = holds(match.row->when, for_layer(logical, params, *match.row, match.layer, match.depth, sizes.moe_layers));
+    if (!placed) return false;
+    for (auto& name : names_of(match, sizes.experts)) out.insert(std::move(name));
     return true;
   });
   return out;

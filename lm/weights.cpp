@@ -210,7 +210,7 @@ void WeightSource::refuse_torn() const {
 std::vector<shard::Finding> WeightSource::findings(unsigned threads) {
   refuse_torn();
   std::vector<shard::Finding> out;
-  source_.finish(threads, out);
+  source_.finish({.threads = threads}, out);
   using Severity = shard::Finding::Severity;
   for (const auto& [name, rows] : seen_) {
     std::uint64_t nonfinite = 0, first = 0, elements = 0;

@@ -52,6 +52,14 @@ void drop_zero_biases(const Checkpoint& source, shard::ShardedStateDict& logical
   });
 }
 
+/// Scales and the like, which transformers' modules do not keep. Megatron's own layers have none.
+void drop_extra_states(const Checkpoint& source, Target& target) {
+  if (!source.megatron) return;
+  const auto count = std::count_if(source.megatron->extra.begin(), source.megatron->extra.end(),
+                                   [](const auto& entry) { return entry.second.kind == ExtraState::Kind::Object || !entry.second.bytes.empty(); });
+  if (count) target.dropped.push_back({"_extra_state", fmt::format("{} of them that are not empty: Hugging Face folders hold only tensors", count)});
+}
+
 }  // namespace
 
 void create(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
@@ -75,6 +83,7 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
     const auto dtype = options.dtype && is_floating(one.dtype) && !one.key.ends_with("e_score_correction_bias") ? *options.dtype : one.dtype;
     tensors.push_back({one.key, dtype, one.shape});
   }
+  drop_extra_states(source, target);
   target.writer = make_writer(path, options);
   write_safetensors(target, tensors, options.max_shard_size, source.megatron ? std::map<std::string, std::string>{} : source.metadata);
   auto& stored = target.writer->described();

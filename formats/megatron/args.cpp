@@ -4,6 +4,8 @@
 #include "libshard/error.h"
 #include "libshard/families/megatron.h"
 
+#include <algorithm>
+#include <array>
 
 namespace formats::megatron {
 namespace {
@@ -47,6 +49,78 @@ bool acceptable(const Graph& g, Ref ref, Audience audience) {
       for (const auto item : g.items(at)) stack.push_back(item);
   }
   return true;
+}
+
+constexpr std::array kShaping = std::to_array<std::string_view>({  // sorted
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "activation_func_clamp_value", "add_bias_linear",
+    "add_position_embedding", "add_qkv_bias", "apply_layernorm_1p", "apply_residual_connection_post_layernorm", "attention_output_gate",
+    "beta_fast", "beta_slow", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "disable_bias_linear",
+    "expert_tensor_parallel_size", "ffn_hidden_size", "gated_linear_unit", "glu_linear_offset", "group_query_attention", "hidden_size",
+    "hybrid_layer_pattern", "hybrid_override_pattern", "is_hybrid_model", "kv_channels", "kv_lora_rank", "layernorm_epsilon",
+    "layernorm_zero_centered_gamma", "make_vocab_size_divisible_by", "max_position_embeddings", "moe_ffn_hidden_size", "moe_layer_freq",
+    "moe_router_enable_expert_bias", "moe_router_group_topk", "moe_router_num_groups", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_topk", "moe_router_topk_scaling_factor", "moe_shared_expert_gate",
+    "moe_shared_expert_intermediate_size", "mscale", "mscale_all_dim", "mtp_num_layers", "mtp_use_repeated_layer", "multi_latent_attention",
+    "mup_attn_scale_power", "mup_base_head_dim", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "no_rope_freq",
+    "norm_epsilon", "normalization", "num_attention_heads", "num_experts", "num_layers", "num_query_groups", "openai_gelu",
+    "original_max_position_embeddings", "padded_vocab_size", "params_dtype", "pipeline_model_parallel_layout", "position_embedding_type",
+    "q_lora_rank", "qk_head_dim", "qk_l2_norm", "qk_layernorm", "qk_pos_emb_head_dim", "quick_geglu", "rope_scaling_factor", "rope_type",
+    "rotary_base", "rotary_interleaved", "rotary_percent", "rotary_scaling_factor", "rotary_seq_len_interpolation_factor", "softmax_scale",
+    "softmax_type", "squared_relu", "swiglu", "transformer_impl", "untie_embeddings_and_output_weights", "use_mup", "use_rope_scaling",
+    "use_tp_pp_dp_mapping", "v_head_dim", "vocab_size", "window_attn_skip_freq", "window_size", "world_size", "yarn_beta_fast",
+    "yarn_beta_slow", "yarn_correction_range_round_to_int", "yarn_mscale", "yarn_mscale_all_dim", "yarn_original_max_position_embeddings",
+    "yarn_rotary_scaling_factor"});
+
+/// A value as text; what is neither number, text nor a list of such is told by its class.
+void add_text(const Graph& g, Ref value, std::string& out, int depth = 0) {
+  constexpr std::size_t kLongest = 1 << 16;  // lists that share their items multiply
+  if (out.size() > kLongest) return;
+  const auto kind = g.kind(value);
+  if (kind == Kind::Text) out += g.text(value);
+  else if (kind == Kind::Bool) out += g.boolean(value) ? "True" : "False";
+  else if (kind == Kind::Int) out += std::to_string(g.integer(value));
+  else if (kind == Kind::Float) out += fmt::format("{}", g.real(value));
+  else if (kind == Kind::Symbol) out += g.name(value);
+  else if (kind == Kind::Object && depth < 4) {
+    add_text(g, g.callable(value), out, depth + 1);
+    add_text(g, g.args(value), out, depth + 1);
+  } else if ((kind == Kind::List || kind == Kind::Tuple) && depth < 4) {
+    out += '[';
+    for (const auto item : g.items(value)) {
+      if (out.back() != '[') out += ", ";
+      add_text(g, item, out, depth + 1);
+    }
+    out += ']';
+  }
+}
+
+/// Sizes that keys showed or that were given by hand: a target without them could not be opened.
+void add_sizes(Graph& to, Ref dict, const shard::Params& sizes) {
+  const auto lacks = [&](const char* name) {
+    const auto found = to.find(dict, name);
+    return !found || to.is_none(*found);
+  };
+  const auto size = [&](const char* name) {
+    const auto found = sizes.find(name);
+    return found == sizes.end() ? 0 : found->second;
+  };
+  const auto fill = [&](const char* name, Index value, bool wanted = true) {
+    if (wanted && value > 0 && lacks(name)) to.set(dict, name, to.integer(value));
+  };
+  fill("num_layers", size("layers"));
+  fill("hidden_size", size("hidden"));
+  fill("ffn_hidden_size", size("ffn"));
+  fill("num_attention_heads", size("heads"));
+  fill("kv_channels", size("head"), size("head") * size("heads") != size("hidden"));
+  fill("max_position_embeddings", size("positions"));
+  fill("num_experts", size("experts"));
+  fill("moe_ffn_hidden_size", size("expert_ffn"), size("experts") > 0 && size("expert_ffn") != size("ffn"));
+  if (lacks("group_query_attention") && size("groups") != size("heads")) {
+    to.set(dict, "group_query_attention", to.boolean(true));
+    to.set(dict, "num_query_groups", to.integer(size("groups")));
+  }
+  const auto set = [&](const char* name) { return !lacks(name) && to.kind(*to.find(dict, name)) == Kind::Bool && to.boolean(*to.find(dict, name)); };
+  if (size("gated") && lacks("swiglu") && !set("quick_geglu") && !set("gated_linear_unit")) to.set(dict, "swiglu", to.boolean(true));
 }
 
 }  // namespace
@@ -129,7 +203,7 @@ std::vector<bool> moe_layers_of(const Graph& graph, const Args& args, Index laye
   if (!value || graph.kind(*value) == Kind::Int) {
     const auto every = value ? graph.integer(*value) : 1;
     for (Index layer = 0; every >= 1 && layer < layers; ++layer) out.push_back(layer % every == 0);
-  } else if (graph.kind(*value) == Kind::List && static_cast<Index>(graph.items(*value).size()) == layers) {
+  } else if ((graph.kind(*value) == Kind::List || graph.kind(*value) == Kind::Tuple) && static_cast<Index>(graph.items(*value).size()) == layers) {
     for (const auto item : graph.items(*value)) out.push_back(graph.kind(item) == Kind::Int && graph.integer(item) != 0);
   }
   return out;
@@ -139,6 +213,23 @@ bool non_homogeneous_layers(const Graph& graph, const Args& args) {
   const auto frequency = args.value("moe_layer_freq");
   const bool listed = frequency && graph.kind(*frequency) == Kind::List;
   return args.flag("hetereogenous_dist_checkpoint") || listed || args.integer("moe_layer_freq").value_or(1) > 1;
+}
+
+std::map<std::string_view, std::string> shaping_args(const Graph& g, Ref args) {
+  std::map<std::string_view, std::string> out;
+  const auto state = g.kind(args) == Kind::Object ? g.state(args) : std::nullopt;
+  if (!state || g.kind(*state) != Kind::Dict) return out;
+  const auto items = g.items(*state);
+  for (std::size_t i = 0; i + 1 < items.size(); i += 2) {
+    if (g.kind(items[i]) != Kind::Text || g.is_none(items[i + 1])) continue;
+    const auto found = std::lower_bound(kShaping.begin(), kShaping.end(), g.text(items[i]));
+    if (found == kShaping.end() || *found != g.text(items[i])) continue;
+    auto& text = out[*found];
+    text.clear();
+    if (*found == "pipeline_model_parallel_layout") text = layout_text(g, items[i + 1]);
+    else add_text(g, items[i + 1], text);
+  }
+  return out;
 }
 
 std::string layout_text(const Graph& g, Ref value) {
@@ -207,6 +298,7 @@ Ref copy_args(Graph& to, const Graph& from, Ref args, const ArgsChange& change, 
   const auto optional = [&](const char* name, std::optional<Index> value) {
     if (value || known(name)) to.set(dict, name, value ? to.integer(*value) : to.none());
   };
+  add_sizes(to, dict, change.sizes);
   const auto& p = change.parallel;
   put("tensor_model_parallel_size", p.tp);
   put("pipeline_model_parallel_size", p.pp);

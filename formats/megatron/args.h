@@ -5,6 +5,7 @@
 #include "libshard/family.h"
 #include "libshard/layout.h"
 
+#include <map>
 #include <optional>
 #include <set>
 #include <string>
@@ -34,6 +35,8 @@ shard::Parallel parallel_of(const Args& args);
 std::vector<bool> moe_layers_of(const pickle::Graph& graph, const Args& args, shard::Index layers);
 /// Whether layers are saved under keys of their own, whichever kind they are. Source: TransformerBlock.sharded_state_dict.
 bool non_homogeneous_layers(const pickle::Graph& graph, const Args& args);
+/// What shapes the model, its layout and its vocabulary, as text by attribute name: every rank's args say the same of it.
+std::map<std::string_view, std::string> shaping_args(const pickle::Graph& graph, pickle::Ref args);
 /// The text form of args.pipeline_model_parallel_layout, which may be a text, a list of lists, or an object.
 std::string layout_text(const pickle::Graph& graph, pickle::Ref value);
 
@@ -45,6 +48,7 @@ struct ArgsChange {
   shard::Index mtp_layers = 0;         ///< that the target holds
   std::optional<shard::Index> vocab_multiple = {};
   std::optional<shard::DType> dtype = {};  ///< that the weights were cast to
+  shard::Params sizes = {};            ///< of the model: what args lack of them is added
 };
 /// Who reads the copy: torch.load(weights_only=True) with argparse.Namespace allowed, or every Megatron-Core since 0.12,
 /// which allows a few classes of its own.

@@ -74,7 +74,7 @@ std::string common_pickle(const Checkpoint& source, const Model& model, Target& 
   const Index world = ranks_per_stage(model.parallel) * model.parallel.pp;
   std::set<std::string> dropped;
   std::vector<pickle::Ref> entries{
-      g.text("args"), copy_args(g, *state.common, state.args, {model.parallel, target.padded_vocab, 0, world, "torch_dist", model.pipeline.mtp_layers, vocab_multiple(model), model.dtype}, Audience::Megatron, dropped),
+      g.text("args"), copy_args(g, *state.common, state.args, {model.parallel, target.padded_vocab, 0, world, "torch_dist", model.pipeline.mtp_layers, vocab_multiple(model), model.dtype, model.params}, Audience::Megatron, dropped),
       g.text("checkpoint_version"), g.real(3.0)};
   if (source.iteration) entries.insert(entries.end(), {g.text("iteration"), g.integer(*source.iteration)});
   for (const auto& [key, value] : state.items) entries.insert(entries.end(), {g.text(key), g.import(*state.common, value)});

@@ -46,6 +46,7 @@ Model model_for(const Checkpoint& source, const TargetOptions& options, std::str
                  [&] { return fmt::format("layout: expert tensor size {} with expert parallel size 1; should divide tensor size {}", options.parallel.etp, options.parallel.tp); });
   out.parallel.vpp = out.pipeline.chunks;
   out.params["vocab"] = padded(source, options.parallel);
+  out.params["layers"] = state.layers;
   out.wanted = spell_out(source.logical, out.table, out.params, {keep ? &state.rows : nullptr, state.layers, state.experts, state.mtp_layers});
   if (options.dtype)
     for (auto& one : out.wanted)

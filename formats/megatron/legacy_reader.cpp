@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <set>
+#include <utility>
 
 namespace formats::megatron {
 namespace {
@@ -48,15 +50,15 @@ std::vector<RankFile> rank_files(const fs::path& folder) {
   std::vector<RankFile> out;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const auto name = entry.path().filename().string();
+    if (!name.starts_with("mp_rank_")) continue;
     auto numbers = numbers_of(name);
-    if (numbers.empty() || !entry.is_directory()) continue;
-    for (const char* base : {"model_optim_rng.pt", "model_rng.pt"})
-      if (fs::exists(entry.path() / base)) {
-        out.push_back({name + "/" + base, std::move(numbers)});
-        break;
-      }
-    shard::require(!out.empty() && out.back().name.starts_with(name + "/"), Code::NotFound,
-                   [&] { return fmt::format("{}: holds no model_optim_rng.pt", entry.path().string()); });
+    shard::require(!numbers.empty() && entry.is_directory(), Code::Mismatch,
+                   [&] { return fmt::format("{}: lies beside the ranks' folders and is none; should be mp_rank_TT[_PPP][_EEE], or elsewhere", entry.path().string()); });
+    const bool whole = fs::exists(entry.path() / "model_optim_rng.pt"), bare = fs::exists(entry.path() / "model_rng.pt");
+    shard::require(whole || bare, Code::NotFound, [&] { return fmt::format("{}: holds no model_optim_rng.pt", entry.path().string()); });
+    shard::require(!whole || !bare, Code::Mismatch,
+                   [&] { return fmt::format("{}: holds model_optim_rng.pt and model_rng.pt; should hold one of them", entry.path().string()); });
+    out.push_back({name + (whole ? "/model_optim_rng.pt" : "/model_rng.pt"), std::move(numbers)});
   }
   std::sort(out.begin(), out.end(), [](const RankFile& a, const RankFile& b) { return a.numbers < b.numbers; });
   shard::require(!out.empty(), Code::NotFound, [&] { return fmt::format("{}: holds no rank folder", folder.string()); });
@@ -87,8 +89,42 @@ struct Entry {
   ExtraState extra;
 };
 
+/// What Megatron keeps at the top of a rank file beside the models: the run's, whatever tensors are in it.
+bool belongs_to_run(std::string_view key) {
+  static constexpr std::string_view kKnown[] = {"args", "checkpoint_version", "content_metadata", "iteration", "lr_scheduler", "num_floating_point_operations_so_far",
+                                                "opt_param_scheduler", "optimizer", "rerun_state_machine", "rng_tracker_states", "tokens"};
+  return std::find(std::begin(kKnown), std::end(kKnown), key) != std::end(kKnown) || key.ends_with("rng_state") || key.starts_with("model");
+}
+
+/// Whether a tensor's storage can be reached.
+bool reaches_storage(const pickle::Graph& g, pickle::Ref from) {
+  std::vector<pickle::Ref> stack{from};
+  std::set<pickle::Ref> seen;
+  while (!stack.empty()) {
+    const auto at = stack.back();
+    stack.pop_back();
+    if (!seen.insert(at).second) continue;
+    const auto kind = g.kind(at);
+    if (kind == pickle::Kind::Persistent) return true;
+    if (kind == pickle::Kind::Object) {
+      stack.push_back(g.args(at));
+      if (const auto state = g.state(at)) stack.push_back(*state);
+    }
+    if (kind >= pickle::Kind::List && kind != pickle::Kind::Symbol) stack.insert(stack.end(), g.items(at).begin(), g.items(at).end());
+  }
+  return false;
+}
+
+bool same(const ExtraState& a, const ExtraState& b) {
+  if (a.kind != b.kind || a.bytes != b.bytes) return false;
+  return a.kind != ExtraState::Kind::Object || pickle::write(*a.graph, a.ref, 2) == pickle::write(*b.graph, b.ref, 2);
+}
+
 struct RankContent {
   std::vector<Entry> entries;
+  std::vector<ZipRecord> others;             ///< records that no weight lies in
+  std::vector<std::string> foreign;          ///< top-level keys with tensors that are none of Megatron's
+  std::vector<std::string> contradictions;   ///< to the first file's args
   std::optional<Index> rank, world_size, iteration;
   std::optional<double> version;
   std::array<Index, 4> sizes{};  ///< tp, pp, ep, vpp as its args say
@@ -141,6 +177,9 @@ class LegacyReader {
       shard::require(state.args != 0 && g.kind(state.args) == pickle::Kind::Object, Code::BadFormat,
                      [] { return "holds no args; a Megatron rank file does"; });
       if (const auto version = g.find(g.root, "checkpoint_version")) version_ = g.real(*version);
+      shard::require(version_ == 0 || version_ == 1 || version_ == 2 || version_ == 3, Code::BadFormat,
+                     [&] { return fmt::format("checkpoint_version is {}; 0, 1, 2 and 3 are known", version_); });
+      shaping_ = shaping_args(g, state.args);
       const auto entries = g.items(g.root);
       for (std::size_t i = 0; i + 1 < entries.size(); i += 2) {
         if (g.kind(entries[i]) != pickle::Kind::Text) continue;
@@ -215,10 +254,21 @@ class LegacyReader {
     for (const auto& file : found_) file_of[file.name.substr(0, file.name.find('/'))] = file.name;
     for (const auto& place : places_) {
       out_.stored.files.push_back(file_of[place.folder]);
-      if (const auto distributed = out_.folder / place.folder / "distrib_optim.pt"; fs::exists(distributed)) {
-        out_.needs_weights_only = true;
-        out_.stored.objects.push_back({place.folder + "/distrib_optim.pt", "optimizer", fs::file_size(distributed), 0, 0});
-      }
+      find_optimizers(place.folder);
+    }
+  }
+
+  void find_optimizers(const std::string& folder) {
+    std::vector<std::string> found;
+    for (const auto& entry : fs::directory_iterator(out_.folder / folder)) {
+      const auto name = entry.path().filename().string();
+      if (name == "distrib_optim.pt" || name == "optim.pt" || (name.starts_with("layer_wise_optimizer_") && name.ends_with(".pt"))) found.push_back(folder + "/" + name);
+    }
+    std::sort(found.begin(), found.end());
+    for (auto& name : found) {
+      out_.needs_weights_only = true;
+      out_.stored.objects.push_back({name, "optimizer", fs::file_size(inside(out_.folder, name)), 0, 0});
+      out_.optimizer_files.push_back(std::move(name));
     }
   }
 
@@ -238,6 +288,7 @@ class LegacyReader {
         out.world_size = args.integer("world_size");
         const auto p = parallel_of(args);
         out.sizes = {p.tp, p.pp, p.ep, p.vpp};
+        out.contradictions = contradictions(shaping_args(g, *node));
       }
       if (const auto node = g.find(g.root, "iteration"); node && g.kind(*node) == pickle::Kind::Int) out.iteration = g.integer(*node);
       if (const auto node = g.find(g.root, "checkpoint_version")) out.version = g.real(*node);
@@ -245,6 +296,7 @@ class LegacyReader {
       for (std::size_t i = 0; i + 1 < entries.size(); i += 2) {
         if (g.kind(entries[i]) != pickle::Kind::Text) continue;
         const auto key = g.text(entries[i]);
+        if (!belongs_to_run(key) && reaches_storage(g, entries[i + 1])) out.foreign.emplace_back(key);
         if (!key.starts_with("model") || key == "model_config" || key.starts_with("modelopt")) continue;
         Index chunk = 0;
         if (key.size() > 5) {
@@ -254,10 +306,30 @@ class LegacyReader {
         }
         flatten(*file, archive, entries[i + 1], "", chunk, out.entries);
       }
+      std::set<std::string_view> named;
+      for (const auto& entry : out.entries)
+        if (entry.tensor) named.insert(entry.record.name);
+      for (const auto& record : archive.zip.records)
+        if (record.name.starts_with("data/") && !named.contains(record.name)) out.others.push_back(record);
       return out;
     } catch (const shard::Error& error) {
       throw error.within(file->name());
     }
+  }
+
+  std::vector<std::string> contradictions(const std::map<std::string_view, std::string>& args) const {
+    std::vector<std::string> out;
+    const auto compare = [&](std::string_view name, const std::string* here, const std::string* first) {
+      const auto said = [](const std::string* text) { return text ? text->substr(0, 100) : std::string("not there"); };
+      if (!here || !first || *here != *first) out.push_back(fmt::format("args.{} is {}; in the first file it is {}", name, said(here), said(first)));
+    };
+    for (const auto& [name, text] : args) {
+      const auto first = shaping_.find(name);
+      compare(name, &text, first == shaping_.end() ? nullptr : &first->second);
+    }
+    for (const auto& [name, text] : shaping_)
+      if (!args.contains(name)) compare(name, nullptr, &text);
+    return out;
   }
 
   static std::optional<StoredTensor> tensor_at(const pickle::Graph& g, pickle::Ref ref, const std::string& key) try {
@@ -313,11 +385,25 @@ class LegacyReader {
       if (content.sizes != sizes)
         add(fmt::format("args say TP {} PP {} EP {} VPP {}; the first file's say TP {} PP {} EP {} VPP {}", content.sizes[0], content.sizes[1],
                         content.sizes[2], content.sizes[3], sizes[0], sizes[1], sizes[2], sizes[3]));
+      for (const auto& contradiction : content.contradictions) add(contradiction);
       if (content.iteration != contents.front().iteration)
         add(fmt::format("iteration is {}; the first file's is {}", content.iteration.value_or(-1), contents.front().iteration.value_or(-1)));
       if (content.version != contents.front().version) add("checkpoint_version differs from the first file's");
       if (content.rank && content.world_size && p.pp > 0 && *content.world_size % p.pp == 0) check_rank(i, content, add);
     }
+    refuse_foreign(contents);
+  }
+
+  /// An average of the weights, say: tensors that no target has a place for and that nobody asked to drop.
+  void refuse_foreign(const std::vector<RankContent>& contents) {
+    std::set<std::string> seen;
+    for (std::size_t i = 0; i < contents.size(); ++i)
+      for (const auto& key : contents[i].foreign) {
+        if (!seen.insert(key).second) continue;
+        if (std::any_of(options_.drop.begin(), options_.drop.end(), [&](const auto& pattern) { return glob(pattern, key); })) out_.not_carried.push_back({key, "--drop"});
+        else out_.findings.push_back({"unexpected", Finding::Severity::Error, key, fmt::format("{} holds tensors under this key, which is none of Megatron's; --drop drops it", out_.stored.files[i])});
+      }
+    std::erase_if(out_.not_carried, [&](const Dropped& one) { return one.why != "--drop" && seen.contains(one.key); });
   }
 
   template <typename Add>
@@ -387,7 +473,7 @@ class LegacyReader {
       auto key = global_key(place, entry);
       if (!key) continue;
       if (!entry.tensor) {
-        keep_extra(*key, entry);
+        keep_extra(place, *key, entry);
         continue;
       }
       const bool of_expert = key->find("experts.l") != key->npos && key->find("shared_experts.l") == key->npos;
@@ -402,9 +488,11 @@ class LegacyReader {
       }
       add_tensor(place, *key, *entry.tensor, at->second, tied_copy || late_copy);
     }
+    if (content.crcs_recorded)
+      for (const auto& record : content.others) out_.stored.streams.push_back({static_cast<std::uint32_t>(index), record.offset, record.size, record.crc32, false});
   }
 
-  void keep_extra(const std::string& key, const Entry& entry) {
+  void keep_extra(const Place& place, const std::string& key, const Entry& entry) {
     auto& state = *out_.megatron;
     auto name = key == "output_layer._extra_state" ? std::string("output") : extra_state_name(table_, out_.params, key);
     if (name.empty()) {
@@ -412,7 +500,9 @@ class LegacyReader {
       return;
     }
     if (entry.extra.kind != ExtraState::Kind::None) state.te = true;
-    state.extra.try_emplace(std::move(name), entry.extra);
+    const auto [kept, fresh] = state.extra.try_emplace(std::move(name), entry.extra);
+    if (!fresh && !same(kept->second, entry.extra) && differing_extra_.insert(key).second)
+      out_.not_carried.push_back({fmt::format("{}/{}", place.folder, key), "differs from the first rank's extra state, which is kept, as Megatron keeps it"});
   }
 
   void add_tensor(const Place& place, const std::string& key, const StoredTensor& local, std::uint32_t stream, bool copy) {
@@ -441,7 +531,11 @@ class LegacyReader {
       return;
     }
     const auto id = replica(place, copy, dim < 0);
-    if (version_ < 2.0 && match->row->dims.starts_with("groups ratio+2 head")) return add_old_qkv(tensor, local, stride, stream, rank, id);
+    const bool old_rows = version_ < 2.0 && match->row->dims.starts_with("groups ratio+2 head");
+    if (old_rows && out_.params.at("ratio") == 1) return add_old_qkv(tensor, local, stride, stream, rank, id);
+    if (old_rows && !std::exchange(grouped_before_groups_, true))
+      out_.findings.push_back({"shape", Finding::Severity::Error, "checkpoint_version",
+                               fmt::format("is {} (absent means 0), which knows no query groups; args say {} of them for {} heads", version_, out_.params.at("groups"), out_.params.at("heads"))});
     if (dim < 0) {
       tensor.shards.push_back({shard::whole(full), {stream, local.offset, stride}, id});
       return;
@@ -513,7 +607,9 @@ class LegacyReader {
   std::vector<Place> places_;
   shard::Pipeline pipeline_;
   std::optional<Index> padded_rows_;
-  std::set<std::string> unknown_extra_;
+  std::set<std::string> unknown_extra_, differing_extra_;
+  std::map<std::string_view, std::string> shaping_;  ///< of the first file's args
+  bool grouped_before_groups_ = false;
   std::map<std::pair<Index, Index>, std::map<std::string, std::set<std::size_t>>> holders_;  ///< by stage and expert rank (-1: all), by key
   double version_ = 0;
 };

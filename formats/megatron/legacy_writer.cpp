@@ -145,7 +145,7 @@ class LegacyWriter {
   pickle::Ref top_dict(pickle::Graph& g, const std::vector<pickle::Ref>& models, Index rank, Index world) {
     const auto& state = *source_.megatron;
     std::vector<pickle::Ref> entries{
-        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, rank, world, "torch", model_.pipeline.mtp_layers, vocab_multiple(model_), model_.dtype}, Audience::Torch, dropped_args_),
+        g.text("args"), copy_args(g, *state.common, state.args, {model_.parallel, target_.padded_vocab, rank, world, "torch", model_.pipeline.mtp_layers, vocab_multiple(model_), model_.dtype, model_.params}, Audience::Torch, dropped_args_),
         g.text("checkpoint_version"), g.real(3.0)};
     if (source_.iteration) entries.insert(entries.end(), {g.text("iteration"), g.integer(*source_.iteration)});
     entries.insert(entries.end(), models.begin(), models.end());

@@ -36,6 +36,38 @@ void check_vocabulary(Checkpoint& checkpoint) {
     add(fmt::format("holds {} rows; the true vocabulary is {}", rows, *checkpoint.vocab));
 }
 
+/// Tensors of modules that the model does not build by its args: no reader would take them. What args do not speak of, as older ones did not, may be there.
+void check_ruled_out(Checkpoint& checkpoint, const shard::Table& table, const shard::SpellOptions& sizes) {
+  const auto& state = *checkpoint.megatron;
+  auto params = checkpoint.params;
+  const auto said = [&](const char* name) { return state.common->attribute(state.args, name).has_value(); };
+  const auto allow = [&](const char* switched, bool yes) {
+    if (yes) params[switched] = 1;
+  };
+  const bool biases = said("add_bias_linear") || said("disable_bias_linear");
+  allow("mlp_bias", !biases);
+  allow("qkv_bias", !biases);
+  allow("qk_norm", !said("qk_layernorm"));
+  allow("expert_bias", !said("moe_router_enable_expert_bias"));
+  allow("shared_gate", !said("moe_shared_expert_gate"));
+  allow("sinks", !said("softmax_type"));
+  allow("mtp", !said("mtp_num_layers"));
+  allow("router_bias", true);  // came with 0.13
+  allow("post_norms", true);   // Megatron-Bridge's, which no argument names
+  params["tied"] = 0;          // a tied head is its owner's copy
+  const auto placed = placed_names(checkpoint.logical, table, params, sizes);
+  for (const auto& entry : checkpoint.logical.tensors)
+    if (!placed.contains(entry.first))
+      checkpoint.findings.push_back({"unexpected", Finding::Severity::Error, entry.first, "the checkpoint holds it; the model that args describe has no such tensor"});
+}
+
+void check_mixtures(Checkpoint& checkpoint, const std::vector<bool>& moe_layers) {
+  const auto layers = checkpoint.params.find("layers");
+  const auto count = checkpoint.megatron->layers;
+  if (!checkpoint.params.contains("experts") || !moe_layers.empty() || layers == checkpoint.params.end() || layers->second != count) return;
+  checkpoint.findings.push_back({"unexpected", Finding::Severity::Error, "args.moe_layer_freq", fmt::format("should be a whole number above 0 or a list of {} entries, one a layer", count)});
+}
+
 }  // namespace
 
 void interpret(Checkpoint& checkpoint, std::string_view dialects, const OpenOptions& options) {
@@ -85,8 +117,10 @@ void interpret(Checkpoint& checkpoint, std::string_view dialects, const OpenOpti
   if (*checkpoint.tied) checkpoint.logical.ties["output.weight"] = "embedding.word.weight";
   checkpoint.family = family_of(params);
   if (state.args != 0) {
-    check_expected(checkpoint.logical, table, params, {nullptr, state.layers, state.experts, state.mtp_layers, moe_layers_of(*state.common, Args(*state.common, state.args), state.layers)},
-                   checkpoint.findings);
+    const shard::SpellOptions sizes{nullptr, state.layers, state.experts, state.mtp_layers, moe_layers_of(*state.common, Args(*state.common, state.args), state.layers)};
+    check_expected(checkpoint.logical, table, params, sizes, checkpoint.findings);
+    check_mixtures(checkpoint, sizes.moe_layers);
+    check_ruled_out(checkpoint, table, sizes);
   }
   check_vocabulary(checkpoint);
   for (const auto& [key, tensor] : checkpoint.logical.tensors) check_cover(tensor, checkpoint.findings, 2);

@@ -24,7 +24,7 @@ class Execution {
       if (unit.begin < unit.end || unit.kind == Unit::Kind::Compare) batches.expand(unit, open, full);
     });
     auto& report = out_.report;
-    source_.finish(budget_.threads, report.findings);
+    source_.finish(budget_, report.findings);
     for (std::size_t i = 0; i < shared_.differences.size(); ++i)
       if (shared_.differences[i].count)
         report.findings.push_back(describe_difference(source_, plan_.tensors[plan_.comparisons[i].copy.tensor], plan_.comparisons[i], shared_.differences[i]));

@@ -29,7 +29,7 @@ ScanOutcome scan(const shard::Reader& from, const shard::ShardedStateDict& store
     else comparisons.expand(comparisons.units()[i - tasks.size()], open, full);
   });
   out.findings = nonfinite_findings(stored, tasks, shared.found);
-  source.finish(budget.threads, out.findings);
+  source.finish(budget, out.findings);
   for (std::size_t i = 0; i < shared.differences.size(); ++i)
     if (shared.differences[i].count)
       out.findings.push_back(describe_difference(source, replicas.tensors[replicas.comparisons[i].copy.tensor], replicas.comparisons[i], shared.differences[i]));

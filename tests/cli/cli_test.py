@@ -14,6 +14,7 @@ import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, SHARDKIT, Case, digest, files_below, run, run_json, sanitized  # noqa: E402
+from torch_edit import edit_file  # noqa: E402
 
 LLAMA = DATA / "legacy/llama_untied_bf16/tp2pp2"
 DIST = DATA / "mcore/llama_untied_bf16/tp2pp2"
@@ -189,6 +190,8 @@ class Usage(Case):
     def test_impossible_layouts(self):
         for flags in (["--tp", 3], ["--pp", 3], ["--tp", 16], ["--pp", 2, "--vpp", 4], ["--ep", 2], ["--pp-layout", "E|t"], ["--first-stage-layers", 9]):
             self.refused(5, "reshard", LLAMA, self.tmp / "x", *flags)
+        for layout in ("Et*1000000000|L", "E(t|)*1000000000L"):
+            self.assertIn("expands to too many", self.refused(5, "reshard", LLAMA, self.tmp / "x", "--pp-layout", layout))
         self.assertEqual(list(self.tmp.iterdir()), [])
 
 
@@ -354,6 +357,11 @@ class Outcome(Case):
         for number in ("99999999999999999999", "-1", "x"):
             self.assertIn("--iteration", self.refused(2, "inspect", LLAMA, "--iteration", number))
 
+    def test_numbers_are_decimal(self):
+        self.ok("inspect", LLAMA, "--iteration", "0000010")
+        _, out = run_json("plan", LLAMA, self.tmp / "d", "--to", "torch_dist", "--tp", "004", "--pp", "01", "--vocab-size", "0250", "--threads", "010")
+        self.assertEqual((out["target"]["layout"]["tp"], out["target"]["layout"]["pp"], out["padded_vocab_size"]), (4, 1, 256))
+
 
 class SameBytes(Case):
     def test_any_thread_count_and_budget(self):
@@ -472,8 +480,25 @@ class Plain(Case):
         self.assertEqual(digest(self.tmp / "one"), digest(source))
         self.ok("verify", self.tmp / "one")
 
+    def test_bytes_items_alone(self):
+        source = self.copy("dcp/fsdp2_adamw_4")
+
+        def only_bytes(root):
+            state = root.state
+            for key in [k for k, v in state["state_dict_metadata"].items() if type(v).__name__ == "TensorStorageMetadata"]:
+                del state["state_dict_metadata"][key]
+                for index in [i for i in state["storage_data"] if i.state["fqn"] == key]:
+                    del state["storage_data"][index]
+        edit_file(source / ".metadata", only_bytes)
+        self.assertGreater(len(run_json("inspect", source)[1]["objects"]), 0)
+        self.ok("verify", source)
+        self.ok("convert", source, self.tmp / "again", "--to", "dcp", "-q")
+        self.ok("verify", self.tmp / "again")
+        self.assertIn("holds no tensors", self.refused(6, "convert", source, self.tmp / "hf", "--to", "hf"))
+
     def test_no_family_no_layout(self):
         self.refused(5, "reshard", DATA / "dcp/dtensor_2x2", self.tmp / "x", "--tp", 2)
+        self.assertIn("convert it to hf first", self.refused(4, "convert", DIST, self.tmp / "x", "--to", "dcp"))
 
 
 class Diff(Case):
@@ -654,7 +679,12 @@ class Verify(Case):
         self.assertIn("first at [7]", found["message"])
         self.assertIn("ULP", found["message"])
         self.assertIn("first at [3, 5]", self.finding("tie", DATA / "hostile/mega_tied_copy_differs")["message"])
-        self.refused(6, "reshard", DATA / "hostile/mega_tied_copy_differs", self.tmp / "x", "--pp", 1)
+        for name in ("mega_tied_copy_differs", "mega_layernorm_replica_differs"):
+            self.refused(6, "reshard", DATA / "hostile" / name, self.tmp / "x", "--pp", 1)
+            for command in (("hash", DATA / "hostile" / name), ("diff", DATA / "hostile" / name, LLAMA), ("diff", LLAMA, DATA / "hostile" / name)):
+                self.assertRegex(self.refused(6, *command), "the copies in .* differ")
+        status, out = run_json("verify", DATA / "legacy/llama_tied_bf16/tp2pp2", "--against", DATA / "hostile/mega_tied_copy_differs")
+        self.assertEqual((status, [f["message"].count("mega_tied_copy_differs: the copies in") for f in out["findings"] if f["rule"] == "tie"]), (1, [1]))
 
     def test_exchanged_ranks(self):
         other = self.copy("legacy/llama_untied_bf16/tp2pp2") / "iter_0000010"

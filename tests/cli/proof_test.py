@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import unittest
+import zipfile
 import xml.etree.ElementTree
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -385,6 +386,26 @@ class Expected(Case):
             with self.subTest(**values):
                 self.caught(self.edited(MOE, self.arg(**values)), rule, key)
 
+    def test_tensors_that_args_rule_out(self):
+        for name, values, key in (
+                ("legacy/gpt_tied_bf16_te_names/tp2pp2", {"add_bias_linear": False}, "attention.out.bias"),
+                ("legacy/gpt_tied_bf16_te_names/tp2pp2", {"position_embedding_type": "rope"}, "embedding.position.weight"),
+                ("legacy/gpt_tied_bf16_te_names/tp2pp2", {"normalization": "RMSNorm"}, "norm.bias"),
+                (MOE, {"moe_layer_freq": [1, 1, 1, 0]}, "layers.3.mlp"), (MOE, {"moe_layer_freq": [1, 1, 1]}, "args.moe_layer_freq"),
+                (MOE, {"moe_layer_freq": 0}, "args.moe_layer_freq"), (MOE, {"moe_layer_freq": "[1]*4"}, "args.moe_layer_freq")):
+            with self.subTest(**values):
+                self.caught(self.edited(name, self.arg(**values)), "unexpected", key)
+        dist = self.tmp / "dist"
+        for values, key in (({"qk_layernorm": False}, "norm.weight"), ({"mtp_num_layers": None}, "mtp.0."), ({"moe_router_enable_expert_bias": False}, "expert_bias")):
+            self.ok("convert", DATA / "hf/deepseek_v3_mtp_bf16", dist, "--to", "mp_rank", "-q", "--force")
+            edit_archive(next(dist.rglob("*.pt")), self.arg(**values))
+            self.assertIn(key, self.finding("unexpected", dist)["key"])
+            self.refused(6, "hash", dist)
+
+        def older(root):  # did not speak of it
+            del root["args"].add_bias_linear
+        self.ok("hash", self.edited("legacy/gpt_tied_bf16_te_names/tp2pp2", older))
+
     def test_extra_keys(self):
         def add(root):
             root["model"]["decoder.surprise.weight"] = next(v for k, v in root["model"].items() if k.endswith(".weight"))
@@ -434,6 +455,168 @@ class Expected(Case):
                 self.refused(status, *command)
             self.assertFalse((self.tmp / "out").exists())
             shutil.rmtree(self.tmp / "copy")
+
+
+class RankFiles(Case):
+    """What rank files say of themselves and of each other, and what lies beside them."""
+    LLAMA = DENSE + "/tp2pp2"
+
+    def edited(self, change, ranks=".", name=LLAMA):
+        copy = self.copy(name)
+        for path in sorted(copy.rglob("model_optim_rng.pt")):
+            if re.search(ranks, str(path.relative_to(copy))):
+                edit_archive(path, change)
+        return copy
+
+    def test_checkpoint_version(self):
+        for version in (-1, 0.5, 1.5, 2.5, 9.0, float("inf")):
+            copy = self.edited(lambda root: root.update(checkpoint_version=version))
+            for command in (("verify", copy), ("hash", copy), ("reshard", copy, self.tmp / "out")):
+                self.assertIn(f"checkpoint_version is {version:g}; 0, 1, 2 and 3 are known", self.refused(4, *command))
+            shutil.rmtree(copy)
+        for version in (0, 1.0):  # before query groups
+            copy = self.edited(lambda root: root.update(checkpoint_version=version))
+            self.assertIn("knows no query groups; args say 4 of them for 8 heads", self.finding("shape", copy)["message"])
+            self.refused(6, "hash", copy)
+            shutil.rmtree(copy)
+        copy = self.edited(lambda root: root.update(checkpoint_version=2.0))
+        self.assertEqual(digest(copy), digest(REFERENCE))
+
+    def test_args_agree(self):
+        for values in ({"num_layers": 8}, {"rotary_base": 5}, {"swiglu": False}, {"layernorm_epsilon": 1e-6}, {"untie_embeddings_and_output_weights": False}, {"vocab_size": None},
+                       {"padded_vocab_size": 512}, {"pipeline_model_parallel_layout": "Ett|ttL"}, {"moe_layer_freq": [1, 0]}, {"world_size": 8}):
+            copy = self.edited(lambda root: vars(root["args"]).update(values), "rank_01_001")
+            found = self.finding("rank", copy)
+            self.assertEqual(found["key"], "mp_rank_01_001/model_optim_rng.pt")
+            self.assertTrue(found["message"].startswith(f"args.{next(iter(values))} is "), found)
+            for command in (("hash", copy), ("reshard", copy, self.tmp / "out", "--tp", 1)):
+                self.refused(6, *command)
+            shutil.rmtree(copy)
+        copy = self.edited(lambda root: vars(root["args"]).update(local_rank=77, master_port=1, virtual_pipeline_model_parallel_rank=3), "rank_01_001")
+        self.assertEqual(digest(copy), digest(REFERENCE))
+
+    def test_layouts_that_args_cannot_mean(self):
+        for values in ({"pipeline_model_parallel_layout": "Ett|tt"}, {"decoder_first_pipeline_num_layers": 0}, {"virtual_pipeline_model_parallel_size": 3}):
+            copy = self.edited(lambda root: vars(root["args"]).update(values))
+            for command in (("verify", copy), ("reshard", copy, self.tmp / "out")):
+                self.assertIn("args: ", self.refused(6, *command))
+            shutil.rmtree(copy)
+
+    def test_sizes_that_args_lack_are_written(self):
+        def forget(root):
+            for name in ("num_layers", "num_attention_heads", "ffn_hidden_size", "group_query_attention", "num_query_groups", "swiglu"):
+                delattr(root["args"], name)
+        copy = self.edited(forget)
+        given = ("--num-layers", 4, "--num-attention-heads", 8, "--ffn-hidden-size", 128, "--num-query-groups", 4, "--swiglu")
+        self.assertIn("--num-layers", self.refused(6, "hash", copy))
+        for kind in ("mp_rank", "torch_dist"):
+            self.ok("convert", copy, self.tmp / kind, "--to", kind, "--tp", 1, "-q", *given)
+            self.assertEqual(digest(self.tmp / kind), digest(REFERENCE))
+
+    def test_what_lies_beside(self):
+        folder = "iter_0000010/mp_rank_01_001"
+        for name in ("iter_0000010/mp_rank_00_000.bak", "iter_0000010/mp_rank_4294967296_000", "iter_0000010/mp_rank_"):
+            copy = self.copy(self.LLAMA)
+            shutil.copytree(copy / folder, copy / name)
+            for command in (("verify", copy), ("hash", copy), ("reshard", copy, self.tmp / "out")):
+                self.assertIn(name, self.refused(6, *command))
+            shutil.rmtree(copy)
+        copy = self.copy(self.LLAMA)
+        shutil.copy(copy / folder / "model_optim_rng.pt", copy / folder / "model_rng.pt")
+        self.assertIn("should hold one of them", self.refused(6, "verify", copy))
+        (copy / folder / "model_optim_rng.pt").unlink()
+        self.assertEqual(digest(copy), digest(REFERENCE))
+        shutil.copytree(REFERENCE / "iter_0000010", copy / "iter_0000010", dirs_exist_ok=True)
+        self.assertIn("should hold one checkpoint", self.refused(6, "hash", copy))
+
+    def test_tensors_that_are_none_of_megatrons(self):
+        copy = self.edited(lambda root: root.update(ema_model=dict(list(root["model"].items())[:3])), "rank_01_000")
+        self.assertEqual(self.finding("unexpected", copy)["key"], "ema_model")
+        self.refused(6, "reshard", copy, self.tmp / "out", "--tp", 1)
+        status, out = run_json("reshard", copy, self.tmp / "out", "--tp", 1, "--drop", "ema_*")
+        self.assertEqual((status, [d["why"] for d in out["dropped"] if d["key"] == "ema_model"]), (0, ["--drop"]))
+        copy = self.tmp / "state"
+        shutil.copytree(DATA / self.LLAMA, copy)
+        edit_archive(copy / "iter_0000010/mp_rank_00_000/model_optim_rng.pt", lambda root: root.update(consumed={"steps": 4}))
+        status, out = run_json("reshard", copy, self.tmp / "other", "--tp", 1)
+        self.assertEqual((status, [d["why"] for d in out["dropped"] if d["key"] == "consumed"]), (0, ["belongs to the run, not to the weights"]))
+
+    def test_optimizers(self):
+        copy = self.copy("mcore_optim/legacy_float16opt_tp2pp1")
+        self.ok("verify", copy)
+        archive = Archive(copy / "iter_0000010/mp_rank_01/model_optim_rng.pt")
+        path = archive.path
+        infos = {i.filename: i for i in zipfile.ZipFile(path).infolist()}
+        named = {t.args[0].pid[2] for t in archive.root["model"].values() if hasattr(t, "args") and t.args}
+        record = next(i for n, i in infos.items() if "/data/" in n and n.rsplit("/", 1)[1] not in named and i.file_size)
+        data = bytearray(path.read_bytes())
+        start = record.header_offset + 30 + sum(struct.unpack_from("<HH", data, record.header_offset + 26))
+        data[start + record.file_size // 2] ^= 1
+        path.write_bytes(bytes(data))
+        self.assertIn("mp_rank_01/model_optim_rng.pt: CRC-32", self.finding("checksum", copy)["message"])
+        self.ok("reshard", copy, self.tmp / "out", "--tp", 1, "--weights-only", "-q")  # reads no optimizer
+
+    def test_optimizers_beside(self):
+        for name in ("distrib_optim.pt", "optim.pt", "layer_wise_optimizer_0.pt"):
+            copy = self.copy(self.LLAMA)
+            beside = copy / "iter_0000010/mp_rank_00_000" / name
+            shutil.copy(DATA / "torch/tensor.pt", beside)
+            self.ok("verify", copy)
+            self.assertIn("--weights-only", self.refused(4, "reshard", copy, self.tmp / "out", "--tp", 1))
+            status, out = run_json("reshard", copy, self.tmp / name, "--tp", 1, "--weights-only")
+            self.assertEqual((status, [d["key"] for d in out["dropped"] if "mp_rank" in d["key"]]), (0, [f"mp_rank_00_000/{name}"]))
+            data = beside.read_bytes()
+            for broken in (b"", b"garbage", data[:-30]):
+                beside.write_bytes(broken)
+                self.assertIn(name, self.refused(4, "verify", copy))
+            record = next(i for i in zipfile.ZipFile(DATA / "torch/tensor.pt").infolist() if i.filename.endswith("data/0"))
+            start = record.header_offset + 30 + sum(struct.unpack_from("<HH", data, record.header_offset + 26))
+            beside.write_bytes(data[:start] + bytes([data[start] ^ 1]) + data[start + 1:])
+            self.assertIn(name, self.finding("checksum", copy)["message"])
+            self.ok("hash", copy)
+            shutil.rmtree(copy)
+
+    def test_extra_states(self):
+        def say(text):
+            def change(root):
+                for key in [k for k in root["model"] if k.endswith("linear_proj._extra_state")]:
+                    root["model"][key] = text
+            return change
+        copy = self.edited(say("one"), "rank_0._000")
+        edit_archive(copy / "iter_0000010/mp_rank_01_000/model_optim_rng.pt", say("two"))
+        status, out = run_json("reshard", copy, self.tmp / "out", "--tp", 1)
+        self.assertEqual((status, [d["key"] for d in out["dropped"] if "_extra_state" in d["key"]]),
+                         (0, [f"mp_rank_01_000/decoder.layers.{i}.self_attention.linear_proj._extra_state" for i in (0, 1)]))
+        status, out = run_json("convert", copy, self.tmp / "hf", "--to", "hf")
+        self.assertTrue(any(d["key"] == "_extra_state" and d["why"].startswith("2 of them") for d in out["dropped"]), out["dropped"])
+
+    def test_iteration(self):
+        for name in (self.LLAMA, "mcore/llama_untied_bf16/tp2pp2"):
+            copy = self.copy(name)
+            tracker = copy / "latest_checkpointed_iteration.txt"
+            tracker.write_text("  10 \n")  # as int() takes it
+            self.assertEqual(digest(copy), digest(REFERENCE))
+            tracker.unlink()
+            self.assertIn("holds iter_0000010 but no latest_checkpointed_iteration.txt", self.refused(4, "hash", copy))
+            self.ok("hash", copy, "--iteration", 10)
+            self.refused(3, "hash", copy, "--iteration", 11)
+            (copy / "iter_0000010").rename(copy / "iter_0000020")
+            for path in (copy, copy / "iter_0000020", f"{copy}/iter_0000020/"):
+                more = ("--iteration", 20) if path == copy else ()
+                status, out = run_json("verify", path, *more)
+                said = [f["message"] for f in out["findings"] if f["severity"] == "warning"]
+                self.assertEqual((status, said), (0, ["holds iteration 10 by its own state, which is followed"]))
+                status, out = run_json("reshard", path, self.tmp / "out", "--tp", 1, "--force", *more)
+                self.assertEqual((status, out["notes"]), (0, [f"iter_0000020 {said[0]}"]))
+                self.assertTrue((self.tmp / "out/iter_0000010").is_dir())
+            (copy / "iter_0000020").rename(self.tmp / "elsewhere")
+            tracker.write_text("10")
+            (copy / "iter_0000010").symlink_to(self.tmp / "elsewhere")
+            self.assertIn("leads out", self.refused(4, "hash", copy))
+            (copy / "iter_0000010").unlink()
+            (self.tmp / "elsewhere").rename(copy / "there")
+            (copy / "iter_0000010").symlink_to("there")
+            self.assertEqual(digest(copy), digest(REFERENCE))
 
 
 class Junit(Case):

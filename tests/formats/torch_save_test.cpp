@@ -205,6 +205,8 @@ TEST_CASE("torch_save: tensors stay within their storage") {
   outside([](Made& m) { m.elements = 11; });
   outside([](Made& m) { m.elements = 0; });
   CHECK(error([](Made& m) { m.strides = {0, 1}; }) == "");  // expanded
+  CHECK(error([](Made& m) { m.sizes = {1 << 10, 1 << 20}, m.strides = {0, 0}; })  // without end, in a few bytes
+            .find("repeat the 48 bytes of storage") != std::string::npos);
   CHECK(error([](Made& m) { m.strides = {1, 3}; }) == "");  // transposed
   CHECK(error([](Made& m) { m.offset = -1; }) != "");
   CHECK(error([](Made& m) { m.strides = {-1, 1}; }).find("negative strides") != std::string::npos);
