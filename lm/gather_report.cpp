@@ -61,7 +61,7 @@ void agree(Processes& processes, const Ranks& ranks, const std::vector<StagePlan
     shard::require(all[r] == all[0], shard::Code::Mismatch, [&] { return fmt::format("rank {}: would compute something else than rank 0; arguments or checkpoints differ", r); });
 }
 
-void gather_report(Processes& processes, const Ranks& ranks, WeightSource& source, unsigned threads, RunReport& report) {
+void gather_report(Processes& processes, const Ranks& ranks, WeightSource& source, const shard::Budget& budget, RunReport& report) {
   MessageWriter mine;
   write(mine, report.result);
   mine(report.load_seconds, source.bytes_read(), source.tell());
@@ -89,7 +89,7 @@ void gather_report(Processes& processes, const Ranks& ranks, WeightSource& sourc
   }
   MessageWriter found;
   if (processes.rank() == 0) {
-    const auto findings = source.findings(threads);
+    const auto findings = source.findings(budget);
     found(findings.size());
     for (const auto& one : findings) found(one.rule, one.severity, one.key, one.message);
     found(source.bytes_read() + others_read);

@@ -9,6 +9,6 @@ namespace lm {
 void agree(Processes& processes, const Ranks& ranks, const std::vector<StagePlan>& plans, const ForwardRequest& request);
 
 /// `report.result` and `source` hold this rank's part, and afterwards, as findings and stats, everyone's. Rank 0 reads what no rank has summed.
-void gather_report(Processes& processes, const Ranks& ranks, WeightSource& source, unsigned threads, RunReport& report);
+void gather_report(Processes& processes, const Ranks& ranks, WeightSource& source, const shard::Budget& budget, RunReport& report);
 
 }  // namespace lm

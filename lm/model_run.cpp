@@ -103,10 +103,11 @@ RunReport run_model(const shard::Reader& from, const shard::Kernels& kernels, co
   report.load_seconds = *std::max_element(brought.begin(), brought.end());
   for (const auto& stream : streams)
     if (stream) report.load_seconds = std::max(report.load_seconds, stream->waited_seconds() / (processes ? 1 : tp));
+  const shard::Budget budget{.threads = options.threads, .stop = options.stop};
   if (processes) {
-    gather_report(*processes, ranks, source, options.threads, report);
+    gather_report(*processes, ranks, source, budget, report);
   } else {
-    report.findings = source.findings(options.threads);
+    report.findings = source.findings(budget);
     report.weights = source.stats();
     report.bytes_read = source.bytes_read();
   }

@@ -55,7 +55,7 @@ std::string_view weight_of_scales(std::string_view name) {
   return is_block_scaled(name) ? name : std::string_view{};
 }
 
-void quantise_rows(const float* from, Index rows, Index columns, std::byte* numbers, float* scales) {
+void quantise_block_row(const float* from, Index rows, Index columns, std::byte* numbers, float* scales) {
   std::array<float, kScaleBlock> scaled;
   for (Index at = 0; at < columns; at += kScaleBlock, ++scales) {
     const auto width = std::min(kScaleBlock, columns - at);

@@ -3,6 +3,7 @@
 
 #include "lm/tensor.h"
 
+#include <limits>
 #include <string>
 #include <string_view>
 
@@ -21,14 +22,18 @@ inline std::string scales_of(std::string_view weight) { return std::string(weigh
 std::string_view weight_of_scales(std::string_view name);
 
 /// Blocks that `count` numbers touch, the first of which lies `first` numbers behind a block's start.
-inline Index blocks_of(Index count, Index first = 0) { return count ? (first + count - 1) / kScaleBlock + 1 : 0; }
+constexpr Index blocks_of(Index count, Index first = 0) { return count ? (first + count - 1) / kScaleBlock + 1 : 0; }
 
 /// What numbers up to `max_abs` are divided by before they are rounded.
-inline float scale_for(float max_abs) { return max_abs > 0 ? max_abs / kLargestE4M3 : 1.0f; }
+constexpr float scale_for(float max_abs) {
+  constexpr float kLeast = std::numeric_limits<float>::min();  // what is smaller has no quotient that is right to three bits
+  const float scale = max_abs / kLargestE4M3;
+  return max_abs > 0 ? scale > kLeast ? scale : kLeast : 1.0f;
+}
 
 /// A block row of a weight: `rows` ≤ 128 rows of `columns` f32, row after row, become e4m3, and `scales` [⌈columns/128⌉]. Whatever is not finite becomes
 /// NaN, with what shares its block if it is infinite.
-void quantise_rows(const float* from, Index rows, Index columns, std::byte* numbers, float* scales);
+void quantise_block_row(const float* from, Index rows, Index columns, std::byte* numbers, float* scales);
 
 /// Activations as products in fp8 see them, in place: each row's numbers divided by their block's scale, rounded to e4m3, multiplied again. Lane 0
 /// lies `first` lanes behind a block's start.

@@ -99,13 +99,20 @@ Weight WeightSource::read_scaled(const std::string& name) {
   shard::require(shard::castable(tensor.dtype, DType::F32), Code::BadFormat,
                  [&, &tensor = tensor] { return fmt::format("{}: holds {}; a forward pass takes floating point", name, shard::name(tensor.dtype)); });
   const shard::RangeReader reader(source_, tensor);
+  // Rows of a stored matrix, all of them or some (q of a fused q, k and v).
   const auto run = reader.dense(0, rows * columns);
-  const auto* stored = run && run->offset == 0 ? source_.reader().scaled_matrix(run->stream) : nullptr;
-  if (stored && (stored->rows != rows || stored->columns != columns || stored->block_rows != kScaleBlock || stored->block_columns != kScaleBlock)) stored = nullptr;
+  const auto* stored = run ? source_.reader().scaled_matrix(run->stream) : nullptr;
   if (stored) {
-    const auto as_stored = stored->scales();
-    std::copy(as_stored.begin(), as_stored.end(), scales);
-    stored->numbers(0, {numbers.get(), static_cast<std::size_t>(rows * columns)});
+    const auto first_row = static_cast<Index>(run->offset / (static_cast<std::uint64_t>(columns) * size_of(tensor.dtype)));
+    if (stored->columns == columns && stored->block_rows == kScaleBlock && stored->block_columns == kScaleBlock && first_row % kScaleBlock == 0) {
+      const auto as_stored = stored->scales();
+      std::copy_n(as_stored.begin() + first_row / kScaleBlock * across, blocks_of(rows) * across, scales);
+      stored->numbers(static_cast<std::uint64_t>(first_row * columns), {numbers.get(), static_cast<std::size_t>(rows * columns)});
+    } else {
+      stored = nullptr;
+      const std::lock_guard lock(mutex_);
+      if (std::find(rescaled_.begin(), rescaled_.end(), name) == rescaled_.end()) rescaled_.push_back(name);
+    }
   }
   // A block row at a time, looked at as it is stored.
   const auto most = static_cast<std::size_t>(std::min(rows, kScaleBlock) * columns);
@@ -122,7 +129,7 @@ Weight WeightSource::read_scaled(const std::string& name) {
     auto* const to = numbers.get() + lo * columns;
     auto* const factor = scales + lo / kScaleBlock * across;
     if (tensor.dtype == DType::F8E4M3) std::copy_n(raw.get(), count, to), std::fill_n(factor, across, 1.0f);
-    else quantise_rows(values, some, columns, to, factor);
+    else quantise_block_row(values, some, columns, to, factor);
   }
   const std::lock_guard lock(mutex_);
   scales_[scales_of(name)] = {factors, factors.get(), DType::F32, blocks_of(rows), across, across};
@@ -207,10 +214,10 @@ void WeightSource::refuse_torn() const {
     shard::require(!mapping || !mapping->torn(), Code::Io, [&] { return fmt::format("{}: became shorter while it was read", dict_.files[file]); });
 }
 
-std::vector<shard::Finding> WeightSource::findings(unsigned threads) {
+std::vector<shard::Finding> WeightSource::findings(const shard::Budget& budget) {
   refuse_torn();
   std::vector<shard::Finding> out;
-  source_.finish({.threads = threads}, out);
+  source_.finish(budget, out);
   using Severity = shard::Finding::Severity;
   for (const auto& [name, rows] : seen_) {
     std::uint64_t nonfinite = 0, first = 0, elements = 0;
@@ -228,6 +235,9 @@ std::vector<shard::Finding> WeightSource::findings(unsigned threads) {
     else if (constant && is_matrix(name) && elements > 1)
       out.push_back({"constant", Severity::Warning, name, fmt::format("all {} numbers are {}; no trained matrix is like that", elements, value)});
   }
+  if (!rescaled_.empty())
+    out.push_back({"scales", Severity::Note, *std::min_element(rescaled_.begin(), rescaled_.end()),
+                   fmt::format("{} weights lie in fp8 blocks that are not {} × {} from their first row on; products in fp8 take them with scales found anew", rescaled_.size(), kScaleBlock, kScaleBlock)});
   return out;
 }
 
@@ -251,7 +261,7 @@ std::string WeightSource::tell() const {
     if (source_.summed(s)) sums[s] = source_.sums(s);
   const std::lock_guard lock(mutex_);
   MessageWriter out;
-  out(seen_, sums);
+  out(seen_, sums, rescaled_);
   return out.text();
 }
 
@@ -259,13 +269,15 @@ void WeightSource::hear(std::string_view text) {
   std::map<std::string, std::map<Index, Seen>> seen;
   std::map<std::uint32_t, std::vector<std::array<std::uint64_t, 3>>> sums;
   MessageReader in(text);
-  in(seen, sums);
+  std::vector<std::string> rescaled;
+  in(seen, sums, rescaled);
   for (const auto& [stream, pieces] : sums)
     for (const auto& [offset, length, crc] : pieces)
       if (stream < dict_.streams.size()) source_.add_sum(stream, offset, length, static_cast<std::uint32_t>(crc));
   const std::lock_guard lock(mutex_);
   for (auto& [name, rows] : seen)
     if (has(name)) seen_[name].merge(rows);
+  rescaled_.insert(rescaled_.end(), rescaled.begin(), rescaled.end());
 }
 
 std::vector<shard::Finding> norm_outliers(const std::vector<WeightStats>& weights) {

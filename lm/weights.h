@@ -78,8 +78,8 @@ class WeightSource {
   void check(const std::string& name, Index lo, const Weight& weight);
   /// The same, and its checksum, brought from its file by so many threads.
   void check(const std::string& name, Index lo, const View& view, unsigned threads);
-  /// What reading found: checksums that do not match (with `threads` for the rest of summed streams), numbers.
-  std::vector<shard::Finding> findings(unsigned threads);
+  /// What reading found: checksums that do not match (with the budget's threads for the rest of summed streams), numbers.
+  std::vector<shard::Finding> findings(const shard::Budget& budget);
   /// Of everything that was read, by name.
   std::vector<WeightStats> stats() const;
   /// What was seen and summed here, for a source of the same checkpoint in another process, whose findings and stats will be of both. Throws Io where a
@@ -120,6 +120,7 @@ class WeightSource {
   std::map<std::uint32_t, std::shared_ptr<const MappedFile>> mapped_;  ///< by file
   std::map<std::string, shard::Shape> scale_shapes_;   ///< by the scales' name
   std::map<std::string, Weight> scales_;               ///< found when their weight was read
+  std::vector<std::string> rescaled_;                  ///< weights that are stored in blocks of their own, which are none of products'
   std::atomic<std::uint64_t> viewed_ = 0;
 };
 

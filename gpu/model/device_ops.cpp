@@ -75,16 +75,6 @@ ScaledWeight scaled_weight_of(const lm::Linear& by) {
 View view_of(const lm::Tensor& x) { return {x.data(), x.dtype(), x.rows(), x.columns(), x.columns()}; }
 View view_of(const lm::Weight& weight) { return {const_cast<std::byte*>(weight.data), weight.dtype, weight.rows, weight.columns, weight.stride}; }
 
-DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(entered(options_.device)) {
-  try {
-    if (is_emulated() && options_.cublaslt.empty()) products_ = "own kernels: the device is emulated";
-    else matmul_.emplace(options_.device, options_.cublaslt), products_ = "cuBLASLt " + matmul_->version();
-  } catch (const shard::Error& error) {
-    products_ = fmt::format("own kernels: {}", error.what());
-  }
-  if (options_.compute == lm::Compute::Fp8) scaled_.emplace(matmul_ ? &*matmul_ : nullptr, stream_);
-}
-
 /// A linear's input, and what products in fp8 see of it, by its first lane's place in a block: made when first asked for.
 struct DeviceInput {
   struct Scaled {
@@ -94,6 +84,16 @@ struct DeviceInput {
   View x;
   mutable std::map<lm::Index, Scaled> scaled;
 };
+
+DeviceOps::DeviceOps(OpsOptions options) : options_(std::move(options)), info_(entered(options_.device)) {
+  try {
+    if (is_emulated() && options_.cublaslt.empty()) products_ = "own kernels: the device is emulated";
+    else matmul_.emplace(options_.device, options_.cublaslt), products_ = "cuBLASLt " + matmul_->version();
+  } catch (const shard::Error& error) {
+    products_ = fmt::format("own kernels: {}", error.what());
+  }
+  if (options_.compute == lm::Compute::Fp8) scaled_.emplace(matmul_ ? &*matmul_ : nullptr, stream_);
+}
 
 DeviceOps::~DeviceOps() {
   try {
@@ -186,7 +186,6 @@ const ScaledRows& DeviceOps::scaled_input(const DeviceInput& input, Index first)
   quantise_rows(stream_, x, out);
   return out;
 }
-
 
 void DeviceOps::product(const View& x, const Linear& by, const View& out) {
   const auto w = view_of(by.weight), bias = view_of(by.bias);

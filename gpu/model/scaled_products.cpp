@@ -30,7 +30,7 @@ bool fits(const ScaledRows& x, const ScaledWeight& w, const View& bias) {
   const auto inner = x.numbers.columns, blocks = inner / lm::kScaleBlock;
   return !bias && x.first == 0 && w.first_row == 0 && inner % lm::kScaleBlock == 0 && blocks % 4 == 0 && w.scale_pitch == blocks && x.scale_pitch == x.numbers.rows &&
          x.numbers.rows % 4 == 0 && w.numbers.rows % 16 == 0 && w.numbers.stride % 16 == 0 && reinterpret_cast<std::uintptr_t>(w.numbers.data) % 16 == 0 &&
-         reinterpret_cast<std::uintptr_t>(w.scales) % 16 == 0;
+         reinterpret_cast<std::uintptr_t>(w.scales) % 16 == 0 && reinterpret_cast<std::uintptr_t>(x.scales) % 16 == 0;
 }
 
 void by_library(Matmul& library, const ScaledRows& x, const ScaledWeight& w, const View& out, StreamView on) {

@@ -4,6 +4,8 @@
 #include "gpu/libs/cublaslt.h"
 #include "gpu/ops/scaled.h"
 
+#include <fmt/format.h>
+
 #include <set>
 #include <string>
 
@@ -14,7 +16,7 @@ class ScaledProducts {
   /// Compares a product of `library`, which outlives this, with one of our own; null: there is none.
   ScaledProducts(Matmul* library, StreamView on);
   /// By whom, and why: for people.
-  const std::string& by() const { return by_; }
+  std::string by() const { return refused_.empty() ? by_ : fmt::format("{} ({} shapes were refused)", by_, refused_.size()); }
   /// As scaled_linear().
   void operator()(const ScaledRows& x, const ScaledWeight& w, const View& bias, const View& out, StreamView on);
 

@@ -12,7 +12,7 @@ using Index = std::int64_t;
 
 template <typename T>
 struct QuantiseRows {
-  static constexpr unsigned kWarps = 4, kThreads = kWarps * 32, kEach = kScaleBlock / 32;
+  static constexpr unsigned kWarps = 4, kThreads = kWarps * 32, kEach = static_cast<unsigned>(kScaleBlock) / 32;
   struct Shared {};
   struct Own {
     float value[kEach], most;
@@ -39,7 +39,7 @@ struct QuantiseRows {
     block.each_apart([&](unsigned thread, Own& own) {
       const auto row = place(thread) / blocks;
       if (row >= rows) return;
-      const float scale = own.most > 0 ? own.most / 448.0f : 1.0f;
+      const float scale = lm::scale_for(own.most);
       if (thread % 32 == 0) scales[place(thread) % blocks * scale_pitch + row] = scale;
       GPU_UNROLL for (unsigned i = 0; i < kEach; ++i) {
         const auto k = lane(thread, i);
@@ -121,7 +121,7 @@ void quantise_rows(StreamView on, const View& x, const ScaledRows& out) {
   shard::require(out.numbers.rows == x.rows && out.numbers.columns == x.columns && out.scale_pitch >= x.rows, shard::Code::Device,
                  [&] { return fmt::format("device: [{}, {}] as fp8 in [{}, {}]", x.rows, x.columns, out.numbers.rows, out.numbers.columns); });
   with_activation_type(x.type, [&]<typename T>(T) {
-    const auto blocks = (out.first + x.columns + kScaleBlock - 1) / kScaleBlock;
+    const auto blocks = lm::blocks_of(x.columns, out.first);
     const QuantiseRows<T> kernel{elements<const T>(x), out.numbers.data, out.scales, x.rows, x.columns, x.stride, out.numbers.stride, out.scale_pitch, out.first, blocks};
     launch(on, {blocks_for(static_cast<std::uint64_t>(x.rows * blocks), kernel.kWarps)}, kernel);
   });

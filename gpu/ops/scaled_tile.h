@@ -4,10 +4,11 @@
 
 #include "gpu/ops/numbers.h"
 #include "gpu/ops/tensor_tile.h"
+#include "lm/scaled_blocks.h"
 
 namespace gpu {
 
-constexpr int kScaleBlock = 128;
+using lm::kScaleBlock;
 
 /// Rows of e4m3. Lane k of the depth lies in block (first + k)/128.
 struct ScaledOperand {

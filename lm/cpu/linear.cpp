@@ -102,12 +102,12 @@ struct Scratch {
 /// What is made of the input for linears in e4m3.
 struct Packed::Scaled {
   Context on;
-  Tensor x;
+  const Tensor& x;
   std::map<Index, Packed> made;       // by the first lane's place in its block
 };
 
 Packed::Packed(const Context& on, const Tensor& x) : tokens_(x.rows()), features_(x.columns()) {
-  if (on.compute == Compute::Fp8) scaled_ = std::make_shared<Scaled>(Scaled{on, x.clone(), {}});
+  if (on.compute == Compute::Fp8) scaled_ = std::make_shared<Scaled>(Scaled{on, x, {}});
   const bool pairs = rounds_to_bf16(on.compute) && cpu::products().bf16;
   const auto words = pairs ? (features_ + 1) / 2 : features_, row = pitch(words);
   memory_ = take_buffer(static_cast<std::size_t>(tokens_ * row) * 4);
@@ -140,9 +140,14 @@ const Packed& Packed::scaled(Index first) const {
 void linear(const Context& on, const Packed& x, const Linear& by, Tensor& out) {
   if (!by.scales) return linear(on, x, by.weight, by.bias, out);
   const auto& w = by.weight;
-  Tensor wide(w.rows, w.columns);
-  parallel_ranges(on, w.rows, 16, [&](Index lo, Index hi) { widen_scaled(w, by.scales, lo, hi, wide.row(lo)); });
-  linear(on, x.scaled(w.first_column % kScaleBlock), {{}, wide.data(), shard::DType::F32, w.rows, w.columns, w.columns}, by.bias, out);
+  const auto& scaled = x.scaled(w.first_column % kScaleBlock);
+  constexpr Index kRows = 1024;       // widened at a time
+  Tensor wide(std::min(kRows, w.rows), w.columns);
+  for (Index first = 0; first < w.rows; first += kRows) {
+    const auto rows = std::min(kRows, w.rows - first);
+    parallel_ranges(on, rows, 16, [&](Index lo, Index hi) { widen_scaled(w, by.scales, first + lo, first + hi, wide.row(lo)); });
+    linear(on, scaled, {{}, wide.data(), shard::DType::F32, rows, w.columns, w.columns}, by.bias ? by.bias.column_range(first, rows) : Weight{}, out, first);
+  }
 }
 
 void linear(const Context& on, const Packed& x, const Weight& w, const Weight& bias, Tensor& out, Index column) {

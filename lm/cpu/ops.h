@@ -29,7 +29,8 @@ class Packed {
   Packed(const Context& on, const Tensor& x);
   Index tokens() const { return tokens_; }
   Index features() const { return features_; }
-  /// In Fp8: as linears see `x` whose weight begins `first` columns behind a block's start. Made when first asked for, by one thread.
+  /// In Fp8: as linears see `x`, which must be there still, whose weight begins `first` columns behind a block's start. Made when first asked for, by
+  /// one thread.
   const Packed& scaled(Index first) const;
 
  private:

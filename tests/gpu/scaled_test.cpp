@@ -21,7 +21,7 @@ struct Scaled {
     std::shared_ptr<std::byte> numbers(new std::byte[static_cast<std::size_t>(rows * columns)], std::default_delete<std::byte[]>()),
         factors(new std::byte[static_cast<std::size_t>(lm::blocks_of(rows) * across) * sizeof(float)], std::default_delete<std::byte[]>());
     for (Index lo = 0; lo < rows; lo += lm::kScaleBlock)
-      lm::quantise_rows(values.row(lo), std::min(lm::kScaleBlock, rows - lo), columns, numbers.get() + lo * columns, reinterpret_cast<float*>(factors.get()) + lo / lm::kScaleBlock * across);
+      lm::quantise_block_row(values.row(lo), std::min(lm::kScaleBlock, rows - lo), columns, numbers.get() + lo * columns, reinterpret_cast<float*>(factors.get()) + lo / lm::kScaleBlock * across);
     weight = {numbers, numbers.get(), shard::DType::F8E4M3, rows, columns, columns};
     scales = {factors, factors.get(), shard::DType::F32, lm::blocks_of(rows), across, across};
   }

@@ -29,7 +29,7 @@ TEST_CASE("numbers are within half a step of what they were, the largest of a bl
   for (std::size_t i = 0; i < from.size(); ++i) from[i] = i % kColumns / 128 == 1 ? 0.0f : std::ldexp(std::normal_distribution<float>()(random), static_cast<int>(random() % 8) - 20);
   std::vector<std::byte> numbers(from.size());
   std::vector<float> scales(3);
-  quantise_rows(from.data(), kRows, kColumns, numbers.data(), scales.data());
+  quantise_block_row(from.data(), kRows, kColumns, numbers.data(), scales.data());
   std::vector<float> back(from.size());
   const Weight weight{{}, numbers.data(), shard::DType::F8E4M3, kRows, kColumns, kColumns}, factors{{}, reinterpret_cast<const std::byte*>(scales.data()), shard::DType::F32, 1, 3, 3};
   widen_scaled(weight, factors, 0, kRows, back.data());
@@ -46,13 +46,25 @@ TEST_CASE("numbers are within half a step of what they were, the largest of a bl
   }
 }
 
+TEST_CASE("numbers too small to be divided by become zeros, not NaN") {
+  const std::vector<float> from{1e-44f, -3e-45f, 0.0f, 1e-41f};
+  std::vector<std::byte> numbers(from.size());
+  float scale = 0;
+  quantise_block_row(from.data(), 1, 4, numbers.data(), &scale);
+  CHECK(scale == std::numeric_limits<float>::min());
+  for (const auto number : numbers) CHECK((number & std::byte{0x7f}) < std::byte{0x08});  // below 2^-6
+  auto row = from;
+  round_e4m3_blocks(row.data(), 4, 0);
+  for (const auto value : row) CHECK(std::isfinite(value));
+}
+
 TEST_CASE("a part of a weight is widened as the whole is") {
   constexpr Index kRows = 200, kColumns = 270;
   std::vector<float> from(kRows * kColumns), whole(from.size());
   for (std::size_t i = 0; i < from.size(); ++i) from[i] = std::sin(static_cast<float>(i)) * static_cast<float>(1 + i / 5000);
   std::vector<std::byte> numbers(from.size());
   std::vector<float> scales(6);
-  for (Index lo = 0; lo < kRows; lo += kScaleBlock) quantise_rows(from.data() + lo * kColumns, std::min(kScaleBlock, kRows - lo), kColumns, numbers.data() + lo * kColumns, scales.data() + lo / kScaleBlock * 3);
+  for (Index lo = 0; lo < kRows; lo += kScaleBlock) quantise_block_row(from.data() + lo * kColumns, std::min(kScaleBlock, kRows - lo), kColumns, numbers.data() + lo * kColumns, scales.data() + lo / kScaleBlock * 3);
   const Weight weight{{}, numbers.data(), shard::DType::F8E4M3, kRows, kColumns, kColumns}, factors{{}, reinterpret_cast<const std::byte*>(scales.data()), shard::DType::F32, 2, 3, 3};
   widen_scaled(weight, factors, 0, kRows, whole.data());
   const auto part = weight.row_range(130, 40).column_range(100, 90);

@@ -28,6 +28,7 @@ DENSE = dict(vocab_size=250, hidden_size=320, intermediate_size=400, num_hidden_
 MODELS = {
     "llama": ("Llama", dict(DENSE, mlp_bias=True)),
     "qwen2": ("Qwen2", DENSE),
+    "phi3": ("Phi3", dict(DENSE, hidden_size=256, intermediate_size=384, pad_token_id=0)),  # fused linears, whose parts begin with a block
     "deepseek_v3": ("DeepseekV3", dict(DENSE, num_key_value_heads=8, q_lora_rank=150, kv_lora_rank=140, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=20, first_k_dense_replace=3, n_routed_experts=0)),
 }
 
