@@ -25,10 +25,9 @@ std::shared_ptr<const File> FilePool::get(std::uint32_t file) const {
   const std::lock_guard lock(mutex_);
   if (open_[file]) return open_[file];
   if (order_.size() >= kMostOpen) {
-    for (std::size_t i = 0; i < kMostOpen / 2; ++i) {
-      refuse(open_[order_[i]]->changed(), open_[order_[i]]->name());
-      open_[order_[i]].reset();
-    }
+    const auto oldest = std::span(order_).first(kMostOpen / 2);
+    for (const auto i : oldest) refuse(open_[i]->changed(), open_[i]->name());  // before any is closed: other threads go on with the pool
+    for (const auto i : oldest) open_[i].reset();
     order_.erase(order_.begin(), order_.begin() + kMostOpen / 2);
   }
   auto opened = std::make_shared<const File>(paths_[file]);
