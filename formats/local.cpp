@@ -15,6 +15,18 @@ void refuse(bool changed, const std::string& name) {
   shard::require(!changed, shard::Code::Io, [&] { return fmt::format("{}: was written to or replaced while it was read", name); });
 }
 
+/// `read`: fills the blocks of both sides at an offset.
+template <typename Read>
+bool same_blocks(std::uint64_t bytes, const Read& read) {
+  std::vector<std::byte> left(std::min(kCompareBlock, bytes)), right(left.size());
+  for (std::uint64_t at = 0; at < bytes; at += kCompareBlock) {
+    const auto size = std::min(kCompareBlock, bytes - at);
+    read(at, std::span(left).first(size), std::span(right).first(size));
+    if (!std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(size), right.begin())) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 FilePool::FilePool(std::vector<std::filesystem::path> paths) : open_(paths.size()), paths_(std::move(paths)) {
@@ -90,14 +102,17 @@ std::optional<shard::FileRange> LocalReader::file_range(std::uint32_t stream) co
 }
 
 bool same_bytes(const shard::Reader& reader, const shard::Place& a, const shard::Place& b, std::uint64_t bytes) {
-  std::vector<std::byte> left(kCompareBlock), right(kCompareBlock);
-  for (std::uint64_t at = 0; at < bytes; at += kCompareBlock) {
-    const auto size = std::min(kCompareBlock, bytes - at);
-    reader.read(a.stream, a.offset + at, std::span(left).first(size));
-    reader.read(b.stream, b.offset + at, std::span(right).first(size));
-    if (!std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(size), right.begin())) return false;
-  }
-  return true;
+  return same_blocks(bytes, [&](std::uint64_t at, auto left, auto right) {
+    reader.read(a.stream, a.offset + at, left);
+    reader.read(b.stream, b.offset + at, right);
+  });
+}
+
+bool same_bytes(const FilePool& files, const FileOffset& a, const FileOffset& b, std::uint64_t bytes) {
+  return same_blocks(bytes, [&](std::uint64_t at, auto left, auto right) {
+    files.get(a.file)->read(a.offset + at, left);
+    files.get(b.file)->read(b.offset + at, right);
+  });
 }
 
 }  // namespace formats
