@@ -260,6 +260,8 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   const auto part = crew ? std::optional(crew->part()) : ask.part.empty() || ask.dry_run ? std::nullopt : std::optional(parse_part(ask.part));
   options.joint = part.has_value();
   const auto identity = part ? Fingerprint{shaping_options(ask, options), source_facts(source, origin.adapter)} : Fingerprint{};
+  const bool late = ask.dry_run || !ask.part.empty();  // DST may not be there in the end: refused before others meet a folder
+  if (late) refuse_report_in_target(ask.report, ask.to, {}, late);
   auto joint = part && !crew ? std::optional<JointFolder>(std::in_place, path, *part, identity, ask.force) : std::nullopt;
   auto target = formats::create(crew ? crew->folder() : joint ? joint->files() : path, source, options);                         // describe
   target.notes.insert(target.notes.begin(), source.notes.begin(), source.notes.end());
@@ -275,7 +277,7 @@ int run_convert(const ConvertAsk& ask, Crew* crew) {
   if (crew) crew->agree(identity, whole, *target.writer);
   const auto mine = part ? std::optional(part_of(whole, part->index, part->count)) : std::nullopt;
   const auto& plan = mine ? *mine : whole;
-  refuse_report_in_target(ask.report, ask.to, target.writer->folder().names(), ask.dry_run || !ask.part.empty());
+  if (!late) refuse_report_in_target(ask.report, ask.to, target.writer->folder().names(), late);
   if (joint) joint->begin();
   bool published = !ask.dry_run;
   gpu::reshard::Outcome run;

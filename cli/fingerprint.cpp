@@ -57,9 +57,8 @@ Json source_facts(const formats::Checkpoint& source, const fs::path& adapter) {
     if (const auto name = at->path().filename().string(); name.starts_with("adapter_")) merged.insert(name);
   for (const auto& name : merged) add(adapter, name);
   // As the folder is called: what is copied or renamed may say another number inside.
-  const auto folder = fs::absolute(source.folder).lexically_normal();
-  const auto name = (folder.has_filename() ? folder : folder.parent_path()).filename().string();
-  const auto iteration = name.starts_with("iter_") || name == "release" ? Json(name) : source.iteration ? Json(*source.iteration) : Json(nullptr);
+  const auto name = formats::as_written(source.folder).filename().string();
+  const auto iteration = formats::names_iteration(name) ? Json(name) : source.iteration ? Json(*source.iteration) : Json(nullptr);
   return {{"iteration", iteration}, {"files", names.folded()}, {"times", times.folded()}};
 }
 

@@ -11,10 +11,13 @@
 
 namespace cli {
 
+/// Names of files and patterns may hold any bytes.
+inline std::string plain_text(const Json& json, int indent = -1) { return json.dump(indent, ' ', false, Json::error_handler_t::replace); }
+
 struct Fingerprint {
   Json options;             ///< flag → value, of those that shape the output
   Json source;              ///< "iteration"; "files": a digest of names and sizes; "times": one of their times of change, in ns
-  std::string whole() const { return options.dump() + source.dump(); }
+  std::string whole() const { return plain_text(options) + plain_text(source); }
 };
 
 /// Of the files that are read: weights, metadata, configuration and tokenizer, and those of `adapter` ("": none).

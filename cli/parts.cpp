@@ -12,9 +12,11 @@
 #include <cstring>
 #include <random>
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 namespace cli {
 namespace {
@@ -24,16 +26,13 @@ using shard::Code;
 
 constexpr std::size_t kMostParts = 65'536;
 
+constexpr const char* kFiles = "files";
+constexpr const char* kJoined = "joined";    // an entry for each part that writes or may yet; whoever can remove it is the last
 constexpr const char* kConversion = "conversion.json";
 constexpr const char* kMark = "shardkit conversion in parts";  // the key that makes a folder ours
 
-fs::path final_path(const fs::path& target) {
-  const auto path = fs::absolute(target).lexically_normal();
-  return path.filename().empty() ? path.parent_path() : path;
-}
-
 fs::path beside(const fs::path& target) {
-  const auto path = final_path(target);
+  const auto path = formats::as_written(target);
   return path.parent_path() / (formats::sibling_stem(path) + ".parts");
 }
 
@@ -67,6 +66,14 @@ std::optional<Json> conversion_in(const fs::path& folder) {
   return out[kMark];
 }
 
+/// False where the folder is being removed, or is of an earlier version.
+bool join(const fs::path& folder, const std::string& part) {
+  const int fd = ::open((folder / kJoined / part).c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (fd >= 0) ::close(fd);
+  else if (errno != ENOENT) shard::fail(Code::Io, "{}: cannot create: {}", (folder / kJoined / part).string(), std::strerror(errno));
+  return fd >= 0;
+}
+
 /// mkdtemp's folder is its user's only; ours is what mkdir would make, since parts may run under several users.
 void widen(const fs::path& folder) {
   const auto probe = folder / "probe";
@@ -75,13 +82,16 @@ void widen(const fs::path& folder) {
   ::rmdir(probe.c_str());
 }
 
-/// Makes the folder with its conversion.json in one step; false where there is one already.
-bool make_joint(const fs::path& folder, const Json& conversion) {
+/// Makes the folder in one step, with its conversion.json and its first part; false where there is one already.
+bool make_joint(const fs::path& folder, const Json& conversion, const std::string& part) {
   auto draft = folder.string() + "-XXXXXX";
   if (!::mkdtemp(draft.data())) shard::fail(Code::Io, "{}: cannot create: {}", draft, std::strerror(errno));
   std::error_code ignored;
   try {
     widen(draft);
+    make_folder(fs::path(draft) / kFiles);
+    make_folder(fs::path(draft) / kJoined);
+    join(draft, part);
     write_whole(fs::path(draft) / kConversion, Json{{kMark, conversion}}.dump(2));
     if (::rename(draft.c_str(), folder.c_str()) == 0) return true;
   } catch (...) {
@@ -137,12 +147,15 @@ Part parse_part(const std::string& text) {
 }
 
 JointFolder::JointFolder(const fs::path& target, const Part& part, Fingerprint mine, bool force) : target_(target), folder_(beside(target)), part_(part), force_(force) {
+  formats::Publication::restore(target);
   shard::require(force || !fs::exists(fs::symlink_status(target)), Code::Usage, [&] { return fmt::format("{}: exists; --force replaces it", target.string()); });
   std::error_code error;
   fs::create_directories(folder_.parent_path(), error);
   shard::require(!error, Code::Io, [&] { return fmt::format("{}: cannot create: {}", folder_.parent_path().string(), error.message()); });
-  const Json conversion{{"version", SHARDKIT_VERSION}, {"parts", part.count}, {"number", any_number()}, {"options", std::move(mine.options)}, {"source", std::move(mine.source)}};
-  if (!make_joint(folder_, conversion)) {
+  const Json told{{"version", SHARDKIT_VERSION}, {"parts", part.count}, {"number", any_number()}, {"options", std::move(mine.options)}, {"source", std::move(mine.source)}};
+  const auto conversion = Json::parse(plain_text(told));  // as the others will read it
+  entry_ = fmt::format("{}-{}", part.index, any_number());
+  if (!make_joint(folder_, conversion, entry_)) {
     const auto theirs = conversion_in(folder_);
     shard::require(theirs.has_value(), Code::Mismatch, [&] { return fmt::format("{}: holds no {} of shardkit's; should be what parts of {} share, or not be there", folder_.string(), kConversion, target.string()); });
     const auto differs = difference(*theirs, conversion);
@@ -151,16 +164,16 @@ JointFolder::JointFolder(const fs::path& target, const Part& part, Fingerprint m
     shard::require(!fs::exists(folder_ / "done"), Code::Mismatch,
                    [&] { return fmt::format("{}: all parts are done, and one is publishing them or died while it did; where none runs any more, remove this folder to start afresh", folder_.string()); });
     number_ = value_of(*theirs, "number");
+    shard::require(join(folder_, entry_), Code::Mismatch, [&] { return fmt::format("{}: is being removed by a part that could not begin; where it stays, remove it, then start this part again", folder_.string()); });
   } else {
     number_ = value_of(conversion, "number");
-    made_ = true;
   }
-  make_folder(files());
 }
 
 JointFolder::~JointFolder() {
   std::error_code error;
-  if (made_ && !begun_) fs::remove_all(folder_, error);
+  const auto joined = folder_ / kJoined;
+  if (!begun_ && ::unlink((joined / entry_).c_str()) == 0 && ::rmdir(joined.c_str()) == 0) fs::remove_all(folder_, error);
 }
 
 nlohmann::json sums_of(const shard::Report& report) {
@@ -195,7 +208,10 @@ bool JointFolder::finish(const shard::Plan& whole, const shard::Report& report, 
   write_whole(sums / std::to_string(part_.index), nlohmann::json{{"number", number_}, {"plan", plan}, {"sums", sums_of(report)}}.dump());
   for (std::size_t i = 0; i < part_.count; ++i)
     if (!fs::exists(sums / std::to_string(i))) return false;
-  if (::rename(sums.c_str(), mine.c_str()) != 0) return false;  // another part was faster
+  if (::rename(sums.c_str(), mine.c_str()) != 0) {
+    if (errno == ENOENT || errno == EEXIST || errno == ENOTEMPTY) return false;  // another part was faster
+    shard::fail(Code::Io, "{}: every part is done, and this one cannot publish: {}; start it again", sums.string(), std::strerror(errno));
+  }
   std::error_code error;
   try {
     publish(mine, plan, report, writer, sync);

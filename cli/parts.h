@@ -22,7 +22,7 @@ struct Part {
 Part parse_part(const std::string& text);
 
 /// What the parts of one conversion share: a folder beside the target, with the file `conversion.json` that says of which conversion
-/// it is, `files`, which becomes the target, and `sums`, with a file for each part that is done.
+/// it is, `files`, which becomes the target, `joined`, with a file for each part that writes or may yet, and `sums`, with one for each that is done.
 class JointFolder {
  public:
   /// Made by whichever part comes first. Throws Mismatch where it is of another conversion, Usage where `target` exists without `force`.
@@ -30,7 +30,7 @@ class JointFolder {
   JointFolder(const JointFolder&) = delete;
   JointFolder& operator=(const JointFolder&) = delete;
   ~JointFolder();
-  /// The conversion can be done. Where it cannot, whoever made the folder removes it.
+  /// The conversion can be done. Where it cannot, and no other part has joined, the folder is removed.
   void begin() { begun_ = true; }
   /// Where all write.
   std::filesystem::path files() const { return folder_ / "files"; }
@@ -45,8 +45,9 @@ class JointFolder {
 
   std::filesystem::path target_, folder_;
   Part part_;
-  bool force_, made_ = false, begun_ = false;
+  bool force_, begun_ = false;
   std::string left_over_;
+  std::string entry_;   ///< of this process, among those that joined
   std::string number_;  ///< of the conversion, by chance: one begun anew has another
 };
 

@@ -12,12 +12,6 @@ namespace {
 namespace fs = std::filesystem;
 using shard::Code;
 
-/// "link/.." is the folder of the link, as for Publication.
-fs::path as_written(const fs::path& path) {
-  const auto out = fs::absolute(path).lexically_normal();
-  return out.has_filename() ? out : out.parent_path();
-}
-
 bool leads_down(const fs::path& relative) { return !relative.empty() && *relative.begin() != ".."; }
 
 void refuse_report(const fs::path& report, const fs::path& name, const std::vector<std::string>& files) {
@@ -35,7 +29,7 @@ void refuse_report(const fs::path& report, const fs::path& name, const std::vect
 }  // namespace
 
 void refuse_source_in_target(const fs::path& target, const std::vector<fs::path>& read, const formats::Checkpoint& source) {
-  const auto written = as_written(target);
+  const auto written = formats::as_written(target);
   if (!fs::exists(fs::symlink_status(written))) return;
   const auto check = [&](const fs::path& path) {
     shard::require(path.empty() || !fs::exists(path) || !(formats::lies_in(path, written) || formats::lies_in(path, target)), Code::Usage,
@@ -50,7 +44,7 @@ std::string lost_iterations(const fs::path& target) {
   std::vector<std::string> found;
   std::error_code error;
   for (fs::directory_iterator at(target, error), end; !error && at != end; at.increment(error))
-    if (const auto name = at->path().filename().string(); name.starts_with("iter_") || name == "release") found.push_back(name);
+    if (const auto name = at->path().filename().string(); formats::names_iteration(name)) found.push_back(name);
   if (found.size() < 2) return "";
   std::sort(found.begin(), found.end());
   return fmt::format("--force replaces the whole of {}, which held {} iterations ({} to {})", target.string(), found.size(), found.front(), found.back());
@@ -63,8 +57,8 @@ void refuse_report_in_target(const fs::path& report, const fs::path& target, con
     shard::require(!late, Code::Usage, [&] { return fmt::format("--report {}: lies in DST, which may not be there when this ends; should lie elsewhere", report.string()); });
     refuse_report(report, name, files);
   };
-  check(as_written(report).lexically_relative(as_written(target)));
-  check(fs::weakly_canonical(as_written(report)).lexically_relative(fs::weakly_canonical(as_written(target))));
+  check(formats::as_written(report).lexically_relative(formats::as_written(target)));
+  check(fs::weakly_canonical(formats::as_written(report)).lexically_relative(fs::weakly_canonical(formats::as_written(target))));
 }
 
 }  // namespace cli

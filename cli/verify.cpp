@@ -16,6 +16,7 @@
 #include "libshard/stop.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <set>
 
@@ -57,28 +58,67 @@ void note_unverifiable(const formats::Checkpoint& checkpoint, bool replicas_comp
   if (checkpoint.megatron && !checkpoint.vocab) note("vocabulary", "args do not say the true vocabulary size; padding rows are taken for tokens");
 }
 
-/// What a file recorded of bytes that no tensor names: optimizer states, extra states, and the torch files beside the weights.
-std::uint64_t sum_the_rest(const formats::Checkpoint& checkpoint, const shard::ShardedStateDict& stored, const shard::Budget& budget, std::vector<Finding>& findings) {
-  const auto sum = [&](const shard::ShardedStateDict& dict, const std::shared_ptr<const formats::FilePool>& files, const std::set<std::uint32_t>& known) {
-    const formats::LocalReader reader(dict, files);
-    shard::SummedSource source(reader, formats::kernels());
-    for (std::uint32_t s = 0; s < dict.streams.size(); ++s)
-      if (!known.contains(s) && dict.streams[s].file < dict.files.size()) source.touch(s, dict.files[dict.streams[s].file]);
-    source.finish(budget, findings);
-  };
-  std::set<std::uint32_t> known;
-  for (const auto& [key, tensor] : stored.tensors)
-    for (const auto& shard : tensor.shards) known.insert(shard.place.stream);
-  sum(stored, checkpoint.files, known);
-  std::uint64_t more = 0;
-  for (const auto& name : checkpoint.optimizer_files) {
-    const auto path = formats::inside(checkpoint.folder, name);
-    const auto dict = formats::summed_records(path, name);
-    sum(dict, std::make_shared<formats::FilePool>(std::vector{path}), {});
-    more += dict.streams.size();
+/// What files recorded of bytes that no tensor names: optimizer states, extra states, and the torch files beside the weights.
+class Rest {
+ public:
+  Rest(const formats::Checkpoint& checkpoint, const shard::ShardedStateDict& stored, std::vector<Finding>& findings) {
+    std::set<std::uint32_t> known;
+    for (const auto& [key, tensor] : stored.tensors)
+      for (const auto& shard : tensor.shards) known.insert(shard.place.stream);
+    parts_.push_back({stored, checkpoint.files, std::move(known)});
+    for (const auto& name : checkpoint.optimizer_files) try {
+        const auto path = formats::inside(checkpoint.folder, name);
+        parts_.push_back({formats::summed_records(path, name), std::make_shared<formats::FilePool>(std::vector{path}), {}});
+        beside_ += parts_.back().dict.streams.size();
+      } catch (const shard::Error& error) {
+        findings.push_back({"checksum", Finding::Severity::Error, name, error.what()});
+      }
+    for (const auto& part : parts_)
+      for (std::uint32_t s = 0; s < part.dict.streams.size(); ++s)
+        if (part.has(s) && part.dict.streams[s].crc32) bytes_ += part.dict.streams[s].size;
   }
-  return more;
-}
+
+  void sum(const shard::Budget& budget, const shard::Progress& tell, std::vector<Finding>& findings) const {
+    std::atomic<std::uint64_t> done = 0;
+    for (const auto& part : parts_) {
+      const Told reader(part, done, bytes_, tell);
+      shard::SummedSource source(reader, formats::kernels());
+      for (std::uint32_t s = 0; s < part.dict.streams.size(); ++s)
+        if (part.has(s)) source.touch(s, part.dict.files[part.dict.streams[s].file]);
+      source.finish(budget, findings);
+    }
+  }
+
+  std::uint64_t bytes() const { return bytes_; }
+  /// Records of files beside the weights.
+  std::uint64_t beside() const { return beside_; }
+
+ private:
+  struct Part {
+    shard::ShardedStateDict dict;
+    std::shared_ptr<const formats::FilePool> files;
+    std::set<std::uint32_t> known;  ///< streams that tensors name
+    bool has(std::uint32_t stream) const { return !known.contains(stream) && dict.streams[stream].file < dict.files.size(); }
+  };
+
+  struct Told final : shard::Reader {
+    Told(const Part& part, std::atomic<std::uint64_t>& done, std::uint64_t all, const shard::Progress& tell) : from(part.dict, part.files), done(done), all(all), tell(tell) {}
+    const shard::ShardedStateDict& describe() const override { return from.describe(); }
+    std::optional<shard::FileRange> file_range(std::uint32_t stream) const override { return from.file_range(stream); }
+    void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const override {
+      from.read(stream, offset, into);
+      const auto now = done += into.size();
+      if (tell) tell(now, all);
+    }
+    formats::LocalReader from;
+    std::atomic<std::uint64_t>& done;
+    std::uint64_t all;
+    const shard::Progress& tell;
+  };
+
+  std::vector<Part> parts_;
+  std::uint64_t bytes_ = 0, beside_ = 0;
+};
 
 Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
   Result out{checkpoint.findings, {}, ""};
@@ -90,17 +130,25 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   auto described = checkpoint.logical;
   const formats::LocalReader reader(described, checkpoint.files);
   ProgressBar bar("verifying", ask.run.quiet || ask.run.json);
+  const Rest rest(checkpoint, stored, out.findings);
+  const auto draw = bar.callback();
+  std::atomic<std::uint64_t> scanned = 0;  // of one bar's two parts
+  shard::Progress first, second;
+  if (draw) {
+    first = [&](std::uint64_t done, std::uint64_t all) { draw(done, (scanned = all) + rest.bytes()); };
+    second = [&](std::uint64_t done, std::uint64_t all) { draw(scanned + done, scanned + all); };
+  }
   gpu::reshard::ScanOutcome found;
-  if (!device.cuda.empty()) found = gpu::reshard::scan_bytes(reader, stored, replicas, formats::kernels(), budget, {device.cuda, ask.run.device_limit()}, bar.callback());
-  else found.findings = scan_bytes(reader, stored, replicas, formats::kernels(), budget, bar.callback());
+  if (!device.cuda.empty()) found = gpu::reshard::scan_bytes(reader, stored, replicas, formats::kernels(), budget, {device.cuda, ask.run.device_limit()}, first);
+  else found.findings = scan_bytes(reader, stored, replicas, formats::kernels(), budget, first);
   for (const auto& object : checkpoint.stored.objects) {
     shard::refuse_stopped(budget.stop);
     if (const auto damaged = formats::torch_dcp::check_object(checkpoint, object)) found.findings.push_back(*damaged);
   }
+  rest.sum(budget, second, found.findings);
   bar.clear();
   out.storage = found.storage;
   out.findings.insert(out.findings.end(), found.findings.begin(), found.findings.end());
-  const auto more = sum_the_rest(checkpoint, stored, budget, out.findings);
   const auto ties = static_cast<std::uint64_t>(std::count_if(replicas.comparisons.begin(), replicas.comparisons.end(), [](const auto& c) { return c.tie; }));
   std::uint64_t sums = 0, floating = 0;
   for (const auto& stream : checkpoint.stored.streams) sums += stream.crc32.has_value();
@@ -108,7 +156,7 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   const auto tensors = checkpoint.stored.tensors.size();
   out.checked = {{"coverage", tensors}, {"overlap", tensors}, {"replica", replicas.comparisons.size() - ties}, {"tie", ties}, {"nonfinite", floating},
                  {"shape", tensors}, {"dtype", tensors}, {"missing", checkpoint.logical.tensors.size()}, {"unexpected", tensors},
-                 {"padding", checkpoint.megatron ? 1u : 0u}, {"checksum", sums + more}, {"rank", checkpoint.format == "mp_rank" ? checkpoint.stored.files.size() : 0}};
+                 {"padding", checkpoint.megatron ? 1u : 0u}, {"checksum", sums + rest.beside()}, {"rank", checkpoint.format == "mp_rank" ? checkpoint.stored.files.size() : 0}};
   note_unverifiable(checkpoint, replicas.comparisons.size() > ties, ties > 0, sums, out);
   return out;
 }

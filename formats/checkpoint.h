@@ -101,6 +101,9 @@ Checkpoint open(const std::filesystem::path& path, const OpenOptions& options = 
 /// --vocab-size instead of what the checkpoint records, which is in `checkpoint.vocab` before.
 void take_vocabulary(Checkpoint& checkpoint, const OpenOptions& options);
 
+/// Whether a Megatron run folder calls an iteration's folder so: "iter_0000010", "release".
+bool names_iteration(std::string_view name);
+
 /// "decoder.*" style: '*' any text, '?' one letter.
 bool glob(std::string_view pattern, std::string_view text);
 

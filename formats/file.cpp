@@ -140,6 +140,11 @@ fs::path inside(const fs::path& folder, std::string_view name) {
   return path;
 }
 
+fs::path as_written(const fs::path& path) {
+  const auto out = fs::absolute(path).lexically_normal();
+  return out.has_filename() ? out : out.parent_path();
+}
+
 bool lies_in(const fs::path& path, const fs::path& folder) {
   const auto home = resolved(folder), real = resolved(path);
   return !home.empty() && std::mismatch(home.begin(), home.end(), real.begin(), real.end()).first == home.end();

@@ -76,6 +76,9 @@ class OutFile {
 /// does not open.
 std::filesystem::path inside(const std::filesystem::path& folder, std::string_view name);
 
+/// Absolute, without ".." and a slash at its end, by its text alone: of "link/.." the link's folder.
+std::filesystem::path as_written(const std::filesystem::path& path);
+
 /// Whether `path` is `folder` or lies below it, whether they are there or not: links are resolved as far as the paths exist, the rest is taken as text.
 bool lies_in(const std::filesystem::path& path, const std::filesystem::path& folder);
 

@@ -1,8 +1,8 @@
-// nlohmann's parser, which does not recurse, with a callback that watches depth and keys.
+// nlohmann's parser, which does not recurse, behind a walk that watches depth and keys.
 #include "formats/json.h"
 
-#include <set>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "libshard/error.h"
@@ -18,6 +18,47 @@ std::string printable(std::string_view text) {
   for (const char c : text) out += c >= ' ' && c <= '~' ? c : '?';
   return out;
 }
+
+/// What nlohmann's parser takes and we do not: a first walk, since its callback looks at all that an object holds whenever something in it ends.
+class Watch final : public nlohmann::json::json_sax_t {
+ public:
+  explicit Watch(std::string_view where) : where_(where) {}
+  bool null() override { return value(); }
+  bool boolean(bool) override { return value(); }
+  bool number_integer(number_integer_t) override { return value(); }
+  bool number_unsigned(number_unsigned_t) override { return value(); }
+  bool number_float(number_float_t, const string_t&) override { return value(); }
+  bool string(string_t&) override { return value(); }
+  bool binary(binary_t&) override { return value(); }
+  bool start_object(std::size_t) override { return start(); }
+  bool end_object() override { return end(); }
+  bool start_array(std::size_t) override { return start(); }
+  bool end_array() override { return end(); }
+  bool key(string_t& name) override {
+    shard::require(keys_.back().insert(name).second, Code::BadFormat, [&] { return fmt::format("{}: key {} stands twice", where_, nlohmann::json(name).dump()); });
+    return value();
+  }
+  bool parse_error(std::size_t, const std::string&, const nlohmann::json::exception&) override { return false; }
+
+ private:
+  bool value() const {
+    shard::require(keys_.size() < kDeepest, Code::BadFormat, [&] { return fmt::format("{}: JSON is nested deeper than {}", where_, kDeepest); });
+    return true;
+  }
+  bool start() {
+    value();
+    keys_.emplace_back();
+    return true;
+  }
+  bool end() {
+    keys_.pop_back();
+    return true;
+  }
+
+  static constexpr std::size_t kDeepest = 256;
+  std::string_view where_;
+  std::vector<std::unordered_set<std::string>> keys_;  // of objects and arrays that are open
+};
 
 }  // namespace
 
@@ -49,26 +90,15 @@ void check_json_text(std::string_view text, std::string_view where) {
 }
 
 nlohmann::json parse_json(std::string_view text, std::string_view where) {
-  constexpr int kDeepest = 256;
   constexpr std::size_t kLongest = 256u << 20;
   shard::require(text.size() <= kLongest, Code::BadFormat, [&] {
     return fmt::format("{}: {} bytes of JSON; should be at most {}", where, text.size(), kLongest);
   });
   check_json_text(text, where);
-  std::vector<std::set<std::string, std::less<>>> keys;
-  const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    using Event = nlohmann::json::parse_event_t;
-    shard::require(depth < kDeepest, Code::BadFormat,
-                   [&] { return fmt::format("{}: JSON is nested deeper than {}", where, kDeepest); });
-    if (event == Event::object_start) keys.emplace_back();
-    if (event == Event::object_end) keys.pop_back();
-    if (event == Event::key)
-      shard::require(keys.back().insert(value.get_ref<const std::string&>()).second, Code::BadFormat,
-                     [&] { return fmt::format("{}: key {} stands twice", where, value.dump()); });
-    return true;
-  };
+  Watch watch(where);
+  nlohmann::json::sax_parse(text, &watch);  // where the text is no JSON, what follows says so
   try {
-    return nlohmann::json::parse(text, watch);
+    return nlohmann::json::parse(text);
   } catch (const nlohmann::json::exception& error) {
     shard::fail(Code::BadFormat, "{}: {}", where, json_problem(error));
   }

@@ -15,6 +15,18 @@ void refuse(bool changed, const std::string& name) {
   shard::require(!changed, shard::Code::Io, [&] { return fmt::format("{}: was written to or replaced while it was read", name); });
 }
 
+/// `read`: fills the blocks of both sides at an offset.
+template <typename Read>
+bool same_blocks(std::uint64_t bytes, const Read& read) {
+  std::vector<std::byte> left(std::min(kCompareBlock, bytes)), right(left.size());
+  for (std::uint64_t at = 0; at < bytes; at += kCompareBlock) {
+    const auto size = std::min(kCompareBlock, bytes - at);
+    read(at, std::span(left).first(size), std::span(right).first(size));
+    if (!std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(size), right.begin())) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 FilePool::FilePool(std::vector<std::filesystem::path> paths) : open_(paths.size()), paths_(std::move(paths)) {
@@ -25,10 +37,9 @@ std::shared_ptr<const File> FilePool::get(std::uint32_t file) const {
   const std::lock_guard lock(mutex_);
   if (open_[file]) return open_[file];
   if (order_.size() >= kMostOpen) {
-    for (std::size_t i = 0; i < kMostOpen / 2; ++i) {
-      refuse(open_[order_[i]]->changed(), open_[order_[i]]->name());
-      open_[order_[i]].reset();
-    }
+    const auto oldest = std::span(order_).first(kMostOpen / 2);
+    for (const auto i : oldest) refuse(open_[i]->changed(), open_[i]->name());  // before any is closed: other threads go on with the pool
+    for (const auto i : oldest) open_[i].reset();
     order_.erase(order_.begin(), order_.begin() + kMostOpen / 2);
   }
   auto opened = std::make_shared<const File>(paths_[file]);
@@ -91,14 +102,17 @@ std::optional<shard::FileRange> LocalReader::file_range(std::uint32_t stream) co
 }
 
 bool same_bytes(const shard::Reader& reader, const shard::Place& a, const shard::Place& b, std::uint64_t bytes) {
-  std::vector<std::byte> left(kCompareBlock), right(kCompareBlock);
-  for (std::uint64_t at = 0; at < bytes; at += kCompareBlock) {
-    const auto size = std::min(kCompareBlock, bytes - at);
-    reader.read(a.stream, a.offset + at, std::span(left).first(size));
-    reader.read(b.stream, b.offset + at, std::span(right).first(size));
-    if (!std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(size), right.begin())) return false;
-  }
-  return true;
+  return same_blocks(bytes, [&](std::uint64_t at, auto left, auto right) {
+    reader.read(a.stream, a.offset + at, left);
+    reader.read(b.stream, b.offset + at, right);
+  });
+}
+
+bool same_bytes(const FilePool& files, const FileOffset& a, const FileOffset& b, std::uint64_t bytes) {
+  return same_blocks(bytes, [&](std::uint64_t at, auto left, auto right) {
+    files.get(a.file)->read(a.offset + at, left);
+    files.get(b.file)->read(b.offset + at, right);
+  });
 }
 
 }  // namespace formats

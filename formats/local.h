@@ -63,5 +63,10 @@ class LocalReader final : public shard::Reader {
 
 /// Whether `bytes` from two places on, as one run each, are the same.
 bool same_bytes(const shard::Reader& reader, const shard::Place& a, const shard::Place& b, std::uint64_t bytes);
+struct FileOffset {
+  std::uint32_t file;
+  std::uint64_t offset;
+};
+bool same_bytes(const FilePool& files, const FileOffset& a, const FileOffset& b, std::uint64_t bytes);
 
 }  // namespace formats

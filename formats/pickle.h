@@ -5,6 +5,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -113,6 +114,9 @@ class Graph {
   std::optional<Ref> attribute(Ref object, std::string_view key) const;
   /// The bytes that a Bytes node, `_codecs.encode(text, 'latin1')`, `bytes(…)` or `bytearray(…)` stands for.
   std::optional<std::string> bytes_value(Ref ref) const;
+
+  /// By node: whether it is `wanted` or leads to one that is. One walk for all nodes, which may share what they lead to.
+  std::vector<bool> leading_to(const std::function<bool(Ref)>& wanted) const;
 
   Ref none() const { return 0; }
   // Templates, so that a Ref never passes for a value: std::uint32_t always means a node.

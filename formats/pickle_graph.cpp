@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "formats/pickle.h"
 #include "libshard/error.h"
@@ -191,6 +192,37 @@ std::optional<std::string> Graph::bytes_value(Ref ref) const {
   const bool latin1 = given.size() == 2 && kind(given[0]) == Kind::Text && kind(given[1]) == Kind::Text &&
                       is_latin1(text(given[1]));
   return latin1 ? latin1_bytes(text(given[0])) : std::nullopt;
+}
+
+std::vector<bool> Graph::leading_to(const std::function<bool(Ref)>& wanted) const {
+  const auto each_link = [this](Ref ref, const auto& tell) {
+    if (kind(ref) < Kind::List || kind(ref) == Kind::Symbol) return;
+    for (const auto item : items(ref)) tell(item);
+    if (kind(ref) != Kind::Object) return;
+    tell(callable(ref)), tell(args(ref));
+    if (const auto more = kwargs(ref)) tell(*more);
+    if (const auto given = state(ref)) tell(*given);
+  };
+  std::vector<std::size_t> end(size() + 1);  // of those that name a node, one node's behind the other's
+  for (Ref ref = 0; ref < size(); ++ref) each_link(ref, [&](Ref to) { ++end[to]; });
+  std::partial_sum(end.begin(), end.end(), end.begin());
+  std::vector<Ref> named_by(end.back());
+  auto begin = end;
+  for (Ref ref = 0; ref < size(); ++ref) each_link(ref, [&](Ref to) { named_by[--begin[to]] = ref; });
+  std::vector<bool> out(size());
+  std::vector<Ref> stack;
+  const auto reach = [&](Ref ref) {
+    if (!out[ref]) stack.push_back(ref);
+    out[ref] = true;
+  };
+  for (Ref ref = 0; ref < size(); ++ref)
+    if (wanted(ref)) reach(ref);
+  while (!stack.empty()) {
+    const auto at = stack.back();
+    stack.pop_back();
+    for (auto i = begin[at]; i < end[at]; ++i) reach(named_by[i]);
+  }
+  return out;
 }
 
 // Building.

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "formats/file.h"
 #include "libshard/error.h"
 #include "libshard/fnv1a.h"
 
@@ -142,8 +143,7 @@ std::string sibling_stem(const fs::path& path) {
 }
 
 Publication::Publication(const fs::path& final_path, bool force, Kind kind) : force_(force) {
-  final_ = fs::absolute(final_path).lexically_normal();
-  if (final_.filename().empty()) final_ = final_.parent_path();
+  final_ = as_written(final_path);
   put_back_old(final_);
   shard::require(force || !is_there(final_), Code::Usage,
                  [&] { return fmt::format("{}: exists; --force replaces it", final_path.string()); });
@@ -152,12 +152,14 @@ Publication::Publication(const fs::path& final_path, bool force, Kind kind) : fo
   if (error) fail_with(final_.parent_path(), "cannot create", error.message());
   remove_leavings(final_);
   stage(kind);
+  complete_ = staging_;
 }
 
+void Publication::restore(const fs::path& final_path) { put_back_old(as_written(final_path)); }
+
 Publication::Publication(Adopted adopted, const fs::path& final_path, bool force)
-    : staging_(std::move(adopted.folder)), force_(force), adopted_(true) {
-  final_ = fs::absolute(final_path).lexically_normal();
-  if (final_.filename().empty()) final_ = final_.parent_path();
+    : complete_(std::move(adopted.folder)), force_(force), adopted_(true) {
+  final_ = as_written(final_path);
 }
 
 void Publication::stage(Kind kind) {
@@ -182,20 +184,20 @@ void Publication::let_go() {
 Publication::~Publication() {
   let_go();
   std::error_code error;
-  if (!committed_ && !adopted_) fs::remove_all(staging_, error);
+  if (!committed_ && !staging_.empty()) fs::remove_all(staging_, error);
 }
 
-/// What stood there has the staging name by now, by which the next run knows it.
-void Publication::remove_old() {
+/// What stood there; by a staging name the next run knows it, too.
+void Publication::remove_old(const fs::path& old) {
   let_go();
   std::error_code error;
-  fs::remove_all(staging_, error);
-  if (error && is_there(staging_)) left_over_ = staging_.string();
+  fs::remove_all(old, error);
+  if (error && is_there(old)) left_over_ = old.string();
 }
 
 void Publication::commit(bool sync) {
-  if (sync) sync_tree(staging_);
-  if (::renameat2(AT_FDCWD, staging_.c_str(), AT_FDCWD, final_.c_str(), kNoReplace) == 0)
+  if (sync) sync_tree(complete_);
+  if (::renameat2(AT_FDCWD, complete_.c_str(), AT_FDCWD, final_.c_str(), kNoReplace) == 0)
     committed_ = true;
   else if (errno == EEXIST || errno == EINVAL || errno == ENOSYS)
     replace();
@@ -207,27 +209,28 @@ void Publication::commit(bool sync) {
 /// Where something stands in the way, or the file system cannot promise that nothing does.
 void Publication::replace() {
   if (!is_there(final_)) {
-    rename_or_fail(staging_, final_);
+    rename_or_fail(complete_, final_);
     committed_ = true;
     return;
   }
   shard::require(force_, Code::Usage,
                  [&] { return fmt::format("{}: exists by now; --force replaces it", final_.string()); });
-  if (::renameat2(AT_FDCWD, staging_.c_str(), AT_FDCWD, final_.c_str(), kExchange) == 0) {
+  if (::renameat2(AT_FDCWD, complete_.c_str(), AT_FDCWD, final_.c_str(), kExchange) == 0) {
     committed_ = true;
-    return remove_old();
+    return remove_old(complete_);
   }
   if (errno != EINVAL && errno != ENOSYS) fail_with(final_, "cannot replace", std::strerror(errno));
+  if (adopted_) stage(Kind::Folder);  // whatever happens, the next run finds the old one by this name and knows by its lock whether we live
   const auto old = fs::path(staging_.string() + kOld);
   rename_or_fail(final_, old);
-  if (::rename(staging_.c_str(), final_.c_str()) != 0) {
+  if (::rename(complete_.c_str(), final_.c_str()) != 0) {
     const std::string why = std::strerror(errno);
     ::rename(old.c_str(), final_.c_str());
     fail_with(final_, "cannot replace", why);
   }
   committed_ = true;
-  rename_or_fail(old, staging_);
-  remove_old();
+  if (adopted_) ::rmdir(staging_.c_str());
+  remove_old(::rename(old.c_str(), staging_.c_str()) == 0 ? staging_ : old);  // what is published is, whether the old one can go or not
 }
 
 }  // namespace formats

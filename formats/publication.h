@@ -23,6 +23,8 @@ class Publication {
     std::filesystem::path folder;
   };
   Publication(Adopted adopted, const std::filesystem::path& final_path, bool force);
+  /// Puts back what a process that died had moved out of the way of `final_path`. Others than Publication's own need it before they look there.
+  static void restore(const std::filesystem::path& final_path);
   Publication(const Publication&) = delete;
   Publication& operator=(const Publication&) = delete;
   ~Publication();
@@ -36,10 +38,11 @@ class Publication {
  private:
   void stage(Kind kind);
   void replace();
-  void remove_old();
+  void remove_old(const std::filesystem::path& old);
   void let_go();
 
   std::filesystem::path final_, staging_;
+  std::filesystem::path complete_;  ///< what gets the final name: the staging folder, or the adopted one
   std::string left_over_;
   int lock_ = -1;
   std::array<int, 4> spare_{-1, -1, -1, -1};  ///< descriptors that removing folders in folders needs, where the process has no more

@@ -57,7 +57,7 @@ constexpr TargetFormat kTargets[] = {
 constexpr const char* kTracker = "latest_checkpointed_iteration.txt";
 
 /// An iteration's folder: "iter_0000010".
-std::optional<std::int64_t> iteration_named(const std::string& name) {
+std::optional<std::int64_t> iteration_named(std::string_view name) {
   constexpr std::string_view head = "iter_";
   std::int64_t value = 0;
   if (!name.starts_with(head)) return std::nullopt;
@@ -75,10 +75,12 @@ std::string tracked(const fs::path& path) {
 
 /// The highest iteration below a folder; empty where there is none.
 std::string some_iteration(const fs::path& path) {
-  std::string out;
-  for (const auto& entry : fs::directory_iterator(path))
-    if (const auto name = entry.path().filename().string(); entry.is_directory() && iteration_named(name)) out = std::max(out, name);
-  return out;
+  std::pair<std::int64_t, std::string> out{-1, ""};
+  for (const auto& entry : fs::directory_iterator(path)) {
+    auto name = entry.path().filename().string();
+    if (const auto number = iteration_named(name); number && entry.is_directory()) out = std::max(out, {*number, std::move(name)});
+  }
+  return out.second;
 }
 
 /// A run folder stands for its latest (or asked for) iteration.
@@ -105,8 +107,7 @@ void refuse_two(const fs::path& folder) {
 
 /// Megatron goes by the state, whatever somebody called the folder; so do we, and say so.
 void check_iteration(Checkpoint& checkpoint, const fs::path& folder) {
-  const auto full = fs::absolute(folder).lexically_normal();
-  const auto name = (full.has_filename() ? full : full.parent_path()).filename().string();
+  const auto name = as_written(folder).filename().string();
   const auto named = iteration_named(name);
   if (!checkpoint.megatron || !named || !checkpoint.iteration || *named == *checkpoint.iteration) return;
   const auto why = fmt::format("holds iteration {} by its own state, which is followed", *checkpoint.iteration);
@@ -199,6 +200,8 @@ void take_vocabulary(Checkpoint& checkpoint, const OpenOptions& options) {
   if (checkpoint.vocab) checkpoint.recorded_vocab = checkpoint.vocab;
   checkpoint.vocab = options.vocab;
 }
+
+bool names_iteration(std::string_view name) { return iteration_named(name) || name == "release"; }
 
 bool glob(std::string_view pattern, std::string_view text) {
   std::size_t p = 0, t = 0, star = pattern.npos, mark = 0;

@@ -55,7 +55,7 @@ bool touch(const Box& a, const Box& b) {
 class Cover {
  public:
   Cover(const ShardedTensor& tensor, std::size_t boxes, std::vector<Finding>& findings, std::size_t most)
-      : tensor_(tensor), findings_(findings), most_(most), looks_(boxes * 32) {}
+      : tensor_(tensor), findings_(findings), most_(most), looks_(boxes * 32), pairs_(boxes * 2048 + (1 << 26)), pieces_(boxes * 512 + 4096) {}
 
   void check(const Boxes& boxes, const Box& region) {
     if (overlaps_ >= most_ && holes_ >= most_) return;
@@ -95,6 +95,7 @@ class Cover {
     bool found = false;
     for (std::size_t i = 0; i < boxes.size(); ++i)
       for (std::size_t j = i + 1; j < boxes.size() && boxes[j]->lo[d] < boxes[i]->lo[d] + boxes[i]->size[d]; ++j) {
+        if (pairs_-- == 0) return give_up(boxes.size());
         if (!touch(*boxes[i], *boxes[j])) continue;
         const auto common = intersect(*boxes[i], *boxes[j]);
         if (!common || !touch(*common, region)) continue;
@@ -108,6 +109,14 @@ class Cover {
     return found;
   }
 
+  /// Too many in one another's way to compare each with each: nothing more is told of the tensor.
+  bool give_up(std::size_t boxes) {
+    findings_.push_back({"coverage", Finding::Severity::Error, tensor_.key,
+                         fmt::format("{} of its shards interlock, so that nothing parts them and no planner made them; whether they hold each element once is not found out", boxes)});
+    overlaps_ = holes_ = most_;
+    return true;
+  }
+
   /// The first dimension in which the boxes start at different places: the one worth sorting by.
   static std::size_t sweep_dimension(const Boxes& boxes) {
     for (std::size_t d = 0; d < boxes.front()->lo.size(); ++d)
@@ -119,15 +128,10 @@ class Cover {
   /// The boxes of the region that no shard holds; a hole can fall into many pieces, of which few are told.
   void find_holes(const Boxes& boxes, const Box& region, bool overlapping) {
     if (holes_ >= most_) return;
-    if (boxes.size() > 4 * kFew) {  // more pieces than can be counted: their sum tells that there are some
-      if (overlapping) return;
-      findings_.push_back({"coverage", Finding::Severity::Error, tensor_.key,
-                           fmt::format("no shard holds {} elements of {} within {}", volume(region.size) - held(boxes, region), to_string(tensor_.global_shape), to_string(region))});
-      ++holes_;
-      return;
-    }
     std::vector<Box> missing{region};
     for (const auto* box : boxes) {
+      if (boxes.size() > 4 * kFew || missing.size() > kMostPieces || missing.size() > pieces_) return tell_size(boxes, region, overlapping);
+      pieces_ -= missing.size();
       std::vector<Box> rest;
       for (const auto& piece : missing)
         for (auto& part : subtract(piece, *box)) rest.push_back(std::move(part));
@@ -141,12 +145,22 @@ class Cover {
     }
   }
 
-  static constexpr std::size_t kFew = 64;
+  /// More pieces than can be counted: their sum tells that there are some, where no overlap was told.
+  void tell_size(const Boxes& boxes, const Box& region, bool overlapping) {
+    if (overlapping) return;
+    findings_.push_back({"coverage", Finding::Severity::Error, tensor_.key,
+                         fmt::format("no shard holds {} elements of {} within {}", volume(region.size) - held(boxes, region), to_string(tensor_.global_shape), to_string(region))});
+    ++holes_;
+  }
+
+  static constexpr std::size_t kFew = 64, kMostPieces = 4096;
 
   const ShardedTensor& tensor_;
   std::vector<Finding>& findings_;
   std::size_t most_, overlaps_ = 0, holes_ = 0;
-  std::size_t looks_;  ///< at boxes, while regions are halved
+  std::size_t looks_;   ///< at boxes, while regions are halved
+  std::size_t pairs_;   ///< of boxes that may yet be compared
+  std::size_t pieces_;  ///< of holes that boxes may yet be taken from
 };
 
 }  // namespace

@@ -30,28 +30,7 @@ bool allowed(const Graph& g, Ref symbol, Audience audience) {
   return audience == Audience::Megatron && (module == "signal" || module == "types" || module == "pathlib" || g.name(symbol) == "AttnBackend");
 }
 
-/// True where nothing that `ref` reaches is of a class that the audience refuses.
-bool acceptable(const Graph& g, Ref ref, Audience audience) {
-  std::vector<Ref> stack{ref};
-  std::set<Ref> seen;
-  while (!stack.empty()) {
-    const auto at = stack.back();
-    stack.pop_back();
-    if (!seen.insert(at).second) continue;
-    const auto kind = g.kind(at);
-    if (kind == Kind::Symbol && !allowed(g, at, audience)) return false;
-    if (kind == Kind::Object) {
-      stack.push_back(g.callable(at));
-      stack.push_back(g.args(at));
-      if (const auto state = g.state(at)) stack.push_back(*state);
-    }
-    if (kind >= Kind::List && kind != Kind::Symbol)
-      for (const auto item : g.items(at)) stack.push_back(item);
-  }
-  return true;
-}
-
-constexpr std::array kShaping = std::to_array<std::string_view>({  // sorted
+constexpr std::array kShaping = std::to_array<std::string_view>({
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "activation_func_clamp_value", "add_bias_linear",
     "add_position_embedding", "add_qkv_bias", "apply_layernorm_1p", "apply_residual_connection_post_layernorm", "attention_output_gate",
     "beta_fast", "beta_slow", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "disable_bias_linear",
@@ -70,25 +49,30 @@ constexpr std::array kShaping = std::to_array<std::string_view>({  // sorted
     "use_tp_pp_dp_mapping", "v_head_dim", "vocab_size", "window_attn_skip_freq", "window_size", "world_size", "yarn_beta_fast",
     "yarn_beta_slow", "yarn_correction_range_round_to_int", "yarn_mscale", "yarn_mscale_all_dim", "yarn_original_max_position_embeddings",
     "yarn_rotary_scaling_factor"});
+static_assert(std::ranges::is_sorted(kShaping));
+
+bool is_listed(const Graph& g, Ref value) { return g.kind(value) == Kind::List || g.kind(value) == Kind::Tuple; }
 
 /// A value as text; what is neither number, text nor a list of such is told by its class.
-void add_text(const Graph& g, Ref value, std::string& out, int depth = 0) {
-  constexpr std::size_t kLongest = 1 << 16;  // lists that share their items multiply
-  if (out.size() > kLongest) return;
+void add_text(const Graph& g, Ref value, std::string& out, std::size_t& left, int depth = 0) {
+  constexpr std::size_t kLongest = 1 << 16;
+  if (out.size() > kLongest || left == 0) return;
+  --left;
   const auto kind = g.kind(value);
-  if (kind == Kind::Text) out += g.text(value);
+  if (kind == Kind::Text) out += g.text(value).substr(0, kLongest);
   else if (kind == Kind::Bool) out += g.boolean(value) ? "True" : "False";
   else if (kind == Kind::Int) out += std::to_string(g.integer(value));
   else if (kind == Kind::Float) out += fmt::format("{}", g.real(value));
   else if (kind == Kind::Symbol) out += g.name(value);
   else if (kind == Kind::Object && depth < 4) {
-    add_text(g, g.callable(value), out, depth + 1);
-    add_text(g, g.args(value), out, depth + 1);
-  } else if ((kind == Kind::List || kind == Kind::Tuple) && depth < 4) {
+    add_text(g, g.callable(value), out, left, depth + 1);
+    add_text(g, g.args(value), out, left, depth + 1);
+  } else if (is_listed(g, value) && depth < 4) {
     out += '[';
     for (const auto item : g.items(value)) {
+      if (out.size() > kLongest || left == 0) break;
       if (out.back() != '[') out += ", ";
-      add_text(g, item, out, depth + 1);
+      add_text(g, item, out, left, depth + 1);
     }
     out += ']';
   }
@@ -203,7 +187,7 @@ std::vector<bool> moe_layers_of(const Graph& graph, const Args& args, Index laye
   if (!value || graph.kind(*value) == Kind::Int) {
     const auto every = value ? graph.integer(*value) : 1;
     for (Index layer = 0; every >= 1 && layer < layers; ++layer) out.push_back(layer % every == 0);
-  } else if ((graph.kind(*value) == Kind::List || graph.kind(*value) == Kind::Tuple) && static_cast<Index>(graph.items(*value).size()) == layers) {
+  } else if (is_listed(graph, *value) && static_cast<Index>(graph.items(*value).size()) == layers) {
     for (const auto item : graph.items(*value)) out.push_back(graph.kind(item) == Kind::Int && graph.integer(item) != 0);
   }
   return out;
@@ -211,7 +195,7 @@ std::vector<bool> moe_layers_of(const Graph& graph, const Args& args, Index laye
 
 bool non_homogeneous_layers(const Graph& graph, const Args& args) {
   const auto frequency = args.value("moe_layer_freq");
-  const bool listed = frequency && graph.kind(*frequency) == Kind::List;
+  const bool listed = frequency && is_listed(graph, *frequency);
   return args.flag("hetereogenous_dist_checkpoint") || listed || args.integer("moe_layer_freq").value_or(1) > 1;
 }
 
@@ -226,36 +210,54 @@ std::map<std::string_view, std::string> shaping_args(const Graph& g, Ref args) {
     if (found == kShaping.end() || *found != g.text(items[i])) continue;
     auto& text = out[*found];
     text.clear();
+    std::size_t left = 1 << 17;  // values to look at: lists that share their items multiply
     if (*found == "pipeline_model_parallel_layout") text = layout_text(g, items[i + 1]);
-    else add_text(g, items[i + 1], text);
+    else add_text(g, items[i + 1], text, left);
   }
   return out;
 }
 
 std::string layout_text(const Graph& g, Ref value) {
-  if (g.kind(value) == Kind::Text) return std::string(g.text(value));
-  if (g.kind(value) == Kind::Object) {
+  constexpr int kDeepest = 16;            // objects may hold themselves
+  constexpr std::size_t kMost = 1 << 20;  // stages, layers and letters together: lists may be shared
+  for (int depth = 0; g.kind(value) == Kind::Object; ++depth) {
+    shard::require(depth < kDeepest, shard::Code::BadFormat, [&] { return fmt::format("args.pipeline_model_parallel_layout: more than {} objects in one another; should be a text or stages of layers", kDeepest); });
+    std::optional<Ref> inner;
     for (const char* name : {"input_data", "layout"})
-      if (const auto inner = g.attribute(value, name); inner && !g.is_none(*inner)) return layout_text(g, *inner);
-    return g.items(g.args(value)).empty() ? std::string() : layout_text(g, g.items(g.args(value))[0]);
+      if (!inner || g.is_none(*inner)) inner = g.attribute(value, name);
+    if ((!inner || g.is_none(*inner)) && !g.items(g.args(value)).empty()) inner = g.items(g.args(value))[0];
+    if (!inner) return {};
+    value = *inner;
   }
-  if (g.kind(value) != Kind::List && g.kind(value) != Kind::Tuple) return {};
+  if (g.kind(value) == Kind::Text) return std::string(g.text(value));
+  if (!is_listed(g, value)) return {};
   std::string out;
   bool first = true;
+  std::size_t seen = 0;
+  const auto count = [&](std::size_t more) {
+    seen += more;
+    shard::require(seen <= kMost, shard::Code::BadFormat, [&] { return fmt::format("args.pipeline_model_parallel_layout: has more than {} stages and layers", kMost); });
+  };
+  const auto add = [&](Ref word) {
+    count(g.text(word).size());
+    out += letters_of(g.text(word));
+  };
   for (const auto stage : g.items(value)) {
+    count(1);
     if (!first) out += '|';
     first = false;
     if (g.kind(stage) == Kind::Text) {
-      out += letters_of(g.text(stage));
+      add(stage);
       continue;
     }
+    count(g.items(stage).size());
     for (const auto layer : g.items(stage)) {
-      if (g.kind(layer) == Kind::Text) out += letters_of(g.text(layer));
+      if (g.kind(layer) == Kind::Text) add(layer);
       else if (g.kind(layer) == Kind::Object && !g.items(g.args(layer)).empty()) {  // a LayerType by number
         static constexpr const char* kLetters[] = {"", "E", "L", "", "t", "m"};
         const auto number = g.items(g.args(layer))[0];
         if (g.kind(number) == Kind::Int && g.integer(number) >= 1 && g.integer(number) <= 5) out += kLetters[g.integer(number)];
-        else if (g.kind(number) == Kind::Text) out += letters_of(g.text(number));
+        else if (g.kind(number) == Kind::Text) add(number);
       }
     }
   }
@@ -285,8 +287,9 @@ Ref copy_args(Graph& to, const Graph& from, Ref args, const ArgsChange& change, 
   const auto dict = *to.state(made);
   if (copied) {
     const auto items = from.items(*from.state(args));
+    const auto refused = from.leading_to([&](Ref at) { return from.kind(at) == Kind::Symbol && !allowed(from, at, audience); });
     for (std::size_t i = 0; i + 1 < items.size(); i += 2) {
-      if (acceptable(from, items[i + 1], audience)) continue;
+      if (!refused[items[i + 1]]) continue;
       to.erase(dict, from.text(items[i]));
       dropped.emplace(from.text(items[i]));
     }

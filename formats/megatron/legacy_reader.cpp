@@ -96,25 +96,6 @@ bool belongs_to_run(std::string_view key) {
   return std::find(std::begin(kKnown), std::end(kKnown), key) != std::end(kKnown) || key.ends_with("rng_state") || key.starts_with("model");
 }
 
-/// Whether a tensor's storage can be reached.
-bool reaches_storage(const pickle::Graph& g, pickle::Ref from) {
-  std::vector<pickle::Ref> stack{from};
-  std::set<pickle::Ref> seen;
-  while (!stack.empty()) {
-    const auto at = stack.back();
-    stack.pop_back();
-    if (!seen.insert(at).second) continue;
-    const auto kind = g.kind(at);
-    if (kind == pickle::Kind::Persistent) return true;
-    if (kind == pickle::Kind::Object) {
-      stack.push_back(g.args(at));
-      if (const auto state = g.state(at)) stack.push_back(*state);
-    }
-    if (kind >= pickle::Kind::List && kind != pickle::Kind::Symbol) stack.insert(stack.end(), g.items(at).begin(), g.items(at).end());
-  }
-  return false;
-}
-
 bool same(const ExtraState& a, const ExtraState& b) {
   if (a.kind != b.kind || a.bytes != b.bytes) return false;
   return a.kind != ExtraState::Kind::Object || pickle::write(*a.graph, a.ref, 2) == pickle::write(*b.graph, b.ref, 2);
@@ -293,10 +274,14 @@ class LegacyReader {
       if (const auto node = g.find(g.root, "iteration"); node && g.kind(*node) == pickle::Kind::Int) out.iteration = g.integer(*node);
       if (const auto node = g.find(g.root, "checkpoint_version")) out.version = g.real(*node);
       const auto entries = g.items(g.root);
+      std::vector<bool> holds_storage;  // by node
       for (std::size_t i = 0; i + 1 < entries.size(); i += 2) {
         if (g.kind(entries[i]) != pickle::Kind::Text) continue;
         const auto key = g.text(entries[i]);
-        if (!belongs_to_run(key) && reaches_storage(g, entries[i + 1])) out.foreign.emplace_back(key);
+        if (!belongs_to_run(key)) {
+          if (holds_storage.empty()) holds_storage = g.leading_to([&](pickle::Ref at) { return g.kind(at) == pickle::Kind::Persistent; });
+          if (holds_storage[entries[i + 1]]) out.foreign.emplace_back(key);
+        }
         if (!key.starts_with("model") || key == "model_config" || key.starts_with("modelopt")) continue;
         Index chunk = 0;
         if (key.size() > 5) {

@@ -109,10 +109,13 @@ class Folder {
       sharded_ = true;
     }
     out_.stored.streams.push_back({i, header.data_offset, file->size() - header.data_offset, std::nullopt, false});
-    if (sharding.is_object())
+    if (sharding.is_object()) {
+      std::set<std::string_view> held;
+      for (const auto& entry : header.entries) held.insert(entry.name);
       for (const auto& info : sharding.items())
-        if (std::none_of(header.entries.begin(), header.entries.end(), [&](const Entry& entry) { return entry.name == info.key(); }))
+        if (!held.contains(info.key()))
           out_.findings.push_back({"missing", shard::Finding::Severity::Error, info.key(), fmt::format("{} of {} names it; the file does not hold it", kSharding, names_[i])});
+    }
     for (const auto& entry : header.entries) {
       if (index_ && !listed(entry, i)) continue;
       add_entry(entry, i, sharding);

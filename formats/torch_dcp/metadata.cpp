@@ -9,6 +9,7 @@
 #include <set>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace formats::torch_dcp {
 namespace {
@@ -79,6 +80,7 @@ class Parser {
     }
     find_unused();
     find_shared();
+    tell_untold();
     if (const auto paths = g.attribute(g.root, "planner_data")) nesting(g, *paths);
     if (const auto extra = g.attribute(g.root, "mcore_data")) flattened(g, *extra);
     return std::move(out_);
@@ -101,7 +103,11 @@ class Parser {
 
   void found(const char* rule, std::string key, std::string message) {
     constexpr std::size_t kMost = 8;
-    if (out_.findings.size() < kMost) out_.findings.push_back({rule, shard::Finding::Severity::Error, std::move(key), std::move(message)});
+    if (++found_[rule] <= kMost) out_.findings.push_back({rule, shard::Finding::Severity::Error, std::move(key), std::move(message)});
+    else ++untold_[rule];
+  }
+  void tell_untold() {
+    for (const auto& [rule, count] : untold_) out_.findings.push_back({rule, shard::Finding::Severity::Error, ".metadata", fmt::format("{} more of this kind", count)});
   }
 
   /// What state_dict_metadata does not name would be lost in silence.
@@ -190,13 +196,22 @@ class Parser {
 
   void nesting(const Graph& g, Ref dict) {
     if (g.kind(dict) != Kind::Dict) return;
+    constexpr std::size_t kMostSteps = 64;
     const auto entries = g.items(dict);
+    std::size_t text = 0, most = 1 << 20;  // a key is its path's steps with dots between them, so that these are no longer; but many paths may share one step
+    for (std::size_t i = 0; i + 1 < entries.size(); i += 2) most += 4 * g.text(entries[i]).size();
     for (std::size_t i = 0; i + 1 < entries.size(); i += 2) {
       const std::string key(g.text(entries[i]));
+      if (!out_.tensors.contains(key) && !out_.bytes.contains(key)) continue;
       auto& path = out_.nesting[key];
+      path.clear();  // of a key that stands twice the last, as in Python
       const auto kind = g.kind(entries[i + 1]);
       shard::require(kind == Kind::Tuple || kind == Kind::List, Code::BadFormat, [&] { return fmt::format(".metadata: planner_data of '{}' is no path", key); });
-      for (const auto step : g.items(entries[i + 1])) {
+      const auto steps = g.items(entries[i + 1]);
+      shard::require(steps.size() <= kMostSteps, Code::BadFormat, [&] { return fmt::format(".metadata: planner_data of '{}' has {} steps; at most {} are taken for real", key, steps.size(), kMostSteps); });
+      for (const auto step : steps) {
+        if (g.kind(step) == Kind::Text) text += g.text(step).size();
+        shard::require(text <= most, Code::BadFormat, [&] { return fmt::format(".metadata: planner_data of '{}' and those before it are longer than {} bytes, their keys are not", key, most); });
         if (g.kind(step) == Kind::Int) path.emplace_back(g.integer(step));
         else path.emplace_back(std::string(g.text(step)));
       }
@@ -220,6 +235,7 @@ class Parser {
   Metadata out_;
   std::unordered_map<std::string, Stored> items_;
   std::unordered_map<std::string, std::uint32_t> files_;
+  std::map<std::string, std::size_t> found_, untold_;  ///< by rule
 };
 
 /// Writes the objects of one Metadata; names them once.
@@ -296,10 +312,10 @@ class Emitter {
 };
 
 /// What every rank wrote for itself (use_collectives=False), together: their chunks side by side, equal ones as replicas.
-void merge(Metadata& out, Metadata&& more, const std::string& name) {
+void merge(Metadata& out, std::unordered_set<std::string>& files, Metadata&& more, const std::string& name) {
   const auto first = static_cast<std::uint32_t>(out.files.size());
   for (const auto& file : more.files)
-    shard::require(std::find(out.files.begin(), out.files.end(), file) == out.files.end(), Code::BadFormat,
+    shard::require(files.insert(file).second, Code::BadFormat,
                    [&] { return fmt::format("{}: names {}, as another rank's does; each rank writes its own files", name, file); });
   out.files.insert(out.files.end(), more.files.begin(), more.files.end());
   for (auto& [key, tensor] : more.tensors) {
@@ -318,7 +334,12 @@ void merge(Metadata& out, Metadata&& more, const std::string& name) {
     shard::require(!out.tensors.contains(key), Code::Mismatch, [&] { return fmt::format("{}: no tensor in {}; another rank's holds one", key, name); });
     if (!out.bytes.try_emplace(key, item).second) out.copies.push_back({key, item});
   }
-  out.nesting.merge(more.nesting);
+  const auto join = [&](auto& into, auto& from, const char* what) {
+    for (const auto& [key, value] : from)
+      shard::require(into.try_emplace(key, value).first->second == value, Code::Mismatch, [&] { return fmt::format("{}: {} of '{}' is another than in an earlier rank's", name, what, key); });
+  };
+  join(out.nesting, more.nesting, "planner_data");
+  join(out.flattened, more.flattened, "mcore_data");
   out.findings.insert(out.findings.end(), more.findings.begin(), more.findings.end());
 }
 
@@ -357,7 +378,8 @@ Metadata read_metadata(const std::filesystem::path& folder) {
   const auto ranks = count_ranks(folder);
   shard::require(ranks > 0, Code::NotFound, [&] { return fmt::format("{}: holds no .metadata: an unfinished save", folder.string()); });
   auto out = read_one(folder, rank_name(0));
-  for (std::size_t rank = 1; rank < ranks; ++rank) merge(out, read_one(folder, rank_name(rank)), rank_name(rank));
+  std::unordered_set<std::string> files(out.files.begin(), out.files.end());
+  for (std::size_t rank = 1; rank < ranks; ++rank) merge(out, files, read_one(folder, rank_name(rank)), rank_name(rank));
   return out;
 }
 

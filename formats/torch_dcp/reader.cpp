@@ -100,14 +100,7 @@ namespace {
 void drop_copies(const Metadata& metadata, Checkpoint& checkpoint) {
   for (const auto& [key, copy] : metadata.copies) {
     const auto& first = metadata.bytes.at(key);
-    const auto same = [&](std::uint64_t done) {
-      const auto block = std::min<std::uint64_t>(1 << 20, copy.length - done);
-      return checkpoint.files->get(first.file)->text(first.offset + done, block) == checkpoint.files->get(copy.file)->text(copy.offset + done, block);
-    };
-    std::uint64_t equal = 0;
-    if (first.length == copy.length)
-      while (equal < copy.length && same(equal)) equal += std::min<std::uint64_t>(1 << 20, copy.length - equal);
-    if (first.zstd == copy.zstd && first.length == copy.length && equal == copy.length) continue;
+    if (first.zstd == copy.zstd && first.length == copy.length && same_bytes(*checkpoint.files, {first.file, first.offset}, {copy.file, copy.offset}, copy.length)) continue;
     const auto why = fmt::format("{} holds another one than {}, which is taken", metadata.files[copy.file], metadata.files[first.file]);
     checkpoint.findings.push_back({"replica", Finding::Severity::Warning, key, why});
     checkpoint.not_carried.push_back({key, why});

@@ -444,6 +444,33 @@ class Parts(Case):
         self.ok(*convert, "--force")
         self.assertEqual(files_below(self.tmp), before)
 
+    def test_a_part_that_cannot_begin_leaves_what_others_did(self):
+        convert = [SHARDKIT, "convert", str(LLAMA), str(self.tmp / "out"), "--to", "hf", "-q", "--part"]
+        for seconds in (0.001, 0.003, 0.005, 0.01, 0.02):
+            first = subprocess.Popen([*convert, "1/2"], stderr=subprocess.DEVNULL)
+            time.sleep(seconds)
+            first.send_signal(signal.SIGSTOP)
+            subprocess.run([*convert, "2/2"], check=True)
+            first.send_signal(signal.SIGINT)
+            first.send_signal(signal.SIGCONT)
+            first.wait()
+            self.assertTrue((self.tmp / "out").exists() or (self.tmp / ".out.parts/sums/1").exists())
+            if not (self.tmp / "out").exists():
+                subprocess.run([*convert, "1/2"], check=True)
+            self.assertEqual((digest(self.tmp / "out"), [p.name for p in self.tmp.iterdir()]), (digest(LLAMA), ["out"]))
+            shutil.rmtree(self.tmp / "out")
+
+    def test_a_part_refuses_its_report_before_others_meet_it(self):
+        self.assertIn("lies in DST", self.refused(2, "convert", LLAMA, self.tmp / "out", "--to", "hf", "--part", "1/2", "--report", self.tmp / "out/report.json"))
+        self.assertEqual(list(self.tmp.iterdir()), [])
+
+    def test_names_that_are_no_text(self):
+        moved = self.tmp / os.fsdecode(b"iter_\xff")
+        shutil.copytree(LLAMA / "iter_0000010", moved)
+        for part in (1, 2):
+            subprocess.run([SHARDKIT, "convert", moved, self.tmp / "out", "--to", "torch_dist", "-q", "--part", f"{part}/2"], check=True)
+        self.assertEqual(digest(self.tmp / "out"), digest(LLAMA))
+
     def test_a_part_whose_folder_was_begun_anew(self):
         convert = [SHARDKIT, "convert", str(LLAMA), str(self.tmp / "out"), "--to", "hf", "-q", "--part"]
         for seconds in (0.001, 0.003, 0.005, 0.01, 0.02):

@@ -54,6 +54,18 @@ class Edited(Case):
 
 
 class Metadata(Edited):
+    def test_many_findings_are_counted(self):
+        def change(root):
+            index = next(iter(root.state["storage_data"]))
+            for i in range(20):
+                more = type(index)()
+                more.called, more.args, more.state = index.called, index.args, dict(index.state, fqn=f"lost{i:02}", offset=None)
+                root.state["storage_data"][more] = root.state["storage_data"][index]
+        status, out = run_json("verify", self.metadata(PLAIN, change))
+        self.assertEqual(status, 1)
+        lost = [f for f in out["findings"] if f["rule"] == "coverage"]
+        self.assertEqual((len(lost), lost[-1]["message"]), (9, "12 more of this kind"))
+
     def test_two_items_on_the_same_bytes(self):
         def point(a, b):
             def change(root):
@@ -304,6 +316,23 @@ class Nesting(Edited):
             self.assertEqual(paths and paths["model.a"], a)
 
 
+    def test_paths_that_share_their_steps(self):
+        def long(root):
+            root.state["planner_data"]["model.a"] = ("model",) * 65
+
+        def shared(root):
+            root.state["planner_data"]["model.a"] = ("a" * 200_000,) * 60
+
+        def foreign(root):
+            path = ("a" * 100_000,) * 60
+            root.state["planner_data"].update({f"k{i}": path for i in range(5_000)})
+        self.assertIn("at most 64", self.refused(4, "inspect", self.metadata(PLAIN, long)))
+        shutil.rmtree(self.tmp / "copy")
+        self.assertIn("their keys are not", self.refused(4, "inspect", self.metadata(PLAIN, shared)))
+        shutil.rmtree(self.tmp / "copy")
+        self.ok("verify", self.metadata(PLAIN, foreign))
+
+
 class Alone(Edited):
     """save(use_collectives=False): each rank writes a .metadata of what it holds."""
 
@@ -331,6 +360,14 @@ class Alone(Edited):
         self.assertEqual(digest(copy), digest(DATA / PLAIN))
         os.remove(copy / "__2.metadata")
         self.assertIn("no __2.metadata", self.refused(4, "verify", copy))
+
+    def test_ranks_that_contradict_each_other(self):
+        def other(root):
+            for key in root.state["planner_data"]:
+                root.state["planner_data"][key] = ("elsewhere",)
+        copy = self.split()
+        edit_file(copy / "__1.metadata", other)
+        self.assertIn("__1.metadata: planner_data of 'model.", self.refused(6, "verify", copy))
 
     def test_copies_are_compared(self):
         """What two ranks hold of one tensor are replicas; of other values, copies of which the first is taken and the others named."""

@@ -6,13 +6,14 @@ import re
 import shutil
 import struct
 import sys
+import time
 import unittest
 import zipfile
 import xml.etree.ElementTree
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, Case, digest, run, run_json  # noqa: E402
-from torch_edit import Archive, edit_archive, edit_file  # noqa: E402
+from torch_edit import Archive, edit_archive, edit_file, stand_in  # noqa: E402
 
 DENSE = "legacy/llama_untied_bf16"   # 4 layers, hidden 64, 8 heads in 4 groups of size 8, ffn 128, vocabulary 250 of 256
 MOE = "legacy/moe_bf16/tp1pp2ep2"    # 4 layers, 4 experts
@@ -502,6 +503,31 @@ class RankFiles(Case):
                 self.assertIn("args: ", self.refused(6, *command))
             shutil.rmtree(copy)
 
+    def test_args_that_hold_themselves_or_share(self):
+        def circle(root):
+            layout = stand_in("megatron.core.transformer.pipeline_parallel_layer_layout", "PipelineParallelLayerLayout")()
+            layout.state = {"layout": layout}
+            root["args"].pipeline_model_parallel_layout = layout
+
+        def stages(root):
+            root["args"].pipeline_model_parallel_layout = [["t"] * 2000] * 2000
+        for change, said in ((circle, "objects in one another"), (stages, "stages and layers")):
+            copy = self.edited(change, "rank_00_000")
+            self.assertIn("args.pipeline_model_parallel_layout: ", self.refused(4, "inspect", copy))
+            self.assertIn(said, self.refused(4, "verify", copy))
+            shutil.rmtree(copy)
+
+        def shared(root):
+            nothing = [[[{}] * 20_000] * 20_000] * 300  # values that add no text
+            for name in ("rope_scaling_factor", "window_size", "rope_type"):
+                setattr(root["args"], name, nothing)
+            numbers = [float(i) for i in range(20_000)]
+            root.update({f"x{i}": numbers for i in range(5_000)})
+        copy = self.edited(shared, "rank_00_000")
+        start = time.monotonic()
+        self.refused(6, "hash", copy)
+        self.assertLess(time.monotonic() - start, 20)
+
     def test_sizes_that_args_lack_are_written(self):
         def forget(root):
             for name in ("num_layers", "num_attention_heads", "ffn_hidden_size", "group_query_attention", "num_query_groups", "swiglu"):
@@ -568,7 +594,7 @@ class RankFiles(Case):
             data = beside.read_bytes()
             for broken in (b"", b"garbage", data[:-30]):
                 beside.write_bytes(broken)
-                self.assertIn(name, self.refused(4, "verify", copy))
+                self.assertIn(name, self.finding("checksum", copy)["message"])
             record = next(i for i in zipfile.ZipFile(DATA / "torch/tensor.pt").infolist() if i.filename.endswith("data/0"))
             start = record.header_offset + 30 + sum(struct.unpack_from("<HH", data, record.header_offset + 26))
             beside.write_bytes(data[:start] + bytes([data[start] ^ 1]) + data[start + 1:])
@@ -598,6 +624,11 @@ class RankFiles(Case):
             self.assertEqual(digest(copy), digest(REFERENCE))
             tracker.unlink()
             self.assertIn("holds iter_0000010 but no latest_checkpointed_iteration.txt", self.refused(4, "hash", copy))
+            for other in ("iter_9999999", "iter_10000000"):
+                (copy / other).mkdir()
+            self.assertIn("holds iter_10000000 but", self.refused(4, "hash", copy))
+            for other in ("iter_9999999", "iter_10000000"):
+                (copy / other).rmdir()
             self.ok("hash", copy, "--iteration", 10)
             self.refused(3, "hash", copy, "--iteration", 11)
             (copy / "iter_0000010").rename(copy / "iter_0000020")

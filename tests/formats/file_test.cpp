@@ -6,6 +6,7 @@
 #include <array>
 #include <optional>
 
+#include "formats/local.h"
 #include "libshard/error.h"
 #include "tests/formats/temporary_folder.h"
 
@@ -125,4 +126,18 @@ TEST_CASE("writing by range; what cannot be written is an Io error that names th
   if (fs::exists("/dev/full"))
     CHECK_THROWS_WITH_AS(write("/dev/full", "x"), doctest::Contains("/dev/full: cannot write: No space"),
                          shard::Error);
+}
+
+TEST_CASE("a file of a pool that was written to is refused, and the pool goes on") {
+  const TemporaryFolder folder;
+  std::vector<fs::path> paths;
+  for (int i = 0; i < 600; ++i) {
+    paths.push_back(folder.path() / std::to_string(i));
+    write(paths.back(), "bytes");
+  }
+  const FilePool pool(paths);
+  for (std::uint32_t i = 0; i < 512; ++i) pool.get(i);  // all that it keeps open
+  fs::resize_file(paths[100], 2);
+  for (int times = 0; times < 2; ++times) CHECK(code_of([&] { pool.get(599); }) == Code::Io);
+  for (const std::uint32_t i : {0u, 99u, 511u}) CHECK(pool.get(i) != nullptr);
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "libshard/error.h"
 
@@ -459,4 +460,15 @@ TEST_CASE("pickle: a node taken for another kind is an error") {
   CHECK_THROWS_AS((void)graph.items(text), shard::Error);
   CHECK_THROWS_AS((void)graph.callable(list), shard::Error);
   CHECK_FALSE(graph.bytes_value(list));
+}
+
+TEST_CASE("what leads to a node is found by one walk, in circles and through what is shared") {
+  Graph graph;
+  const auto id = graph.persistent(graph.text("id"));
+  const auto shared = graph.list({id}), circle = graph.list({}), plain = graph.list({graph.text("x")});
+  const auto made = graph.object(graph.symbol("a", "b"), graph.tuple({shared}), false);
+  graph.append(circle, std::vector<Ref>{circle, made});
+  const auto found = graph.leading_to([&](Ref ref) { return graph.kind(ref) == Kind::Persistent; });
+  for (const auto ref : {id, shared, made, circle}) CHECK(found[ref]);
+  CHECK_FALSE(found[plain]);
 }

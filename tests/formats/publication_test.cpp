@@ -2,9 +2,13 @@
 
 #include <doctest/doctest.h>
 #include <signal.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <fcntl.h>
+
+#include <cerrno>
 #include <fstream>
 
 #include "formats/file.h"
@@ -13,6 +17,29 @@
 
 using formats::Publication;
 namespace fs = std::filesystem;
+
+namespace {
+
+/// What the file system of NFS, where parts may lie, does not have; and a process that is killed, or a rename that is refused, half-way.
+bool no_flags = false;
+std::string dies_before, refuses;
+
+}  // namespace
+
+extern "C" int renameat2(int from_folder, const char* from, int to_folder, const char* to, unsigned flags) noexcept {
+  if (!no_flags) return static_cast<int>(syscall(SYS_renameat2, from_folder, from, to_folder, to, flags));
+  errno = EINVAL;
+  return -1;
+}
+
+extern "C" int rename(const char* from, const char* to) noexcept {
+  if (!dies_before.empty() && dies_before == to) _exit(9);
+  if (!refuses.empty() && std::string_view(from).ends_with(refuses)) {
+    errno = EACCES;
+    return -1;
+  }
+  return static_cast<int>(syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0u));
+}
 
 namespace {
 
@@ -146,4 +173,49 @@ TEST_CASE("where nothing can be made the system's reason comes back") {
   } catch (const shard::Error& error) {
     CHECK(error.code == shard::Code::Io);
   }
+}
+
+TEST_CASE("where two names cannot be exchanged, an adopted folder replaces what was there all the same") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "out", parts = folder.path() / ".out.parts";
+  const auto replace = [&] {
+    Publication publication({parts / "files"}, path, true);
+    publication.commit(false);
+    return publication.left_over();
+  };
+  const auto prepare = [&] {
+    fs::remove_all(path);
+    fs::create_directories(parts / "files");
+    std::ofstream(parts / "files/x") << "new";
+    fs::create_directory(path);
+    std::ofstream(path / "x") << "old";
+    no_flags = true;
+  };
+  prepare();
+  CHECK(replace().empty());
+  CHECK(formats::read_text(path / "x") == "new");
+  CHECK(entries(folder.path()) == 2);
+
+  prepare();  // killed when neither is there
+  const auto child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    dies_before = path.string();
+    replace();
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK(WEXITSTATUS(status) == 9);
+  CHECK_FALSE(fs::exists(path));
+  fs::remove_all(parts);  // as those who begin afresh are told
+  Publication::restore(path);
+  CHECK(formats::read_text(path / "x") == "old");
+
+  prepare();  // published, and the old one cannot be removed
+  refuses = "-old";
+  const auto rest = replace();
+  CHECK(formats::read_text(path / "x") == "new");
+  CHECK(rest.empty());
+  no_flags = false, refuses.clear();
 }

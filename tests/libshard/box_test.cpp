@@ -214,3 +214,32 @@ TEST_CASE("cover: a tensor without shards is one hole") {
 TEST_CASE("boxes of a stranger's numbers are told without wrapping") {
   CHECK(to_string(Box{{INT64_MAX}, {2}}) == "[9223372036854775807:9223372036854775807+2]");
 }
+
+TEST_CASE("cover: slabs that cross leave more holes than are counted") {
+  constexpr Index n = 50, dims = 5;
+  std::vector<Box> boxes;
+  const Shape shape(dims, 2 * n + 1);
+  for (std::size_t d = 0; d < dims; ++d)
+    for (Index i = 0; i < n; ++i) {
+      boxes.push_back(whole(shape));
+      boxes.back().lo[d] = 2 * i + 1, boxes.back().size[d] = 1;
+    }
+  std::vector<Finding> findings;
+  check_cover(tensor_of(shape, boxes), findings);
+  CHECK(!findings.empty());
+}
+
+TEST_CASE("cover: more interlocked shards than can be compared are told to be so") {
+  constexpr Index n = 130;
+  std::vector<Box> boxes;
+  for (Index i = 0; i < n; ++i)
+    for (Index j = 0; j < n; ++j) {
+      boxes.push_back({{0, 2 * i, 2 * j + 1}, {2 * n, 1, 1}});
+      boxes.push_back({{2 * i + 1, 0, 2 * j}, {1, 2 * n, 1}});
+      boxes.push_back({{2 * i, 2 * j + 1, 0}, {1, 1, 2 * n}});
+    }
+  std::vector<Finding> findings;
+  check_cover(tensor_of({2 * n, 2 * n, 2 * n}, boxes), findings);
+  REQUIRE(!findings.empty());
+  CHECK(findings.back().message.find("interlock") != std::string::npos);
+}
