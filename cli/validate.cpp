@@ -377,8 +377,17 @@ int run_together(const ValidateAsk& ask, const ranks::Launch& launch) {
 int run_validate(const ValidateAsk& ask) {
   if (const auto launch = ranks::launch_of(environment())) return run_together(ask, *launch);
   require_writable(reports_of(ask), ask.path);
-  const auto where = model_device(ask.run, ask.choice);
-  auto v = validate(ask, ask.run.limits(), *where.device);
+  auto where = model_device(ask.run, ask.choice);
+  auto v = [&] {
+    try {
+      return validate(ask, ask.run.limits(), *where.device);
+    } catch (const shard::Error& error) {
+      // "auto" leaves the choice: what does not fit the device is computed here, unless it was asked for what only devices have.
+      if (error.code != Code::Device || ask.run.device != "auto" || ask.choice.attention != "auto" || ask.choice.tf32) throw;
+      where = {lm::host_device(), fmt::format("auto: {}", error.what())};
+      return validate(ask, ask.run.limits(), *where.device);
+    }
+  }();
   return tell(ask, v, where.why);
 }
 
