@@ -1,5 +1,6 @@
 // shardkit diff: where two checkpoints differ, across formats and layouts.
 #include "cli/commands.h"
+#include "cli/markup.h"
 #include "cli/options.h"
 #include "cli/print.h"
 #include "cli/warn.h"
@@ -39,8 +40,9 @@ Result compare(const DiffAsk& ask, const formats::Checkpoint& a, const formats::
   const formats::LocalReader left(a.logical, a.files), right(b.logical, b.files);
   std::vector<shard::Finding> findings;
   ProgressBar bar("comparing", ask.run.quiet || ask.run.json);
-  const auto vocab = a.vocab ? a.vocab : b.vocab;
-  out.different = diff_tensors(left, vocab, right, vocab, formats::kernels(), budget, findings, bar.callback());
+  // Each side by its own size: rows that only one has are a difference.
+  const auto vocab_a = a.vocab ? a.vocab : b.vocab, vocab_b = b.vocab ? b.vocab : a.vocab;
+  out.different = diff_tensors(left, vocab_a, right, vocab_b, formats::kernels(), budget, findings, bar.callback());
   bar.clear();
   refuse(findings);
   std::erase_if(out.different, [&](const auto& one) {
@@ -50,7 +52,7 @@ Result compare(const DiffAsk& ask, const formats::Checkpoint& a, const formats::
   if (!out.same()) {
     auto params = a.params;
     params.insert(b.params.begin(), b.params.end());
-    out.hints = explain({left, vocab}, {right, vocab}, out.different, params, formats::hash_bytes, formats::kernels(), budget);
+    out.hints = explain({left, vocab_a}, {right, vocab_b}, out.different, params, formats::hash_bytes, formats::kernels(), budget);
   }
   return out;
 }
@@ -104,6 +106,7 @@ int run_diff(const DiffAsk& ask) {
   check_dropped(options, {&a, &b});
   shard::require(!a.logical.tensors.empty() || !b.logical.tensors.empty(), shard::Code::Mismatch, [&] { return fmt::format("{} and {}: hold no tensors to compare", ask.a, ask.b); });
   const auto result = compare(ask, a, b, budget);
+  const auto notes = vocabulary_notes({&a, &b});
   if (ask.run.json) {
     auto different = Json::array();
     for (const auto& one : result.different) {
@@ -114,9 +117,11 @@ int run_diff(const DiffAsk& ask) {
     }
     Json out{{"same", result.same()}, {"only_in_a", result.only_in_a}, {"only_in_b", result.only_in_b}, {"different", different}};
     if (const auto others = other_hints(result); !others.empty()) out["hints"] = others;
+    if (!notes.empty()) out["notes"] = notes;
     print_json(out);
   } else if (!ask.run.quiet) {
     print_result(ask, a, result);
+    for (const auto& note : notes) fmt::print(stderr, "note: {}\n", one_line(note));
   }
   return result.same() ? 0 : 1;
 }

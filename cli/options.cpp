@@ -57,6 +57,14 @@ void check_dropped(const formats::OpenOptions& options, std::initializer_list<co
                  [&] { return fmt::format("--drop: leaves no tensor of {}", (*opened.begin())->path.string()); });
 }
 
+std::vector<std::string> vocabulary_notes(std::initializer_list<const formats::Checkpoint*> opened) {
+  std::vector<std::string> out;
+  for (const auto* one : opened)
+    if (one->vocab && one->recorded_vocab && *one->vocab < *one->recorded_vocab)
+      out.push_back(fmt::format("--vocab-size {}: {} records {} tokens; the last {} are not compared", *one->vocab, one->path.string(), *one->recorded_vocab, *one->recorded_vocab - *one->vocab));
+  return out;
+}
+
 void ModelOptions::add_to(CLI::App& command) {
   command.add_option("--iteration", open.iteration, "Iteration of a Megatron run folder (default: the latest)")->check(at_least(0));
   command.add_option("--vocab-size", open.vocab, "True vocabulary size, where the checkpoint does not say it")->check(at_least(1));

@@ -43,6 +43,8 @@ std::string tolerance_check(const std::string& text);
 
 /// A pattern of --drop that fits nothing in any of these checkpoints is refused (Mismatch), and so is one that leaves no tensor.
 void check_dropped(const formats::OpenOptions& options, std::initializer_list<const formats::Checkpoint*> opened);
+/// Where --vocab-size leaves tokens out of a comparison that a checkpoint records.
+std::vector<std::string> vocabulary_notes(std::initializer_list<const formats::Checkpoint*> opened);
 
 /// Set by SIGINT, SIGTERM, SIGHUP; the signal's number.
 const std::atomic<bool>& stop_flag();

@@ -163,7 +163,16 @@ lm::RunReport run_on(const Opened& model, const lm::ForwardRequest& request, con
   }
 }
 
-void judge_against(Validation& v, const ValidateAsk& ask, const Opened& other, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, lm::Device& device) {
+/// The rows that count of `one` beside `other`, whose size is taken where `one` does not know its own.
+Index rows_beside(const Opened& one, const Opened& other) {
+  const bool known = one.checkpoint.vocab || one.config.vocab_size;
+  return known ? one.vocab : std::min(one.stored_vocab, other.vocab);
+}
+
+void judge_against(Validation& v, const ValidateAsk& ask, const Opened& model, const Opened& other, const lm::Batch& batch, const lm::RunReport& mine, const lm::RunOptions& options, lm::Device& device) {
+  // Losses over the rows that one side has say nothing of the other's.
+  if (const auto here = rows_beside(model, other), there = rows_beside(other, model); here != there)
+    v.checks.push_back({"against " + ask.against + " vocabulary", fmt::format("{} tokens here, {} there", here, there), false});
   const std::vector<lm::MtpStep> none;
   const auto theirs = run_on(other, {batch, none, std::min(v.vocab, other.vocab), std::min(v.vocab, other.vocab), {}, true}, options, device);
   shard::refuse(theirs.findings);
@@ -330,7 +339,7 @@ Validation validate(const ValidateAsk& ask, const shard::Budget& budget, lm::Dev
     v.checks.push_back({"better than chance", fmt::format("{:.6f} on this text; ln {} is {:.6f}", v.loss_true_vocab, model.vocab, chance), v.loss_true_vocab < chance});
   }
   if (ask.max_loss) v.checks.push_back({"max loss", fmt::format("{:.6f}, at most {:g}", v.loss_true_vocab, *ask.max_loss), v.loss_true_vocab <= *ask.max_loss});
-  if (other) judge_against(v, ask, *other, batch, report, options, device);
+  if (other) judge_against(v, ask, model, *other, batch, report, options, device);
   v.all_seconds = since(start);
   return v;
 }
@@ -368,8 +377,17 @@ int run_together(const ValidateAsk& ask, const ranks::Launch& launch) {
 int run_validate(const ValidateAsk& ask) {
   if (const auto launch = ranks::launch_of(environment())) return run_together(ask, *launch);
   require_writable(reports_of(ask), ask.path);
-  const auto where = model_device(ask.run, ask.choice);
-  auto v = validate(ask, ask.run.limits(), *where.device);
+  auto where = model_device(ask.run, ask.choice);
+  auto v = [&] {
+    try {
+      return validate(ask, ask.run.limits(), *where.device);
+    } catch (const shard::Error& error) {
+      // "auto" leaves the choice: what does not fit the device is computed here, unless it was asked for what only devices have.
+      if (error.code != Code::Device || ask.run.device != "auto" || ask.choice.attention != "auto" || ask.choice.tf32) throw;
+      where = {lm::host_device(), fmt::format("auto: {}", error.what())};
+      return validate(ask, ask.run.limits(), *where.device);
+    }
+  }();
   return tell(ask, v, where.why);
 }
 

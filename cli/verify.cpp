@@ -175,10 +175,11 @@ void compare_with(const VerifyAsk& ask, const formats::Checkpoint& checkpoint, c
     finding.message = fmt::format("{}: {}", ask.against, finding.message);
     out.findings.push_back(std::move(finding));
   }
+  for (auto& note : vocabulary_notes({&checkpoint, &other})) out.findings.push_back({"unverifiable", Finding::Severity::Note, "vocabulary", std::move(note)});
   const formats::LocalReader a(checkpoint.logical, checkpoint.files), b(other.logical, other.files);
-  const auto vocab = checkpoint.vocab ? checkpoint.vocab : other.vocab;
+  const auto vocab_a = checkpoint.vocab ? checkpoint.vocab : other.vocab, vocab_b = other.vocab ? other.vocab : checkpoint.vocab;
   std::vector<Finding> found;
-  const auto differences = diff_tensors(a, vocab, b, vocab, formats::kernels(), budget, found);
+  const auto differences = diff_tensors(a, vocab_a, b, vocab_b, formats::kernels(), budget, found);
   for (auto& finding : found) {
     if (known(out.findings, finding)) continue;  // what is wrong with the first one was told
     finding.message = fmt::format("{}: {}", ask.against, finding.message);

@@ -163,6 +163,8 @@ class Reader {
 
  private:
   bool gemma() const { return type_ == "gemma" || type_ == "gemma2" || type_ == "gemma3_text"; }
+  /// Classes that look at no partial_rotary_factor.
+  bool turns_whole_heads() const { return type_ != "phi3" && type_ != "gpt_neox" && type_ != "nemotron"; }
   bool deepseek() const { return type_ == "deepseek_v2" || type_ == "deepseek_v3"; }
 
   void sizes() {
@@ -255,7 +257,7 @@ class Reader {
   RopeConfig rope_from(const std::optional<Fields>& scaling, double theta, double partial) const {
     RopeConfig rope;
     rope.base = scaling ? scaling->real({"rope_theta"}).value_or(theta) : theta;
-    if (scaling) partial = scaling->real({"partial_rotary_factor"}).value_or(partial);
+    if (scaling && !turns_whole_heads()) partial = scaling->real({"partial_rotary_factor"}).value_or(partial);
     rope.dim = deepseek() ? out_.qk_pos_emb_head_dim : static_cast<Index>(static_cast<double>(out_.kv_channels) * partial);
     rope.interleaved = deepseek() && (type_ == "deepseek_v2" || all_.flag("rope_interleave", true));
     rope.type = RopeConfig::Type::Default;
@@ -314,7 +316,11 @@ class Reader {
   void rope() {
     if (type_ == "gpt2") return;
     const auto theta = all_.real({"rope_theta", "rotary_emb_base"}).value_or(class_.rope_theta);
-    const auto partial = all_.real({"partial_rotary_factor", "rotary_pct"}).value_or(class_.partial);
+    auto partial = all_.real({"partial_rotary_factor", "rotary_pct"}).value_or(class_.partial);
+    if (turns_whole_heads() && partial != 1) {
+      out_.notes.push_back(fmt::format("partial_rotary_factor is left out, as transformers does for {}", type_));
+      partial = 1;
+    }
     const auto scaling = rope_scaling();
     if (scaling && scaling->has("full_attention")) {
       out_.rope = rope_from(scaling->object("full_attention"), theta, partial);
@@ -329,13 +335,14 @@ class Reader {
   }
 
   bool slides(Index i) const {
+    static const std::set<std::string> typed{"qwen2", "qwen3", "qwen2_moe", "gemma2", "gemma3_text", "gpt_oss"};  // look at layer_types
     if (const auto* types = all_.find("layer_types")) {
       shard::require(types->is_array() && static_cast<Index>(types->size()) >= out_.num_layers && (*types)[static_cast<std::size_t>(i)].is_string(), Code::BadFormat,
                      [&] { return fmt::format("{}: layer_types should name the kind of every layer", all_.where()); });
       const auto kind = (*types)[static_cast<std::size_t>(i)].get<std::string>();
-      if (kind == "sliding_attention") return true;
-      shard::require(kind == "full_attention", Code::BadFormat, [&] { return fmt::format("{}: layer type '{}' is not known", all_.where(), kind); });
-      return false;
+      const bool sliding = kind == "sliding_attention";
+      shard::require(sliding || kind == "full_attention", Code::BadFormat, [&] { return fmt::format("{}: layer type '{}' is not known", all_.where(), kind); });
+      if (typed.contains(type_)) return sliding;
     }
     const bool wanted = all_.flag("use_sliding_window", false);
     if (type_ == "mistral" || type_ == "mixtral" || type_ == "phi3") return true;

@@ -23,7 +23,12 @@ Checkpoint as_megatron(const Checkpoint& source, std::vector<std::string>& notes
 /// argparse.Namespace for the source's model in `graph`; see docs/formats/families.md.
 pickle::Ref args_of(const Checkpoint& source, pickle::Graph& graph, std::vector<std::string>& notes);
 
-/// config.json for a Megatron model that brings none, in the spelling of transformers 4 that 5 reads as well.
+/// The family that a Megatron model fits by its parameters and settings: a llama whose layers all slide is a mistral, one that turns
+/// a part of each head a phi3. null where none fits.
+const Family* family_by_settings(const Checkpoint& source);
+
+/// config.json for a Megatron model that brings none, in the spelling of transformers 4 that 5 reads as well. Throws Mismatch where
+/// transformers would compute something else by it.
 nlohmann::ordered_json config_of(const Family& family, const Checkpoint& source);
 
 /// A Hugging Face folder: sharded safetensors, config.json, the carried files. Throws Mismatch where the true vocabulary

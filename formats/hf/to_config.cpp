@@ -5,6 +5,7 @@
 #include "formats/megatron/model_config.h"
 #include "libshard/error.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace formats::hf {
@@ -25,6 +26,16 @@ Json json_of(const pickle::Graph& g, Ref ref) {
   }
 }
 
+/// What args compute; nullopt where the forward pass does not know them, or they do not say.
+std::optional<shard::TransformerConfig> forward_of(const Checkpoint& source) {
+  if (source.megatron->common->is_none(source.megatron->args)) return std::nullopt;
+  try {
+    return megatron::model_config(*source.megatron->common, source.megatron->args, source.params, source.vocab);
+  } catch (const shard::Error&) {
+    return std::nullopt;
+  }
+}
+
 class Writer {
  public:
   Writer(const Family& family, const Checkpoint& source)
@@ -34,17 +45,18 @@ class Writer {
     out_["architectures"] = Json::array({family_.architecture});
     out_["model_type"] = family_.model_types.empty() ? family_.name : family_.model_types.front();
     for (const auto& [name, value] : family_.config.items()) out_[name] = value;
+    if (family_.name == "phi3") out_["pad_token_id"] = nullptr;  // the class has one that smaller vocabularies lack
     for (const auto& [name, arg] : family_.fields.items()) {
       if (!arg.is_string()) continue;
       auto value = args_.value(arg.get<std::string>());
-      if (!value && arg == "norm_epsilon") value = args_.value("layernorm_epsilon");
+      if (arg == "norm_epsilon") value = args_.value("layernorm_epsilon") ? args_.value("layernorm_epsilon") : value;  // its name since core 0.16
       if (value) out_[name] = json_of(graph_, *value);
     }
     sizes();
     rope();
     window();
     mixture();
-    multipliers();
+    same_forward();
     return out_;
   }
 
@@ -95,7 +107,7 @@ class Writer {
     out_[neox ? "rotary_emb_base" : "rope_theta"] = real("rotary_base", 10000);
     const auto percent = real("rotary_percent", 1);
     if (neox) out_["rotary_pct"] = percent;
-    else if (percent != 1) out_["partial_rotary_factor"] = percent;
+    else if (percent != 1 || family_.name == "nemotron") out_["partial_rotary_factor"] = percent;
     const auto position = args_.text("position_embedding_type").value_or("rope");
     const bool latent = shard::holds("mla", params_);
     if (args_.flag("use_rope_scaling"))
@@ -115,9 +127,13 @@ class Writer {
 
   void window() {
     const auto value = args_.value("window_size");
-    if (!value || (graph_.kind(*value) != Kind::Tuple && graph_.kind(*value) != Kind::List) || graph_.items(*value).empty()) return;
-    const auto back = graph_.items(*value)[0];
-    if (graph_.kind(back) != Kind::Int) return;
+    const bool given = value && (graph_.kind(*value) == Kind::Tuple || graph_.kind(*value) == Kind::List) && !graph_.items(*value).empty();
+    const auto back = given ? graph_.items(*value)[0] : Ref();
+    if (!given || graph_.kind(back) != Kind::Int || graph_.integer(back) < 0) {
+      // Classes with a window of their own have it where config.json is silent.
+      if (family_.window == "even" || family_.window == "pattern") out_["layer_types"] = Json(static_cast<std::size_t>(source_.megatron->layers), "full_attention");
+      return;
+    }
     out_["sliding_window"] = graph_.integer(back) + 1;
     out_["use_sliding_window"] = true;
     const auto skip = args_.integer("window_attn_skip_freq");
@@ -153,18 +169,72 @@ class Writer {
     }
   }
 
-  /// config.json must multiply as args do, or the model computes something else: few families have a place for MuP's factors.
-  void multipliers() const {
-    if (!args_.flag("use_mup") && real("softmax_scale", 0) == 0) return;
-    const auto ours = megatron::model_config(graph_, source_.megatron->args, params_, source_.vocab);
-    const auto theirs = hf_model_config(nlohmann::json::parse(out_.dump()), "config.json");
+  /// What changes the forward pass in ways of which no config.json speaks. Asked for first: the forward pass here does not know them either.
+  void refuse_unknown() const {
+    for (const auto* name : {"attention_output_gate", "is_hybrid_model", "hybrid_override_pattern", "hybrid_layer_pattern", "heterogeneous_layers_config_path"})
+      shard::require(!args_.flag(name) && args_.text(name).value_or("").empty(), shard::Code::Mismatch,
+                     [&] { return fmt::format("args.{}: is set; {}'s config.json has no place for it", name, family_.name); });
+    const auto positions = args_.text("position_embedding_type").value_or("rope");
+    shard::require(positions == "rope" || positions == "yarn" || positions == "learned_absolute" || positions == "none", shard::Code::Mismatch,
+                   [&] { return fmt::format("args.position_embedding_type: is '{}'; {}'s config.json has no place for it", positions, family_.name); });
+  }
+
+  /// transformers must compute by config.json what Megatron computes by args: few families have a place for rarer settings.
+  void same_forward() const {
+    refuse_unknown();
+    const bool scaled = args_.flag("use_mup") || real("softmax_scale", 0) != 0;
+    const auto ours = scaled ? std::optional(megatron::model_config(graph_, source_.megatron->args, params_, source_.vocab)) : forward_of(source_);
+    shard::TransformerConfig theirs;
+    if (!ours) return;
+    try {
+      theirs = hf_model_config(nlohmann::json::parse(out_.dump()), "config.json");
+    } catch (const shard::Error&) {
+      if (scaled) throw;
+      return;  // a family of the user's own, whose forward pass is not known
+    }
     const auto same = [&](const char* arg, double wanted, double found) {
       shard::require(std::abs(wanted - found) <= 1e-6 * std::abs(wanted), shard::Code::Mismatch,
                      [&] { return fmt::format("args.{}: calls for {}; {}'s config.json gives {} and has no place for another", arg, wanted, family_.name, found); });
     };
-    same("mup_embedding_mult", ours.embedding_multiplier, theirs.embedding_multiplier);
-    same("mup_output_mult", ours.logits_multiplier, theirs.logits_multiplier);
-    for (std::size_t i = 0; i < ours.layers.size() && !ours.multi_latent_attention; ++i) same("softmax_scale", ours.layers[i].softmax_scale, theirs.layers[i].softmax_scale);
+    const auto same_flag = [&](const char* arg, bool wanted, bool found) {
+      shard::require(wanted == found, shard::Code::Mismatch,
+                     [&] { return fmt::format("args.{}: is {}; {}'s config.json means {} and has no place for another", arg, wanted, family_.name, found); });
+    };
+    if (scaled) {
+      same("mup_embedding_mult", ours->embedding_multiplier, theirs.embedding_multiplier);
+      same("mup_output_mult", ours->logits_multiplier, theirs.logits_multiplier);
+    }
+    same_flag("layernorm_zero_centered_gamma", ours->layernorm_zero_centered_gamma, theirs.layernorm_zero_centered_gamma);
+    same_flag("apply_residual_connection_post_layernorm", ours->residual_post_layernorm, theirs.residual_post_layernorm);
+    same_flag("qk_l2_norm", ours->qk_l2_norm, theirs.qk_l2_norm);
+    same_flag("moe_apply_probs_on_input", ours->moe_probs_on_input, theirs.moe_probs_on_input);
+    shard::require(!ours->off_by_one_softmax, shard::Code::Mismatch, [&] { return fmt::format("args.softmax_type: is 'off-by-one'; {}'s config.json has no place for it", family_.name); });
+    if (ours->gated_linear_unit) {
+      same("glu_linear_offset", ours->glu_linear_offset, theirs.glu_linear_offset);
+      const auto text = [](const std::optional<double>& clamp) { return clamp ? fmt::format("{}", *clamp) : std::string("none"); };
+      shard::require(ours->activation_clamp == theirs.activation_clamp, shard::Code::Mismatch, [&] {
+        return fmt::format("args.activation_func_clamp_value: is {}; {}'s config.json means {} and has no place for another", text(ours->activation_clamp), family_.name, text(theirs.activation_clamp));
+      });
+    }
+    const bool turns = ours->rope.type != shard::RopeConfig::Type::None;
+    const bool told = args_.value("position_embedding_type") || ours->multi_latent_attention;
+    shard::require(!told || turns == (theirs.rope.type != shard::RopeConfig::Type::None), shard::Code::Mismatch,
+                   [&] { return fmt::format("args.position_embedding_type: is '{}'; {}'s config.json has no place for it", args_.text("position_embedding_type").value_or(""), family_.name); });
+    if (turns) {
+      same_flag("rotary_interleaved", ours->rope.interleaved, theirs.rope.interleaved);
+      shard::require(ours->rope.dim == theirs.rope.dim, shard::Code::Mismatch, [&] {
+        return fmt::format("args.rotary_percent: turns {} lanes of a head; transformers turns {} by {}'s config.json, whatever it says", ours->rope.dim, theirs.rope.dim, family_.name);
+      });
+    }
+    for (std::size_t i = 0; i < ours->layers.size(); ++i) {
+      const auto &wanted = ours->layers[i], &found = theirs.layers.at(i);
+      if (scaled && !ours->multi_latent_attention) same("softmax_scale", wanted.softmax_scale, found.softmax_scale);
+      shard::require(!told || wanted.rope == found.rope, shard::Code::Mismatch, [&] { return fmt::format("args.no_rope_freq: leaves layer {} without rotary positions; {}'s config.json has no place for it", i, family_.name); });
+      shard::require(wanted.window == found.window, shard::Code::Mismatch, [&] {
+        const auto keys = [](Index window) { return window ? fmt::format("{} keys", window) : std::string("all keys"); };
+        return fmt::format("args.window_size: shows layer {} {}; transformers shows it {} by {}'s config.json, whatever it says", i, keys(wanted.window), keys(found.window), family_.name);
+      });
+    }
   }
 
   const Family& family_;
@@ -176,6 +246,17 @@ class Writer {
 };
 
 }  // namespace
+
+const Family* family_by_settings(const Checkpoint& source) {
+  const auto* found = recognise(source.params);
+  if (!found || found->name != "llama" || !source.megatron || shard::holds("qkv_bias", source.params) || shard::holds("mlp_bias", source.params)) return found;
+  const auto settings = forward_of(source);
+  if (!settings) return found;
+  const auto named = [](const char* name) { return &*std::find_if(families().begin(), families().end(), [&](const Family& family) { return family.name == name; }); };
+  if (settings->rope.type == shard::RopeConfig::Type::Default && settings->rope.dim != settings->kv_channels) return named("phi3");
+  if (std::all_of(settings->layers.begin(), settings->layers.end(), [](const auto& layer) { return layer.window > 0; })) return named("mistral");
+  return found;
+}
 
 Json config_of(const Family& family, const Checkpoint& source) { return Writer(family, source).write(); }
 

@@ -37,7 +37,7 @@ bool zero(const Checkpoint& source, const shard::ShardedTensor& tensor) {
 
 const Family& family_for(const Checkpoint& source) {
   if (source.hf) return source.hf->family;
-  const auto* found = recognise(source.params);
+  const auto* found = family_by_settings(source);
   shard::require(found != nullptr, Code::Mismatch, [&] { return fmt::format("{}: fits no Hugging Face family by its args; --family names one", source.path.string()); });
   return *found;
 }

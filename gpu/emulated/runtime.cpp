@@ -212,6 +212,7 @@ DeviceInfo device_info(int index) {
 Probe probe() {
   Probe out;
   for (int i = 0; i < emulated().devices; ++i) out.devices.push_back(device_info(i));
+  if (out.devices.empty()) out.why = "no device is emulated";
   return out;
 }
 bool is_emulated() { return true; }

@@ -533,6 +533,45 @@ class Diff(Case):
         _, out = run_json("diff", LLAMA, DIST)
         self.assertEqual(out, {"same": True, "only_in_a": [], "only_in_b": [], "different": []})
 
+    def test_tokens_that_one_side_lacks(self):
+        """A is not the measure of B: what B has more is a difference in both directions, for all who compare."""
+        whole = {"hf": self.tmp / "hf", "dist": DIST, "ranks": LLAMA, "hdf5": self.tmp / "hdf5"}  # 250 tokens
+        for to in ("hf", "hdf5"):
+            self.ok("convert", DIST, whole[to], "--to", to, "-q")
+        cut = self.tmp / "cut"
+        cut.mkdir()
+        config = json.loads((whole["hf"] / "config.json").read_text())
+        (cut / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+        raw = (whole["hf"] / "model.safetensors").read_bytes()
+        size = struct.unpack("<Q", raw[:8])[0]
+        header, data, at = json.loads(raw[8 : 8 + size]), b"", 0
+        for key, tensor in header.items():
+            if key == "__metadata__":
+                continue
+            lo, hi = tensor["data_offsets"]
+            if key in ("model.embed_tokens.weight", "lm_head.weight"):
+                hi = lo + (hi - lo) // 250 * 200
+                tensor["shape"][0] = 200
+            data += raw[8 + size + lo : 8 + size + hi]
+            tensor["data_offsets"] = [len(data) - (hi - lo), len(data)]
+        text = json.dumps(header).encode()
+        (cut / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+        for name, other in whole.items():
+            for a, b in ((cut, other), (other, cut)):
+                with self.subTest(name, a=a):
+                    status, out = run_json("diff", a, b)
+                    self.assertEqual((status, [d["key"] for d in out["different"]]), (1, ["embedding.word.weight", "output.weight"]))
+                    self.assertIn("the rows that both have are equal", out["different"][0]["hint"])
+                    self.assertEqual(self.finding("shape", a, "--against", b)["key"], "embedding.word.weight")
+                    if name != "hdf5":  # holds no configuration
+                        self.assertIn("tokens here", run("validate", a, "--against", b)[1])
+                        self.assertEqual(run("validate", a, "--against", b)[0], 1)
+        status, out = run_json("diff", cut, DIST, "--vocab-size", 100)
+        self.assertEqual((status, out["notes"]), (0, [f"--vocab-size 100: {cut} records 200 tokens; the last 100 are not compared",
+                                                     f"--vocab-size 100: {DIST} records 250 tokens; the last 150 are not compared"]))
+        self.assertIn("are not compared", run("diff", cut, DIST, "--vocab-size", 100)[2])
+        self.assertIn("are not compared", self.ok("verify", cut, "--against", DIST, "--vocab-size", 100))
+
     def test_tolerances(self):
         for flag in ("--atol", "--rtol"):
             for value in ("nan", "-1", "inf"):

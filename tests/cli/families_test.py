@@ -1,12 +1,14 @@
 """Hugging Face folders and Megatron checkpoints: to every layout and back, byte for byte; genuine pairs; families as files."""
 import json
 import pathlib
+import shutil
 import struct
 import sys
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, Case, digest, run_json  # noqa: E402
+from torch_edit import edit_archive  # noqa: E402
 
 HF, PAIRS = DATA / "hf", DATA / "pairs"
 GRIDS = (["--tp", 4, "--pp", 2], ["--tp", 2, "--pp", 2, "--vpp", 2], ["--tp", 1, "--pp", 4])
@@ -122,6 +124,44 @@ class Families(Case):
             short.write_text(bad)
             self.assertNotIn("exception", self.refused(4, "convert", source, self.tmp / "c", "--to", "mp_rank", "--family", short))
         self.refused(3, "families", "nobody")
+
+    def edited(self, **settings):
+        """A Megatron llama with other args."""
+        copy = self.tmp / "edited"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(DATA / "mcore/llama_untied_bf16/tp2pp2vpp2_mcore016", copy)
+        edit_archive(next(copy.rglob("common.pt")), lambda root: vars(root["args"]).update(settings))
+        return copy
+
+    def test_settings_of_which_config_json_does_not_speak(self):
+        """Weights that compute something else by what is written beside them are not written."""
+        for settings in ({"apply_layernorm_1p": True}, {"layernorm_zero_centered_gamma": True}, {"rotary_interleaved": True}, {"position_embedding_type": "none"},
+                         {"position_embedding_type": "mrope"}, {"softmax_type": "off-by-one"}, {"no_rope_freq": 2}, {"apply_residual_connection_post_layernorm": True},
+                         {"activation_func_clamp_value": 0.5}, {"glu_linear_offset": 1.0}, {"softmax_scale": 0.1}, {"qk_l2_norm": True}, {"attention_output_gate": True}, {"is_hybrid_model": True},
+                         {"hybrid_override_pattern": "M*M*"}, {"heterogeneous_layers_config_path": "x"}, {"window_size": (7, 0), "window_attn_skip_freq": 2}):
+            with self.subTest(settings):
+                name = next(iter(settings)).replace("apply_layernorm_1p", "layernorm_zero_centered_gamma")
+                self.assertIn(f"args.{name}: ", self.refused(6, "convert", self.edited(**settings), self.tmp / "x", "--to", "hf"))
+
+    def test_settings_that_another_family_has(self):
+        """transformers' Llama knows no window and turns whole heads."""
+        for settings, family in (({"window_size": (7, 0)}, "mistral"), ({"rotary_percent": 0.5}, "phi3"), ({"rotary_percent": 0.5, "window_size": (7, 0)}, "phi3"), ({"window_size": (-1, 0)}, "llama")):
+            with self.subTest(settings):
+                source, out = self.edited(**settings), self.tmp / "out"
+                self.ok("convert", source, out, "--to", "hf", "-q", "--force")
+                config = json.loads((out / "config.json").read_text())
+                self.assertEqual((config["model_type"], config.get("sliding_window")), (family, 8 if settings.get("window_size") == (7, 0) else None))
+                self.assertEqual(digest(out), digest(source))
+                self.ok("validate", out, "--against", source)
+        for settings in ({"window_size": (7, 0)}, {"rotary_percent": 0.5}):
+            self.assertIn(next(iter(settings)), self.refused(6, "convert", self.edited(**settings), self.tmp / "x", "--to", "hf", "--family", "llama"))
+
+    def test_epsilon_by_its_newer_name(self):
+        for settings in ({"norm_epsilon": 0.1, "layernorm_epsilon": 0.01}, {"norm_epsilon": 0.01, "layernorm_epsilon": None}):
+            source, out = self.edited(**settings), self.tmp / "out"
+            self.ok("convert", source, out, "--to", "hf", "-q", "--force")
+            self.assertEqual(json.loads((out / "config.json").read_text())["rms_norm_eps"], 0.01)
+            self.ok("validate", out, "--against", source)
 
     def test_list(self):
         names = {f["family"] for f in json.loads(self.ok("families", "--json"))["families"]}

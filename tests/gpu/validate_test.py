@@ -116,6 +116,10 @@ class Validate(Case):
         self.assertIn("would fit", err)
         err = self.refused(8, "validate", LLAMA, "--device", "cuda", env=environment(MEMORY=120_000_000))
         self.assertIn("fewer tokens", err)
+        out = self.ok("validate", LLAMA, "--device", "auto", env=environment(MEMORY=1_000_000))  # leaves the choice
+        self.assertRegex(out, "device cpu: auto: cuda:0.*: the model takes")
+        self.refused(8, "validate", LLAMA, "--device", "auto", "--tf32", env=environment(MEMORY=1_000_000))
+        self.assertIn("no device is emulated; cpu is there", self.refused(8, "validate", LLAMA, "--device", "cuda", env=environment(DEVICES=0)))
 
     @unittest.skipUnless(EMULATED, "only an emulated device is lost when asked to be")
     def test_a_lost_device(self):
