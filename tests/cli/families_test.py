@@ -1,12 +1,14 @@
 """Hugging Face folders and Megatron checkpoints: to every layout and back, byte for byte; genuine pairs; families as files."""
 import json
 import pathlib
+import shutil
 import struct
 import sys
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, Case, digest, run_json  # noqa: E402
+from torch_edit import edit_archive  # noqa: E402
 
 HF, PAIRS = DATA / "hf", DATA / "pairs"
 GRIDS = (["--tp", 4, "--pp", 2], ["--tp", 2, "--pp", 2, "--vpp", 2], ["--tp", 1, "--pp", 4])
@@ -25,6 +27,18 @@ def tensors(folder):
                 begin, end = entry["data_offsets"]
                 out[key] = entry["dtype"], entry["shape"], raw[8 + size + begin : 8 + size + end]
     return out
+
+
+def write(folder, held):
+    """The weights of a folder anew, in one file."""
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    header, data = {}, b""
+    for key, (dtype, shape, raw) in held.items():
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def widened(value):
@@ -122,6 +136,92 @@ class Families(Case):
             short.write_text(bad)
             self.assertNotIn("exception", self.refused(4, "convert", source, self.tmp / "c", "--to", "mp_rank", "--family", short))
         self.refused(3, "families", "nobody")
+
+    def set_config(self, folder, **values):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    def set_args(self, name, **values):
+        """A copy of an mp_rank checkpoint whose args say something else."""
+        shutil.rmtree(self.tmp / "copy", ignore_errors=True)
+        copy = self.copy(name)
+        for file in copy.rglob("model_optim_rng.pt"):
+            edit_archive(file, lambda root: vars(root["args"]).update(values))
+        return copy
+
+    def test_a_tied_pair_stored_as_its_head(self):
+        """safetensors.torch.save_model keeps whichever of two names of one tensor comes first."""
+        source = self.copy("hf/gpt2_tied_f32")
+        write(source, {"lm_head.weight" if key == "transformer.wte.weight" else key: held for key, held in tensors(source).items()})
+        self.ok("verify", source, "-q")
+        self.assertEqual(digest(source), digest(HF / "gpt2_tied_f32"))
+        for target in ("hf", "torch_dist", "mp_rank", "dcp", "hdf5"):
+            with self.subTest(target):
+                out = self.tmp / target
+                self.ok("convert", source, out, "--to", target, "-q")
+                self.ok("verify", out, "-q")
+                self.assertEqual(digest(out), digest(source))
+        self.assertIn("transformer.wte.weight", tensors(self.tmp / "hf"))
+        self.ok("diff", source, HF / "gpt2_tied_f32", "-q")
+
+    def test_a_tied_pair_stored_twice(self):
+        source = self.tmp / "both"
+        self.ok("convert", DATA / "mcore/llama_tied_bf16/tp1pp1", source, "--to", "hf", "-q")
+        held = tensors(source)
+        held["lm_head.weight"] = held["model.embed_tokens.weight"]
+        write(source, held)
+        for target in ("hf", "torch_dist", "dcp", "hdf5"):
+            with self.subTest(target):
+                self.ok("convert", source, self.tmp / target, "--to", target, "-q")
+                self.ok("verify", self.tmp / target, "-q")
+                self.assertEqual(digest(self.tmp / target), digest(source))
+
+    def test_architectures_without_a_causal_head_keep_their_keys(self):
+        source = self.copy("hf/llama_untied_bf16")
+        self.set_config(source, architectures=["LlamaModel"])
+        write(source, {key.removeprefix("model."): held for key, held in tensors(source).items() if key != "lm_head.weight"})
+        head = self.tmp / "score"
+        shutil.copytree(HF / "llama_untied_bf16", head)
+        self.set_config(head, architectures=["LlamaForSequenceClassification"])
+        write(head, {key.replace("lm_head", "score"): held for key, held in tensors(head).items()})
+        for folder, name in ((source, "LlamaModel"), (head, "LlamaForSequenceClassification")):
+            status, out = run_json("verify", folder)
+            self.assertEqual(status, 0, out)
+            self.assertIn(name, " ".join(f["message"] for f in out["findings"]))
+            for target in ("hf", "dcp", "hdf5"):
+                with self.subTest(name, target=target):
+                    out = self.tmp / f"{name}.{target}"
+                    self.ok("convert", folder, out, "--to", target, "-q")
+                    self.ok("verify", out, "--against", folder, "-q")
+                    self.assertTrue((out / "config.json").is_file())
+            for target in ("torch_dist", "mp_rank"):
+                self.assertIn(name, self.refused(6, "convert", folder, self.tmp / "x", "--to", target))
+
+    def test_what_config_json_cannot_say_is_refused(self):
+        for name, values, word in (
+            ("legacy/llama_untied_bf16/tp1pp1", {"position_embedding_type": "none"}, "position_embedding_type"),
+            ("legacy/llama_untied_bf16/tp1pp1", {"rotary_percent": 0.5}, "rotary_percent"),
+            ("legacy/llama_untied_bf16/tp1pp1", {"rotary_interleaved": True}, "rotary_interleaved"),
+            ("legacy/llama_untied_bf16/tp1pp1", {"window_size": (3, 0)}, "window_size"),
+            ("legacy/llama_untied_bf16/tp1pp1", {"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma"),
+            ("legacy/llama_untied_bf16/tp1pp1", {"qk_l2_norm": True}, "qk_l2_norm"),
+            ("legacy/llama_untied_bf16/tp1pp1", {"softmax_type": "off-by-one"}, "softmax_type"),
+            ("legacy/llama_untied_bf16/tp1pp1", {"no_rope_freq": 2}, "no_rope_freq"),
+            ("legacy/moe_bf16/tp1pp2ep2", {"moe_router_pre_softmax": True}, "moe_router_pre_softmax"),
+            ("legacy/moe_bf16/tp1pp2ep2", {"moe_router_score_function": "sigmoid"}, "moe_router_score_function"),
+            ("legacy/moe_bf16/tp1pp2ep2", {"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor"),
+        ):
+            with self.subTest(name, **values):
+                out = self.tmp / f"out.{word}"
+                self.assertIn(word, self.refused(6, "convert", self.set_args(name, **values), out, "--to", "hf"))
+                self.assertFalse(out.exists())
+
+    def test_an_activation_that_config_json_can_name(self):
+        for values, name in (({"openai_gelu": False, "bias_gelu_fusion": False}, "gelu"), ({"openai_gelu": False, "bias_gelu_fusion": True}, "gelu_new"), ({"squared_relu": True}, "relu2")):
+            with self.subTest(name):
+                out = self.tmp / name
+                self.ok("convert", self.set_args("legacy/gpt_tied_bf16_te_names/tp1pp1", **values), out, "--to", "hf", "-q")
+                self.assertEqual(json.loads((out / "config.json").read_text())["activation_function"], name)
 
     def test_list(self):
         names = {f["family"] for f in json.loads(self.ok("families", "--json"))["families"]}
