@@ -6,8 +6,6 @@
 #include "libshard/error.h"
 
 #include <cmath>
-#include <string_view>
-#include <type_traits>
 
 namespace formats::hf {
 namespace {
@@ -46,7 +44,7 @@ class Writer {
     rope();
     window();
     mixture();
-    computes_the_same();
+    multipliers();
     return out_;
   }
 
@@ -97,7 +95,7 @@ class Writer {
     out_[neox ? "rotary_emb_base" : "rope_theta"] = real("rotary_base", 10000);
     const auto percent = real("rotary_percent", 1);
     if (neox) out_["rotary_pct"] = percent;
-    else if (percent != 1 || family_.defaults.contains("partial_rotary_factor")) out_["partial_rotary_factor"] = percent;
+    else if (percent != 1) out_["partial_rotary_factor"] = percent;
     const auto position = args_.text("position_embedding_type").value_or("rope");
     const bool latent = shard::holds("mla", params_);
     if (args_.flag("use_rope_scaling"))
@@ -138,10 +136,7 @@ class Writer {
   }
 
   void mixture() {
-    if (size("experts") <= 0) {
-      if (family_.sparse_layers == "first_dense") out_["first_k_dense_replace"] = source_.megatron->layers;  // its class has experts by default
-      return;
-    }
+    if (size("experts") <= 0) return;
     std::vector<Index> dense;
     for (Index l = 0; l < source_.megatron->layers; ++l)
       if (!source_.logical.tensors.contains(fmt::format("layers.{}.mlp.router.weight", l))) dense.push_back(l);
@@ -160,110 +155,18 @@ class Writer {
     }
   }
 
-  /// What args call for and config.json gives, where it is not the same: few families have a place for every setting, and a model
-  /// that computes something else is no conversion.
-  void computes_the_same() {
-    const bool multiplies = args_.flag("use_mup") || real("softmax_scale", 0) != 0;
-    shard::TransformerConfig ours, theirs;
-    try {
-      ours = megatron::model_config(graph_, source_.megatron->args, params_, source_.vocab);
-      theirs = hf_model_config(nlohmann::json::parse(out_.dump()), "config.json");
-    } catch (const shard::Error&) {  // a setting that no forward pass here knows, or a user's own family: nothing to compare
-      if (multiplies) throw;
-      return;
-    }
-    if (name_activation(ours, theirs)) theirs = hf_model_config(nlohmann::json::parse(out_.dump()), "config.json");
-    const auto same = [&](const char* arg, const auto& wanted, const auto& found) {
-      bool close;
-      if constexpr (std::is_convertible_v<decltype(wanted), std::string_view>) close = std::string_view(wanted) == std::string_view(found);
-      else if constexpr (std::is_same_v<std::decay_t<decltype(wanted)>, double>) close = std::abs(wanted - found) <= 1e-6 * std::abs(wanted);
-      else close = wanted == found;
-      shard::require(close, shard::Code::Mismatch, [&] { return fmt::format("args.{}: calls for {}; {}'s config.json gives {} and has no place for another", arg, wanted, family_.name, found); });
+  /// config.json must multiply as args do, or the model computes something else: few families have a place for MuP's factors.
+  void multipliers() const {
+    if (!args_.flag("use_mup") && real("softmax_scale", 0) == 0) return;
+    const auto ours = megatron::model_config(graph_, source_.megatron->args, params_, source_.vocab);
+    const auto theirs = hf_model_config(nlohmann::json::parse(out_.dump()), "config.json");
+    const auto same = [&](const char* arg, double wanted, double found) {
+      shard::require(std::abs(wanted - found) <= 1e-6 * std::abs(wanted), shard::Code::Mismatch,
+                     [&] { return fmt::format("args.{}: calls for {}; {}'s config.json gives {} and has no place for another", arg, wanted, family_.name, found); });
     };
-    if (multiplies) {
-      same("mup_embedding_mult", ours.embedding_multiplier, theirs.embedding_multiplier);
-      same("mup_output_mult", ours.logits_multiplier, theirs.logits_multiplier);
-    }
-    if (family_.name.starts_with("gemma")) return;  // much of it only config.json says
-    same("layernorm_zero_centered_gamma", ours.layernorm_zero_centered_gamma, theirs.layernorm_zero_centered_gamma);
-    same("qk_l2_norm", ours.qk_l2_norm, theirs.qk_l2_norm);
-    same("apply_residual_connection_post_layernorm", ours.residual_post_layernorm, theirs.residual_post_layernorm);
-    same("softmax_type", ours.off_by_one_softmax ? "off-by-one" : "vanilla", theirs.off_by_one_softmax ? "off-by-one" : "vanilla");
-    same("swiglu, squared_relu, quick_geglu, bias_gelu_fusion", name_of(ours.activation), name_of(theirs.activation));
-    same("glu_linear_offset", ours.glu_linear_offset, theirs.glu_linear_offset);
-    same("activation_func_clamp_value", ours.activation_clamp.value_or(0), theirs.activation_clamp.value_or(0));
-    if (args_.value("position_embedding_type")) same_positions(ours, theirs, same);
-    for (std::size_t i = 0; i < ours.layers.size() && i < theirs.layers.size(); ++i) {
-      same("window_size", ours.layers[i].window, window_in(theirs, i));
-      if (!ours.multi_latent_attention) same("softmax_scale", ours.layers[i].softmax_scale, theirs.layers[i].softmax_scale);
-    }
-    if (ours.num_experts > 0) same_routes(ours, theirs, same);
-  }
-
-  /// What the family's class makes of the fields: some know no window, some only one for all layers.
-  Index window_in(const shard::TransformerConfig& theirs, std::size_t layer) const {
-    if (family_.window.empty()) return 0;
-    return family_.window == "all" ? out_.value("sliding_window", Index{0}) : theirs.layers[layer].window;
-  }
-
-  static std::string_view name_of(shard::Activation activation) {
-    switch (activation) {
-      case shard::Activation::Silu: return "silu";
-      case shard::Activation::GeluErf: return "gelu";
-      case shard::Activation::GeluTanh: return "gelu_new";
-      case shard::Activation::Relu: return "relu";
-      case shard::Activation::SquaredRelu: return "relu2";
-      case shard::Activation::QuickGelu: return "quick_gelu";
-    }
-    return "";
-  }
-  /// Families that name their activation can have another; whether they do.
-  bool name_activation(const shard::TransformerConfig& ours, const shard::TransformerConfig& theirs) {
-    if (ours.activation == theirs.activation || ours.gated_linear_unit != theirs.gated_linear_unit || family_.name.starts_with("gemma")) return false;
-    for (const char* field : {"activation_function", "hidden_act"})
-      if (family_.config.contains(field)) {
-        out_[field] = name_of(ours.activation);
-        return true;
-      }
-    return false;
-  }
-
-  template <typename Same>
-  void same_positions(const shard::TransformerConfig& ours, const shard::TransformerConfig& theirs, const Same& same) const {
-    using Type = shard::RopeConfig::Type;
-    const auto kind = [](const shard::RopeConfig& rope) {
-      const bool plain = rope.type == Type::Default || (rope.type == Type::Yarn && rope.factor == 1);
-      return rope.type == Type::None ? "no rotation" : plain ? "plain rotation" : rope.type == Type::Yarn ? "yarn" : rope.type == Type::Llama3 ? "llama3 scaling" : "scaled rotation";
-    };
-    const bool latent = ours.multi_latent_attention;
-    same(latent ? "rope_type" : "position_embedding_type", kind(ours.rope), kind(theirs.rope));
-    if (ours.rope.type == Type::None) return;
-    // Other models than these turn all lanes, whatever partial_rotary_factor says.
-    const bool partial = family_.name == "gpt_neox" || family_.name == "phi3" || family_.name == "nemotron";
-    same("rotary_percent", ours.rope.dim, partial || latent ? theirs.rope.dim : theirs.kv_channels);
-    same("rotary_base", ours.rope.base, theirs.rope.base);
-    same("rotary_interleaved", ours.rope.interleaved, theirs.rope.interleaved);
-    same("rotary_scaling_factor", ours.rope.factor, theirs.rope.factor);
-    for (std::size_t i = 0; i < ours.layers.size() && i < theirs.layers.size(); ++i)
-      same("no_rope_freq", ours.layers[i].rope ? "rotation in every layer" : "layers without", theirs.layers[i].rope ? "rotation in every layer" : "layers without");
-  }
-
-  template <typename Same>
-  void same_routes(const shard::TransformerConfig& ours, const shard::TransformerConfig& theirs, const Same& same) const {
-    const auto &a = ours.router, &b = theirs.router;
-    const auto score = [](shard::RouterConfig::Score one) { return one == shard::RouterConfig::Score::Softmax ? "softmax" : one == shard::RouterConfig::Score::Sigmoid ? "sigmoid" : "sqrtsoftplus"; };
-    same("moe_router_score_function", score(a.score), score(b.score));
-    same("moe_router_topk", a.topk, b.topk);
-    if (a.score == shard::RouterConfig::Score::Softmax) same("moe_router_pre_softmax", a.pre_softmax, b.pre_softmax);
-    else if (a.topk > 1) same("moe_router_score_function", a.renormalize ? "weights that sum to one" : "weights as they are", b.renormalize ? "weights that sum to one" : "weights as they are");
-    same("moe_router_topk_scaling_factor", a.scaling, b.scaling);
-    same("moe_apply_probs_on_input", ours.moe_probs_on_input, theirs.moe_probs_on_input);
-    const auto groups = [](const shard::RouterConfig& one) { return one.group_topk > 0 && one.group_topk < one.num_groups ? one.num_groups : 0; };  // all of them: no limit
-    same("moe_router_num_groups", groups(a), groups(b));
-    if (groups(a) == 0) return;
-    same("moe_router_group_topk", a.group_topk, b.group_topk);
-    const auto rule = [](const shard::RouterConfig& one) { return one.group_rule == shard::RouterConfig::GroupRule::Max ? std::string("the best of a group") : fmt::format("the sum of a group's best {}", one.group_best); };
-    same("moe_router_topk", rule(a), rule(b));
+    same("mup_embedding_mult", ours.embedding_multiplier, theirs.embedding_multiplier);
+    same("mup_output_mult", ours.logits_multiplier, theirs.logits_multiplier);
+    for (std::size_t i = 0; i < ours.layers.size() && !ours.multi_latent_attention; ++i) same("softmax_scale", ours.layers[i].softmax_scale, theirs.layers[i].softmax_scale);
   }
 
   const Family& family_;
