@@ -8,7 +8,7 @@ import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, Case, digest, run_json  # noqa: E402
-from torch_edit import edit_archive  # noqa: E402
+from torch_edit import Archive, edit_archive  # noqa: E402
 
 HF, PAIRS = DATA / "hf", DATA / "pairs"
 GRIDS = (["--tp", 4, "--pp", 2], ["--tp", 2, "--pp", 2, "--vpp", 2], ["--tp", 1, "--pp", 4])
@@ -153,6 +153,37 @@ class Families(Case):
         self.ok("verify", source, "-q")
         self.assertIn("layers.0.attention.", self.refused(6, "convert", source, self.tmp / "out", "--to", "hf"))
         self.assertFalse((self.tmp / "out").exists())
+
+    def test_experts_as_grouped_mlp_kept_them(self):
+        """mlp.experts.weight1 and weight2: a rank's experts in one tensor each, matrix behind matrix, transposed."""
+        source = self.copy("legacy/moe_bf16/tp1pp2ep2")
+        for file in source.rglob("model_optim_rng.pt"):
+            archive = Archive(file)
+            model = archive.root["model"]
+            for layer in range(2):
+                for matrix in (1, 2):
+                    keys = [f"decoder.layers.{layer}.mlp.experts.local_experts.{e}.linear_fc{matrix}." for e in range(2)]
+                    parts = [model.pop(key + "weight") for key in keys]
+                    rows, columns = parts[0].args[2]
+                    data = b""
+                    for part in parts:
+                        raw = archive.bytes_of(part)
+                        data += b"".join(bytes(raw[2 * (r * columns + c) :][:2]) for c in range(columns) for r in range(rows))
+                    archive.bytes_of(parts[0])[:] = data
+                    parts[0].args[0].pid = (*parts[0].args[0].pid[:4], len(data) // 2)
+                    shape = (columns, 2 * rows) if matrix == 1 else (2 * columns, rows)
+                    parts[0].args = (parts[0].args[0], 0, shape, (shape[1], 1), *parts[0].args[4:])
+                    model[f"decoder.layers.{layer}.mlp.experts.weight{matrix}"] = parts[0]
+                    for key in keys:
+                        del model[key + "_extra_state"]
+            archive.save()
+        self.ok("verify", source, "-q")
+        self.assertEqual(digest(source), digest(DATA / "legacy/moe_bf16/tp1pp2ep2"))
+        for target, options in (("hf", ()), ("torch_dist", ("--tp", 2)), ("mp_rank", ("--tp", 2, "--ep", 1))):
+            out = self.tmp / target
+            self.ok("convert", source, out, "--to", target, *options, "-q")
+            self.ok("verify", out, "-q")
+            self.assertEqual(digest(out), digest(source))
 
     def test_a_tied_pair_stored_as_its_head(self):
         """safetensors.torch.save_model keeps whichever of two names of one tensor comes first."""
