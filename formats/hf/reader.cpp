@@ -242,11 +242,13 @@ void name_others(Checkpoint& checkpoint, const OpenOptions& options) {
     used.insert(carried.begin(), carried.end());
   }
   if (checkpoint.adapter || !options.adapter.empty()) used.insert({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"});
+  const bool by_ranks = checkpoint.format == "dcp" && !fs::exists(checkpoint.folder / ".metadata");  // each rank's part of it was read
   std::set<std::string> others;
   std::size_t more = 0;
   for (const auto& entry : fs::directory_iterator(checkpoint.folder)) {
     const auto name = entry.path().filename().string();
     if (used.contains(name)) continue;
+    if (by_ranks && name.starts_with("__") && name.ends_with(".metadata")) continue;
     others.insert(name);
     if (others.size() <= kMost) continue;
     others.erase(std::prev(others.end()));
