@@ -106,8 +106,10 @@ std::vector<PlainTensor> same_keys(const Checkpoint& source, const TargetOptions
   shard::require(!source.megatron, Code::BadFormat, [&] { return fmt::format("--to {}: a {} checkpoint's keys are not its own there; convert it to hf first", options.format, source.format); });
   const bool one = (options.parallel.tp == 1 || options.format == "hdf5") && options.parallel.pp == 1 && options.parallel.ep == 1;
   shard::require(one, Code::BadLayout, [&] { return fmt::format("layout: {} is not cut among ranks", options.format); });
+  const auto repeated = hf::repeated_heads(source);
   std::vector<PlainTensor> out;
   for (const auto& [key, tensor] : (source.hf ? source.stored : source.logical).tensors) {
+    if (repeated.contains(key)) continue;
     const bool wide = source.hf && key.ends_with("e_score_correction_bias");  // F32 by rule
     out.push_back({key, wide ? shard::DType::F32 : options.dtype && is_floating(tensor.dtype) ? *options.dtype : tensor.dtype, tensor.natural});
   }

@@ -183,6 +183,9 @@ Target create(const fs::path& path, const Checkpoint& source, const TargetOption
     shard::require(source.quantised.empty() || (!to_megatron && !options.dtype), Code::BadFormat, [&] {
       return fmt::format("{}: {} is quantised, and its scale has no place in {}; --dtype bf16, f16 or f32 dequantises", source.path.string(), *source.quantised.begin(), options.format);
     });
+    shard::require(!to_megatron || source.hf || source.megatron, Code::Mismatch, [&] {
+      return fmt::format("{}: is no Megatron checkpoint, and {}", source.path.string(), source.notes.empty() ? "its model family is not known" : source.notes.front());
+    });
     if (to_megatron && source.hf && !source.megatron) {
       out.source = std::make_shared<Checkpoint>(hf::as_megatron(source, out.notes));
       format.create(path, *out.source, options, out);

@@ -13,6 +13,9 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options);
 /// The logical tensors of `stored`, whose keys are spelled as in the source's Hugging Face folder.
 shard::ShardedStateDict logical_of(const Checkpoint& source, const shard::ShardedStateDict& stored, std::vector<shard::Finding>& findings);
 
+/// Stored keys of heads that repeat the embedding that they are tied to: no target keeps them.
+std::set<std::string> repeated_heads(const Checkpoint& source);
+
 /// Takes up the folder `hf/` that a conversion left beside `iter_*`, so that the way back is exact.
 void take_up_carried(Checkpoint& checkpoint, const OpenOptions& options);
 

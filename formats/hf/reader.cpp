@@ -117,20 +117,54 @@ bool same_bytes(const Checkpoint& checkpoint, const shard::ShardedTensor& a, con
   return formats::same_bytes(LocalReader(checkpoint.logical, checkpoint.files), a.shards[0].place, b.shards[0].place, static_cast<std::uint64_t>(shard::volume(a.natural)) * size_of(a.dtype));
 }
 
-/// transformers' rule: the flag ties where no head is stored or the stored one is equal; a head that differs wins.
+constexpr const char* kHead = "output.weight";
+constexpr const char* kEmbedding = "embedding.word.weight";
+
+/// Of a tied pair safetensors.torch.save_model keeps one, which may be the head: it is both.
+bool head_as_embedding(shard::ShardedStateDict& logical) {
+  const auto head = logical.tensors.find(kHead);
+  if (head == logical.tensors.end() || logical.tensors.contains(kEmbedding)) return false;
+  auto node = logical.tensors.extract(head);
+  node.key() = node.mapped().key = kEmbedding;
+  logical.tensors.insert(std::move(node));
+  return true;
+}
+
+/// transformers' rule: the flag ties where one of the two is stored or both are equal; a head that differs wins.
 void resolve_tie(Checkpoint& checkpoint, shard::Params& params) {
-  const auto head = checkpoint.logical.tensors.find("output.weight"), embedding = checkpoint.logical.tensors.find("embedding.word.weight");
+  if (shard::holds("tied", params) && head_as_embedding(checkpoint.logical)) checkpoint.notes.push_back("of the embedding and the head that is tied to it, the head's key is stored; it is both");
+  const auto head = checkpoint.logical.tensors.find(kHead), embedding = checkpoint.logical.tensors.find(kEmbedding);
   bool tied = shard::holds("tied", params);
   if (tied && head != checkpoint.logical.tensors.end() && embedding != checkpoint.logical.tensors.end()) {
     tied = same_bytes(checkpoint, head->second, embedding->second);
     if (tied) {
-      checkpoint.not_carried.push_back({"output.weight", "equals the embedding that it is tied to"});
+      checkpoint.not_carried.push_back({kHead, "equals the embedding that it is tied to"});
       checkpoint.logical.tensors.erase(head);
     }
   }
   params["tied"] = tied;
   checkpoint.tied = tied;
-  if (tied) checkpoint.logical.ties["output.weight"] = "embedding.word.weight";
+  if (tied) checkpoint.logical.ties[kHead] = kEmbedding;
+}
+
+/// The architecture that config.json names, where it is none of a causal model and the keys are not a causal model's: a base
+/// model (LlamaModel) has no head and no prefix, one for classification another head.
+std::string other_architecture(const State& state, const Checkpoint& checkpoint, const OpenOptions& options) {
+  const auto named = state.config.find("architectures");
+  if (named == state.config.end() || !named->is_array() || named->empty() || !named->front().is_string()) return {};
+  const auto name = named->front().get<std::string>();
+  const bool base = name.ends_with("Model") && !name.ends_with("HeadModel"), task = name.find("For") != name.npos && name.find("ForCausalLM") == name.npos;
+  if (name == state.family.architecture || (!base && !task) || !options.family.empty()) return {};
+  const auto params = params_of(state.family, state.config);
+  const shard::Table table(rows_for(state.family, checkpoint.stored), "h");
+  bool head = shard::holds("tied", params);
+  for (const auto& entry : checkpoint.stored.tensors) {
+    if (dropped(state.family.drop, entry.first)) continue;
+    const auto match = table.match(entry.first, params);
+    if (!match) return name;
+    head |= match->row->vocabulary && match->row->parts.front().name == kHead;
+  }
+  return head ? "" : name;
 }
 
 struct Held final : ComputedBytes {
@@ -208,11 +242,13 @@ void name_others(Checkpoint& checkpoint, const OpenOptions& options) {
     used.insert(carried.begin(), carried.end());
   }
   if (checkpoint.adapter || !options.adapter.empty()) used.insert({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"});
+  const bool by_ranks = checkpoint.format == "dcp" && !fs::exists(checkpoint.folder / ".metadata");  // each rank's part of it was read
   std::set<std::string> others;
   std::size_t more = 0;
   for (const auto& entry : fs::directory_iterator(checkpoint.folder)) {
     const auto name = entry.path().filename().string();
     if (used.contains(name)) continue;
+    if (by_ranks && name.starts_with("__") && name.ends_with(".metadata")) continue;
     others.insert(name);
     if (others.size() <= kMost) continue;
     others.erase(std::prev(others.end()));
@@ -236,7 +272,13 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
     shard::require(options.adapter.empty(), Code::BadFormat, [&] { return fmt::format("{}: lies in shards of torch's own; convert it to hf before an adapter is merged", checkpoint.folder.string()); });
     return;
   }
-  const auto state = state_of(checkpoint.folder, options, checkpoint.embedded_config);
+  auto state = state_of(checkpoint.folder, options, checkpoint.embedded_config);
+  if (const auto other = state ? other_architecture(*state, checkpoint, options) : std::string(); !other.empty()) {
+    const auto why = fmt::format("{} is no architecture that is converted; tensors keep their own keys", other);
+    checkpoint.findings.push_back({"unverifiable", Finding::Severity::Note, "config.json", why});
+    checkpoint.notes.push_back(why);
+    state = nullptr;
+  }
   if (!state) {
     std::vector<Finding> ignored;
     shard::require(!options.dequantise || quantised_pairs(checkpoint.stored, nlohmann::ordered_json::object(), ignored).empty(), Code::BadFormat,
@@ -316,9 +358,24 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   checkpoint.sizes = {layers, experts, depths};
 }
 
+std::set<std::string> repeated_heads(const Checkpoint& source) {
+  std::set<std::string> heads;
+  if (!source.hf || source.megatron || !source.tied.value_or(false)) return heads;
+  const shard::Table table(rows_for(source.hf->family, source.stored), "h");
+  bool embedding = false;
+  for (const auto& entry : source.stored.tensors)
+    if (const auto match = table.match(entry.first, source.params); match && match->row->vocabulary) {
+      if (match->row->parts.front().name == kHead) heads.insert(entry.first);
+      else embedding |= match->row->parts.front().name == kEmbedding;
+    }
+  if (!embedding) heads.clear();
+  return heads;
+}
+
 shard::ShardedStateDict logical_of(const Checkpoint& source, const shard::ShardedStateDict& stored, std::vector<Finding>& findings) {
   const shard::Table table(rows_for(source.hf->family, stored), "h");
   auto out = to_logical(stored, table, source.params, source.quantised, findings).logical;
+  if (source.tied.value_or(false)) head_as_embedding(out);
   for (const auto& key : source.quantised) out.tensors[key] = stored.tensors.at(key);
   return out;
 }

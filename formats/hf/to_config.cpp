@@ -120,6 +120,8 @@ class Writer {
       else out_["rope_scaling"]["truncate"] = !args_.value("yarn_correction_range_round_to_int") || args_.flag("yarn_correction_range_round_to_int");
     } else if (const auto factor = real("rotary_seq_len_interpolation_factor", 1); factor != 1) {
       out_["rope_scaling"] = {{"rope_type", "linear"}, {"factor", factor}};
+    } else if (family_.name == "gpt_oss") {
+      out_["rope_scaling"] = {{"rope_type", "default"}};  // null is its class's own yarn
     } else {
       out_["rope_scaling"] = nullptr;
     }

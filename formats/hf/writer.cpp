@@ -60,6 +60,26 @@ void drop_extra_states(const Checkpoint& source, Target& target) {
   if (count) target.dropped.push_back({"_extra_state", fmt::format("{} of them that are not empty: Hugging Face folders hold only tensors", count)});
 }
 
+/// A new config.json must be read as it was meant: its fields have no place for every size, nor families for every switch.
+void check_said(const Family& family, const nlohmann::ordered_json& config, const Checkpoint& source, const shard::ShardedStateDict& logical, const std::vector<shard::Wanted>& wanted,
+                const shard::Table& table, const shard::SpellOptions& sizes) {
+  auto said = params_of(family, nlohmann::json::parse(config.dump()));
+  const auto differs = [&](const std::string& what, auto ours, auto theirs) {
+    shard::fail(Code::Mismatch, "{}: {} in {}; the config.json of {} can only say {}", what, ours, source.path.string(), family.name, theirs);
+  };
+  for (const auto& [param, what, count] : {std::tuple{"layers", "layers", sizes.layers}, std::tuple{"experts", "experts", sizes.experts}, std::tuple{"mtp", "MTP layers", sizes.depths}})
+    if (const auto found = said.find(param); found != said.end() && found->second != count) differs(what, count, found->second);
+  for (const auto& one : wanted) {
+    auto shape = factors(*one.row, said).stored();
+    if (one.row->stacked) shape.insert(shape.begin(), sizes.experts);
+    if (shape != one.shape) differs(one.key, shard::to_string(one.shape), shard::to_string(shape));
+  }
+  if (std::any_of(source.not_carried.begin(), source.not_carried.end(), [](const Dropped& one) { return one.why == "--drop"; })) return;  // holes were asked for
+  const auto missing = missing_tensors(logical, table, said, sizes);
+  shard::require(missing.empty(), Code::Mismatch,
+                 [&] { return fmt::format("{}: every model of {} has it; {} does not hold it ({} such tensors)", missing.front().name, family.name, source.path.string(), missing.size()); });
+}
+
 }  // namespace
 
 void create(const std::filesystem::path& path, const Checkpoint& source, const TargetOptions& options, Target& target) {
@@ -78,6 +98,8 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
   auto logical = source.logical;
   drop_zero_biases(source, logical, placed_names(logical, table, params, sizes), target);
   auto wanted = spell_out(logical, table, params, sizes);
+  const auto config = configured ? nlohmann::ordered_json() : config_of(family, source);
+  if (!configured) check_said(family, config, source, logical, wanted, table, sizes);
   std::vector<PlainTensor> tensors;
   for (const auto& one : wanted) {
     const auto dtype = options.dtype && is_floating(one.dtype) && !one.key.ends_with("e_score_correction_bias") ? *options.dtype : one.dtype;
@@ -93,9 +115,9 @@ void create(const std::filesystem::path& path, const Checkpoint& source, const T
   refuse(findings);
   auto& folder = target.writer->folder();
   if (!configured) {
-    auto config = config_of(family, source);
-    if (options.dtype) config["torch_dtype"] = shard::torch_name(*options.dtype);
-    folder.write(folder.add("config.json"), 0, config.dump(2) + "\n");
+    auto made = config;
+    if (options.dtype) made["torch_dtype"] = shard::torch_name(*options.dtype);
+    folder.write(folder.add("config.json"), 0, made.dump(2) + "\n");
     for (const auto& file : source.beside) target.dropped.push_back({"hf/" + file.filename().string(), "config.json there is of no known family; --family names one"});
   } else {
     carry_files(source, target, "", options.dtype);

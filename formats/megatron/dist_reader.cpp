@@ -230,7 +230,7 @@ class DistReader {
     for (const auto& [key, grid] : grids)
       if (const auto missing = first_missing(grid.first, grid.second))
         out_.findings.push_back({"missing", Finding::Severity::Error, fmt::format("{}/shard_{}_{}", key, dotted(*missing), dotted(grid.first)),
-                                 fmt::format("is not there; {} of {} states of the module are", grid.second.size(), dotted(grid.first))});
+                                 fmt::format("is not there; {} of the module's {} states are", grid.second.size(), fmt::join(grid.first, " × "))});
   }
 
   void read_extra_states() {

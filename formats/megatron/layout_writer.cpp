@@ -101,7 +101,10 @@ std::map<std::string, ExtraState> extra_states(const Checkpoint& source, const M
     const auto weight = one.key.rfind(".weight");
     if (weight == std::string::npos) continue;
     const auto module = one.key.substr(0, weight);
-    const auto found = state.extra.find(shard::spell(one.row->parts.front().name, one.match.layer, one.match.expert, one.match.depth));
+    const auto of_expert = [&](Index expert) { return state.extra.find(shard::spell(one.row->parts.front().name, one.match.layer, expert, one.match.depth)); };
+    auto found = of_expert(one.match.expert);
+    // Grouped experts are one module with one state, of which Megatron gives every expert a copy.
+    if (found == state.extra.end() && one.match.expert > 0) found = of_expert(0);
     if (found != state.extra.end() && one.row->stage != shard::Stage::Output) out.try_emplace(module, found->second);
     else if (defaults && shard::has_extra_state(module))
       out[module] = state.te ? ExtraState{ExtraState::Kind::Tensor, {}, nullptr, 0} : ExtraState{};

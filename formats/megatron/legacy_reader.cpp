@@ -451,15 +451,39 @@ class LegacyReader {
     return key;
   }
 
+  /// GroupedMLP (before core 0.17) keeps a rank's experts in two tensors, matrix behind matrix, each transposed: views of one expert each,
+  /// spelled as experts of their own. Empty where this is none.
+  std::vector<Entry> experts_apart(const Entry& entry) const {
+    const bool first = entry.key.ends_with("mlp.experts.weight1");
+    const auto experts = out_.params.find("experts");
+    if ((!first && !entry.key.ends_with("mlp.experts.weight2")) || !entry.tensor || experts == out_.params.end()) return {};
+    const auto count = experts->second / out_.parallel->ep;
+    const auto& both = *entry.tensor;
+    const auto cut = first ? 1u : 0u;  // [hidden, experts · rows] and [experts · columns, hidden]
+    if (count <= 0 || both.sizes.size() != 2 || shard::volume(both.sizes) == 0 || both.sizes[cut] % count != 0 || both.strides != shard::row_major(both.sizes)) return {};
+    auto matrix = both.sizes;
+    matrix[cut] /= count;
+    std::vector<Entry> out;
+    for (Index e = 0; e < count; ++e) {
+      auto one = entry;
+      one.key.replace(one.key.size() - std::string_view("weight1").size(), std::string::npos, fmt::format("local_experts.{}.linear_fc{}.weight", e, first ? 1 : 2));
+      one.tensor->sizes = {matrix[1], matrix[0]};
+      one.tensor->strides = {1, matrix[1]};
+      one.tensor->offset += static_cast<std::uint64_t>(e * matrix[0] * matrix[1]) * size_of(both.dtype);
+      out.push_back(std::move(one));
+    }
+    return out;
+  }
+
   void add_rank(std::size_t index, const RankContent& content) {
     const auto& place = places_[index];
     std::map<std::string, std::uint32_t> streams;
-    for (const auto& entry : content.entries) {
+    const auto add = [&](const Entry& entry) {
       auto key = global_key(place, entry);
-      if (!key) continue;
+      if (!key) return;
       if (!entry.tensor) {
         keep_extra(place, *key, entry);
-        continue;
+        return;
       }
       const bool of_expert = key->find("experts.l") != key->npos && key->find("shared_experts.l") == key->npos;
       holders_[{place.stage, of_expert ? place.cell.expert : -1}][*key].insert(index);
@@ -472,6 +496,12 @@ class LegacyReader {
         if (content.crcs_recorded) out_.stored.streams.back().crc32 = entry.record.crc32;
       }
       add_tensor(place, *key, *entry.tensor, at->second, tied_copy || late_copy);
+    };
+    for (const auto& entry : content.entries) {
+      const auto apart = experts_apart(entry);
+      if (apart.empty()) add(entry);
+      for (const auto& one : apart) add(one);
+      if (!apart.empty() && out_.notes.empty()) out_.notes.push_back("experts are stored as GroupedMLP keeps them (mlp.experts.weight1, weight2), which core 0.17 gave up; mp_rank is written with one tensor an expert (local_experts)");
     }
     if (content.crcs_recorded)
       for (const auto& record : content.others) out_.stored.streams.push_back({static_cast<std::uint32_t>(index), record.offset, record.size, record.crc32, false});

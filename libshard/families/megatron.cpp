@@ -56,12 +56,12 @@ class Rows {
     one(dialects, key + "weight" + number, "hidden | " + ffn, logical + "down.weight", {1, ways, 1}, when);
     one(dialects, key + "bias" + number, "hidden", logical + "down.bias", kWhole, when + " mlp_bias");
   }
-  /// The two halves of fc1 under keys of their own (singleton_local_shards).
+  /// The two halves of fc1 under keys of their own (singleton_local_shards); the "1" is the place of the half, as parts of fc1 keep it.
   void singleton(const std::string& key, const std::string& logical, const std::string& ffn, Ways ways, const std::string& when) {
-    one("d", key + "weight_w", ffn + " | hidden", logical + "gate.weight", {0, ways, 1}, when + " gated");
-    one("d", key + "weight_v", ffn + " | hidden", logical + "up.weight", {0, ways, 1}, when + " gated");
-    one("d", key + "bias_w", ffn, logical + "gate.bias", {0, ways, 1}, when + " gated mlp_bias");
-    one("d", key + "bias_v", ffn, logical + "up.bias", {0, ways, 1}, when + " gated mlp_bias");
+    one("d", key + "weight_w", "1 " + ffn + " | hidden", logical + "gate.weight", {0, ways, 1}, when + " gated");
+    one("d", key + "weight_v", "1 " + ffn + " | hidden", logical + "up.weight", {0, ways, 1}, when + " gated");
+    one("d", key + "bias_w", "1 " + ffn, logical + "gate.bias", {0, ways, 1}, when + " gated mlp_bias");
+    one("d", key + "bias_v", "1 " + ffn, logical + "up.bias", {0, ways, 1}, when + " gated mlp_bias");
   }
 
  private:

@@ -8,7 +8,7 @@ import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import DATA, Case, digest, run_json  # noqa: E402
-from torch_edit import edit_archive  # noqa: E402
+from torch_edit import Archive, edit_archive  # noqa: E402
 
 HF, PAIRS = DATA / "hf", DATA / "pairs"
 GRIDS = (["--tp", 4, "--pp", 2], ["--tp", 2, "--pp", 2, "--vpp", 2], ["--tp", 1, "--pp", 4])
@@ -27,6 +27,18 @@ def tensors(folder):
                 begin, end = entry["data_offsets"]
                 out[key] = entry["dtype"], entry["shape"], raw[8 + size + begin : 8 + size + end]
     return out
+
+
+def write(folder, held):
+    """The weights of a folder anew, in one file."""
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    header, data = {}, b""
+    for key, (dtype, shape, raw) in held.items():
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def widened(value):
@@ -162,6 +174,102 @@ class Families(Case):
             self.ok("convert", source, out, "--to", "hf", "-q", "--force")
             self.assertEqual(json.loads((out / "config.json").read_text())["rms_norm_eps"], 0.01)
             self.ok("validate", out, "--against", source)
+
+    def set_config(self, folder, **values):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    def test_a_model_that_lacks_what_its_family_always_has(self):
+        """GPT-2 has biases everywhere; a Megatron model with those of qkv alone would be read with others at random."""
+        source = self.copy("legacy/gpt_tied_bf16_te_names/tp1pp1")
+
+        def without_biases(root):
+            root["args"].add_bias_linear = False
+            for key in [key for key in root["model"] if key.endswith(".bias") and ("linear_proj" in key or "linear_fc" in key)]:
+                del root["model"][key]
+        edit_archive(source / "iter_0000010/mp_rank_00/model_optim_rng.pt", without_biases)
+        self.ok("verify", source, "-q")
+        self.assertIn("layers.0.attention.", self.refused(6, "convert", source, self.tmp / "out", "--to", "hf"))
+        self.assertFalse((self.tmp / "out").exists())
+
+    def test_experts_as_grouped_mlp_kept_them(self):
+        """mlp.experts.weight1 and weight2: a rank's experts in one tensor each, matrix behind matrix, transposed."""
+        source = self.copy("legacy/moe_bf16/tp1pp2ep2")
+        for file in source.rglob("model_optim_rng.pt"):
+            archive = Archive(file)
+            model = archive.root["model"]
+            for layer in range(2):
+                for matrix in (1, 2):
+                    keys = [f"decoder.layers.{layer}.mlp.experts.local_experts.{e}.linear_fc{matrix}." for e in range(2)]
+                    parts = [model.pop(key + "weight") for key in keys]
+                    rows, columns = parts[0].args[2]
+                    data = b""
+                    for part in parts:
+                        raw = archive.bytes_of(part)
+                        data += b"".join(bytes(raw[2 * (r * columns + c) :][:2]) for c in range(columns) for r in range(rows))
+                    archive.bytes_of(parts[0])[:] = data
+                    parts[0].args[0].pid = (*parts[0].args[0].pid[:4], len(data) // 2)
+                    shape = (columns, 2 * rows) if matrix == 1 else (2 * columns, rows)
+                    parts[0].args = (parts[0].args[0], 0, shape, (shape[1], 1), *parts[0].args[4:])
+                    model[f"decoder.layers.{layer}.mlp.experts.weight{matrix}"] = parts[0]
+                    for key in keys:
+                        del model[key + "_extra_state"]
+            archive.save()
+        self.ok("verify", source, "-q")
+        self.assertEqual(digest(source), digest(DATA / "legacy/moe_bf16/tp1pp2ep2"))
+        for target, options in (("hf", ()), ("torch_dist", ("--tp", 2)), ("mp_rank", ("--tp", 2, "--ep", 1))):
+            out = self.tmp / target
+            self.ok("convert", source, out, "--to", target, *options, "-q")
+            self.ok("verify", out, "-q")
+            self.assertEqual(digest(out), digest(source))
+
+    def test_a_tied_pair_stored_as_its_head(self):
+        """safetensors.torch.save_model keeps whichever of two names of one tensor comes first."""
+        source = self.copy("hf/gpt2_tied_f32")
+        write(source, {"lm_head.weight" if key == "transformer.wte.weight" else key: held for key, held in tensors(source).items()})
+        self.ok("verify", source, "-q")
+        self.assertEqual(digest(source), digest(HF / "gpt2_tied_f32"))
+        for target in ("hf", "torch_dist", "mp_rank", "dcp", "hdf5"):
+            with self.subTest(target):
+                out = self.tmp / target
+                self.ok("convert", source, out, "--to", target, "-q")
+                self.ok("verify", out, "-q")
+                self.assertEqual(digest(out), digest(source))
+        self.assertIn("transformer.wte.weight", tensors(self.tmp / "hf"))
+        self.ok("diff", source, HF / "gpt2_tied_f32", "-q")
+
+    def test_a_tied_pair_stored_twice(self):
+        source = self.tmp / "both"
+        self.ok("convert", DATA / "mcore/llama_tied_bf16/tp1pp1", source, "--to", "hf", "-q")
+        held = tensors(source)
+        held["lm_head.weight"] = held["model.embed_tokens.weight"]
+        write(source, held)
+        for target in ("hf", "torch_dist", "dcp", "hdf5"):
+            with self.subTest(target):
+                self.ok("convert", source, self.tmp / target, "--to", target, "-q")
+                self.ok("verify", self.tmp / target, "-q")
+                self.assertEqual(digest(self.tmp / target), digest(source))
+
+    def test_architectures_without_a_causal_head_keep_their_keys(self):
+        source = self.copy("hf/llama_untied_bf16")
+        self.set_config(source, architectures=["LlamaModel"])
+        write(source, {key.removeprefix("model."): held for key, held in tensors(source).items() if key != "lm_head.weight"})
+        head = self.tmp / "score"
+        shutil.copytree(HF / "llama_untied_bf16", head)
+        self.set_config(head, architectures=["LlamaForSequenceClassification"])
+        write(head, {key.replace("lm_head", "score"): held for key, held in tensors(head).items()})
+        for folder, name in ((source, "LlamaModel"), (head, "LlamaForSequenceClassification")):
+            status, out = run_json("verify", folder)
+            self.assertEqual(status, 0, out)
+            self.assertIn(name, " ".join(f["message"] for f in out["findings"]))
+            for target in ("hf", "dcp", "hdf5"):
+                with self.subTest(name, target=target):
+                    out = self.tmp / f"{name}.{target}"
+                    self.ok("convert", folder, out, "--to", target, "-q")
+                    self.ok("verify", out, "--against", folder, "-q")
+                    self.assertTrue((out / "config.json").is_file())
+            for target in ("torch_dist", "mp_rank"):
+                self.assertIn(name, self.refused(6, "convert", folder, self.tmp / "x", "--to", target))
 
     def test_list(self):
         names = {f["family"] for f in json.loads(self.ok("families", "--json"))["families"]}

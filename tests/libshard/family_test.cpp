@@ -63,6 +63,26 @@ TEST_CASE("a fused qkv falls into q, k and v, also where a cut goes through a gr
   }
 }
 
+TEST_CASE("halves of fc1 under keys of their own are what the fused one holds") {
+  const Params params{{"gated", 1}, {"hidden", 4}, {"ffn", 8}, {"expert_ffn", 8}, {"shared_ffn", 8}};
+  const Table table(megatron_rows(), "d");
+  const auto parts = [&](const std::string& key) {
+    const auto match = table.match(key, params);
+    REQUIRE(match);
+    return logical_parts(*match->row, factors(*match->row, params), *match, params);
+  };
+  for (const std::string module : {"mlp.", "mlp.experts.experts.0.", "mlp.shared_experts."}) {
+    const auto key = "decoder.layers.0." + module + "linear_fc1.weight";
+    const auto fused = parts(key);
+    for (const int half : {0, 1}) {
+      const auto apart = parts(key + (half ? "_v" : "_w")).at(0);
+      CHECK(apart.name == fused.at(static_cast<std::size_t>(half)).name);
+      CHECK(apart.shape == fused.at(static_cast<std::size_t>(half)).shape);
+      CHECK(apart.natural == fused.at(static_cast<std::size_t>(half)).natural);
+    }
+  }
+}
+
 TEST_CASE("spelling out finds the rows that hold everything once") {
   ShardedStateDict logical;
   for (const char* key : {"layers.0.mlp.gate.weight", "layers.0.mlp.up.weight", "layers.0.mlp.norm.weight"})
