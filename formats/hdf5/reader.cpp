@@ -99,14 +99,16 @@ class Reader {
     auto dataset = checked(H5Dopen2(file_, path.c_str(), H5P_DEFAULT), Code::BadFormat, fmt::format("{}: '{}' cannot be opened", where_, path));
     const bool reserved = path.starts_with(std::string(kReserved) + "/");
     if (reserved) return add_reserved(dataset, path.substr(std::string(kReserved).size() + 1));
-    auto key = alias ? std::string() : text_attribute(dataset, "name");
+    const auto place = fmt::format("{}: '{}'", where_, path);
+    auto key = alias ? std::string() : text_attribute(dataset, "name", place).value_or("");
     if (key.empty()) {
       key = path;
       std::replace(key.begin(), key.end(), '/', '.');
     }
-    const auto type = type_of(dataset);
+    const auto [type, refused] = type_of(dataset, place);
     if (!type) {
-      out_.stored.objects.push_back({key, "no number", 0, 0, 0});
+      if (!refused.empty()) out_.findings.push_back({"dtype", shard::Finding::Severity::Error, key, fmt::format("cannot be read as a tensor: {}", refused)});
+      else out_.stored.objects.push_back({key, "no number", 0, 0, 0});
       return;
     }
     shard::require(!out_.stored.tensors.contains(key), Code::BadFormat, [&] { return fmt::format("{}: two data sets are named '{}'", where_, key); });
