@@ -1,5 +1,7 @@
 // Megatron's args as config.json: the inverse of to_args.cpp, for models that bring no config of their own.
 #include "formats/hf/hf.h"
+#include "formats/hf/layer_rules.h"
+#include "formats/hf/same_model.h"
 #include "formats/hf_config.h"
 #include "formats/megatron/args.h"
 #include "formats/megatron/model_config.h"
@@ -37,14 +39,14 @@ class Writer {
     for (const auto& [name, arg] : family_.fields.items()) {
       if (!arg.is_string()) continue;
       auto value = args_.value(arg.get<std::string>());
-      if (!value && arg == "norm_epsilon") value = args_.value("layernorm_epsilon");
+      if (const auto newer = args_.value("layernorm_epsilon"); newer && arg == "norm_epsilon") value = newer;
       if (value) out_[name] = json_of(graph_, *value);
     }
     sizes();
     rope();
     window();
     mixture();
-    multipliers();
+    refuse_another_model();
     return out_;
   }
 
@@ -95,7 +97,7 @@ class Writer {
     out_[neox ? "rotary_emb_base" : "rope_theta"] = real("rotary_base", 10000);
     const auto percent = real("rotary_percent", 1);
     if (neox) out_["rotary_pct"] = percent;
-    else if (percent != 1) out_["partial_rotary_factor"] = percent;
+    else if (percent != 1 || turns_parts(family_)) out_["partial_rotary_factor"] = percent;
     const auto position = args_.text("position_embedding_type").value_or("rope");
     const bool latent = shard::holds("mla", params_);
     if (args_.flag("use_rope_scaling"))
@@ -134,7 +136,10 @@ class Writer {
   }
 
   void mixture() {
-    if (size("experts") <= 0) return;
+    if (size("experts") <= 0) {
+      if (family_.sparse_layers == "first_dense") out_["first_k_dense_replace"] = source_.megatron->layers;  // the class has experts of its own accord
+      return;
+    }
     std::vector<Index> dense;
     for (Index l = 0; l < source_.megatron->layers; ++l)
       if (!source_.logical.tensors.contains(fmt::format("layers.{}.mlp.router.weight", l))) dense.push_back(l);
@@ -153,18 +158,22 @@ class Writer {
     }
   }
 
-  /// config.json must multiply as args do, or the model computes something else: few families have a place for MuP's factors.
-  void multipliers() const {
-    if (!args_.flag("use_mup") && real("softmax_scale", 0) == 0) return;
+  /// config.json must compute what args do, or the model computes something else. Args that speak of training alone, and
+  /// that our own forward pass does not know, are none of its business.
+  void refuse_another_model() {
+    const auto config = [&] { return nlohmann::json::parse(out_.dump()); };
+    const bool training = args_.value("moe_expert_capacity_factor") || args_.flag("moe_router_force_load_balancing") || args_.text("moe_router_load_balancing_type") == "sinkhorn";
+    if (training || !args_.present() || !knows_model(config())) return;
     const auto ours = megatron::model_config(graph_, source_.megatron->args, params_, source_.vocab);
-    const auto theirs = hf_model_config(nlohmann::json::parse(out_.dump()), "config.json");
-    const auto same = [&](const char* arg, double wanted, double found) {
-      shard::require(std::abs(wanted - found) <= 1e-6 * std::abs(wanted), shard::Code::Mismatch,
-                     [&] { return fmt::format("args.{}: calls for {}; {}'s config.json gives {} and has no place for another", arg, wanted, family_.name, found); });
-    };
-    same("mup_embedding_mult", ours.embedding_multiplier, theirs.embedding_multiplier);
-    same("mup_output_mult", ours.logits_multiplier, theirs.logits_multiplier);
-    for (std::size_t i = 0; i < ours.layers.size() && !ours.multi_latent_attention; ++i) same("softmax_scale", ours.layers[i].softmax_scale, theirs.layers[i].softmax_scale);
+    using shard::Activation;
+    if (!ours.gated_linear_unit && (ours.activation == Activation::GeluErf || ours.activation == Activation::GeluTanh))
+      out_[family_.config.contains("activation_function") ? "activation_function" : "hidden_act"] = ours.activation == Activation::GeluErf ? "gelu" : "gelu_new";
+    const bool positions = args_.value("position_embedding_type").has_value();
+    const auto warned = parts_of_warnings(family_.warn);
+    for (const auto& found : differences(ours, hf_model_config(config(), "config.json")))
+      shard::require(warned.contains(found.part) || (!positions && found.part.starts_with("rope ")), shard::Code::Mismatch, [&] {
+        return fmt::format("{}{} is {} by Megatron's args; {}'s config.json gives {} and has no place for another", found.where, found.part, found.megatron, family_.name, found.hugging_face);
+      });
   }
 
   const Family& family_;
