@@ -322,7 +322,7 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
   check_expected(checkpoint.logical, table, params, {nullptr, layers, experts, depths}, findings);
   for (const auto& [key, tensor] : checkpoint.logical.tensors) {
     check_cover(tensor, findings, 2);
-    if (!is_floating(tensor.dtype)) findings.push_back({"dtype", Finding::Severity::Error, key, fmt::format("is {}; weights of {} are floating numbers", shard::name(tensor.dtype), family.name)});
+    if (tensor.dtype >= shard::DType::I64 && tensor.dtype <= shard::DType::Bool) findings.push_back({"dtype", Finding::Severity::Error, key, fmt::format("is {}; weights of {} are floating numbers", shard::name(tensor.dtype), family.name)});
   }
   refuse_biases(checkpoint, params, findings);
   if (const auto bias = state->config.find("attention_bias"); shard::holds("mla", params) && bias != state->config.end() && *bias == true)

@@ -182,7 +182,8 @@ class Families(Case):
         short.write_text('{"family": "house", "extends": "llama"}')
         self.ok("convert", source, self.tmp / "b", "--to", "mp_rank", "--pp", 2, "--family", short, "-q")
         for bad in ('{"family": "x"}', '{"family": "x", "extends": "none"}', "[]", '{"family": "x", "rows": [{"key": "a", "dims": "b", "factor": 3}]}', "{",
-                    '{"family": "x", "extends": "llama", "params": 3}', '{"family": "x", "extends": "llama", "params": {"heads": [3]}}', '{"family": "x", "extends": "llama", "params": {"heads": []}}'):
+                    '{"family": "x", "extends": "llama", "params": 3}', '{"family": "x", "extends": "llama", "params": {"heads": [3]}}', '{"family": "x", "extends": "llama", "params": {"heads": []}}',
+                    '{"family": "x", "extends": "llama", "window": "every"}', '{"family": "x", "extends": "llama", "rows": [{"key": "a.{l}", "dims": "hidden", "holds": "layers.{l}.a", "optoinal": true}]}'):
             short.write_text(bad)
             self.assertNotIn("exception", self.refused(4, "convert", source, self.tmp / "c", "--to", "mp_rank", "--family", short))
         self.refused(3, "families", "nobody")
