@@ -19,7 +19,7 @@ using shard::Code;
 using shard::Index;
 
 constexpr char kSignature[] = "\x89HDF\r\n\x1a\n";
-constexpr std::uint64_t kLargestChunk = 1ull << 30, kLargestSmall = 256u << 20;
+constexpr std::uint64_t kLargestChunk = 1ull << 30, kLargestSmall = 256u << 20, kMostUnwritten = 100'000;
 
 struct Held final : ComputedBytes {
   std::vector<std::byte> bytes;
@@ -169,9 +169,9 @@ class Reader {
         chunks.chunk.push_back(static_cast<Index>(size));
       }
       shard::require(static_cast<std::uint64_t>(shard::volume(chunks.chunk)) * chunks.item <= kLargestChunk, Code::BadFormat, [&] { return place + " has chunks beyond reason"; });
-      if (bytes > kLargestSmall) {
-        std::uint64_t there = 1;
-        for (std::size_t d = 0; d < shape.size(); ++d) there *= static_cast<std::uint64_t>((shape[d] - 1) / chunks.chunk[d] + 1);
+      std::uint64_t there = 1;
+      for (std::size_t d = 0; d < shape.size(); ++d) there *= static_cast<std::uint64_t>((shape[d] - 1) / chunks.chunk[d] + 1);
+      if (bytes > kLargestSmall || there > kMostUnwritten) {
         const Handle space(H5Dget_space(dataset));
         hsize_t written = 0;
         shard::require(H5Dget_num_chunks(dataset, space, &written) >= 0 && written >= there / 2, Code::BadFormat, [&] { return place + fmt::format(" has {} chunks, of which {} were ever written", there, written); });
