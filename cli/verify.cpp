@@ -6,6 +6,7 @@
 #include "cli/print.h"
 #include "cli/receipt.h"
 #include "cli/report_files.h"
+#include "formats/hf/quantised.h"
 #include "formats/kernels.h"
 #include "formats/torch_dcp/reader.h"
 #include "formats/torch_save.h"
@@ -159,6 +160,7 @@ Result check(const VerifyAsk& ask, const Device& device, const formats::Checkpoi
   bar.clear();
   out.storage = found.storage;
   out.findings.insert(out.findings.end(), found.findings.begin(), found.findings.end());
+  for (auto& finding : formats::hf::scale_findings(checkpoint)) out.findings.push_back(std::move(finding));
   const auto ties = static_cast<std::uint64_t>(std::count_if(replicas.comparisons.begin(), replicas.comparisons.end(), [](const auto& c) { return c.tie; }));
   std::uint64_t sums = 0, floating = 0;
   for (const auto& stream : checkpoint.stored.streams) sums += stream.crc32.has_value();

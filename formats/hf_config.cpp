@@ -136,6 +136,8 @@ class Reader {
   }
 
   TransformerConfig read() {
+    // transformers makes attention look both ways; this forward pass is causal.
+    shard::require(all_.flag("is_causal", true), Code::BadFormat, [&] { return fmt::format("{}: is_causal is false; this forward pass is causal", all_.where()); });
     sizes();
     norms();
     activation();
@@ -185,6 +187,7 @@ class Reader {
     out_.max_position_embeddings = all_.integer({"max_position_embeddings", "n_positions"}).value_or(0);
     if (!deepseek()) return;
     out_.multi_latent_attention = true;
+    shard::require(!all_.flag("attention_bias"), Code::BadFormat, [&] { return fmt::format("{}: attention_bias is set; biases of latent attention are not known", all_.where()); });
     out_.q_lora_rank = all_.integer({"q_lora_rank"}).value_or(0);
     out_.kv_lora_rank = all_.needed({"kv_lora_rank"});
     out_.qk_head_dim = all_.needed({"qk_nope_head_dim"});
@@ -196,7 +199,8 @@ class Reader {
   void norms() {
     const bool layer_norm = type_ == "gpt2" || type_ == "gpt_neox" || type_ == "nemotron";
     out_.normalization = layer_norm ? shard::Normalization::LayerNorm : shard::Normalization::RMSNorm;
-    out_.layernorm_epsilon = all_.real({"rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps"}).value_or(class_.rms_eps);
+    const char* epsilon = type_ == "gpt2" ? "layer_norm_epsilon" : type_ == "gpt_neox" ? "layer_norm_eps" : type_ == "nemotron" ? "norm_eps" : "rms_norm_eps";
+    out_.layernorm_epsilon = all_.real({epsilon}).value_or(class_.rms_eps);
     out_.latent_norm_epsilon = 1e-6;  // transformers' class default, whatever rms_norm_eps says
     out_.layernorm_zero_centered_gamma = gemma() || type_ == "nemotron";
   }
@@ -243,6 +247,8 @@ class Reader {
         router.score = RouterConfig::Score::Sigmoid;
         router.renormalize = all_.flag("norm_topk_prob", true);
         router.group_best = 2;
+        // Of one expert transformers makes the weight 1, Megatron leaves its score.
+        shard::require(!router.renormalize || router.topk > 1, Code::BadFormat, [&] { return fmt::format("{}: num_experts_per_tok is 1 and norm_topk_prob true; sigmoid routers are known with more, or without renormalised weights", all_.where()); });
       } else {
         const auto method = all_.text({"topk_method"}, "greedy");
         shard::require(method == "greedy" || method == "group_limited_greedy", Code::BadFormat, [&] { return fmt::format("{}: topk_method is '{}'; greedy and group_limited_greedy are known", all_.where(), method); });
@@ -257,11 +263,16 @@ class Reader {
   RopeConfig rope_from(const std::optional<Fields>& scaling, double theta, double partial) const {
     RopeConfig rope;
     rope.base = scaling ? scaling->real({"rope_theta"}).value_or(theta) : theta;
-    if (scaling && !turns_whole_heads()) partial = scaling->real({"partial_rotary_factor"}).value_or(partial);
+    const auto kind = scaling ? scaling->text({"rope_type", "type"}, "default") : std::string("default");
+    if (scaling) partial = scaling->real({"partial_rotary_factor"}).value_or(partial);
+    if (turns_whole_heads()) {
+      shard::require(partial == 1 || kind == "default" || kind == "mrope", Code::BadFormat,
+                     [&] { return fmt::format("{}: partial_rotary_factor is {} beside rope_type '{}'; {} turns whole heads", all_.where(), partial, kind, type_); });
+      partial = 1;
+    }
     rope.dim = deepseek() ? out_.qk_pos_emb_head_dim : static_cast<Index>(static_cast<double>(out_.kv_channels) * partial);
     rope.interleaved = deepseek() && (type_ == "deepseek_v2" || all_.flag("rope_interleave", true));
     rope.type = RopeConfig::Type::Default;
-    const auto kind = scaling ? scaling->text({"rope_type", "type"}, "default") : std::string("default");
     if (kind == "default" || kind == "mrope") return rope;
     const auto positions = static_cast<double>(out_.max_position_embeddings);
     const auto original = scaling->real({"original_max_position_embeddings"}).value_or(all_.real({"original_max_position_embeddings"}).value_or(positions));
@@ -316,11 +327,8 @@ class Reader {
   void rope() {
     if (type_ == "gpt2") return;
     const auto theta = all_.real({"rope_theta", "rotary_emb_base"}).value_or(class_.rope_theta);
-    auto partial = all_.real({"partial_rotary_factor", "rotary_pct"}).value_or(class_.partial);
-    if (turns_whole_heads() && partial != 1) {
-      out_.notes.push_back(fmt::format("partial_rotary_factor is left out, as transformers does for {}", type_));
-      partial = 1;
-    }
+    const auto partial = all_.real({"partial_rotary_factor", "rotary_pct"}).value_or(class_.partial);
+    if (turns_whole_heads() && partial != 1) out_.notes.push_back(fmt::format("partial_rotary_factor is left out, as transformers does for {}", type_));
     const auto scaling = rope_scaling();
     if (scaling && scaling->has("full_attention")) {
       out_.rope = rope_from(scaling->object("full_attention"), theta, partial);
@@ -335,14 +343,13 @@ class Reader {
   }
 
   bool slides(Index i) const {
-    static const std::set<std::string> typed{"qwen2", "qwen3", "qwen2_moe", "gemma2", "gemma3_text", "gpt_oss"};  // look at layer_types
-    if (const auto* types = all_.find("layer_types")) {
-      shard::require(types->is_array() && static_cast<Index>(types->size()) >= out_.num_layers && (*types)[static_cast<std::size_t>(i)].is_string(), Code::BadFormat,
+    static const std::set<std::string> listed{"qwen2", "qwen3", "qwen2_moe", "gemma2", "gemma3_text", "gpt_oss"};  // the other classes leave layer_types out
+    if (const auto* types = listed.contains(type_) ? all_.find("layer_types") : nullptr) {
+      shard::require(types->is_array() && static_cast<Index>(types->size()) == out_.num_layers && (*types)[static_cast<std::size_t>(i)].is_string(), Code::BadFormat,
                      [&] { return fmt::format("{}: layer_types should name the kind of every layer", all_.where()); });
       const auto kind = (*types)[static_cast<std::size_t>(i)].get<std::string>();
-      const bool sliding = kind == "sliding_attention";
-      shard::require(sliding || kind == "full_attention", Code::BadFormat, [&] { return fmt::format("{}: layer type '{}' is not known", all_.where(), kind); });
-      if (typed.contains(type_)) return sliding;
+      shard::require(kind == "sliding_attention" || kind == "full_attention", Code::BadFormat, [&] { return fmt::format("{}: layer type '{}' is not known", all_.where(), kind); });
+      return kind == "sliding_attention";
     }
     const bool wanted = all_.flag("use_sliding_window", false);
     if (type_ == "mistral" || type_ == "mixtral" || type_ == "phi3") return true;
@@ -357,7 +364,7 @@ class Reader {
   bool has_experts(Index i) const {
     if (out_.num_experts == 0) return false;
     if (type_ == "mixtral" || type_ == "gpt_oss") return true;
-    if (deepseek()) return i >= all_.integer({"first_k_dense_replace"}).value_or(type_ == "deepseek_v3" ? 3 : 0) && i % all_.step({"moe_layer_freq"}, 1) == 0;
+    if (deepseek()) return i >= all_.integer({"first_k_dense_replace"}).value_or(type_ == "deepseek_v3" ? 3 : 0);  // transformers leaves moe_layer_freq out
     if (const auto* only = all_.find("mlp_only_layers"); only && only->is_array())
       for (const auto& layer : *only)
         if (layer.is_number_integer() && layer.get<Index>() == i) return false;
@@ -405,6 +412,11 @@ class Reader {
 };
 
 }  // namespace
+
+bool knows_model(const json& config) {
+  const auto type = config.is_object() && config.contains("model_type") && config["model_type"].is_string() ? config["model_type"].get<std::string>() : std::string();
+  return std::any_of(std::begin(kClasses), std::end(kClasses), [&](const Class& c) { return type == c.type; });
+}
 
 TransformerConfig hf_model_config(const json& config, std::string_view where) {
   shard::require(config.is_object(), Code::BadFormat, [&] { return fmt::format("{}: should be an object", where); });

@@ -9,6 +9,9 @@
 
 namespace formats {
 
+/// Whether the model_type is one whose forward pass is known.
+bool knows_model(const nlohmann::json& config);
+
 /// Fields that are absent have the default of their model_type's class. Throws BadFormat naming `where` and the model_type
 /// or field that is not understood.
 shard::TransformerConfig hf_model_config(const nlohmann::json& config, std::string_view where);

@@ -79,7 +79,12 @@ ChunkCache::Chunk ChunkedBytes::chunk_at(const std::vector<Index>& at) const {
   {
     const Library lock;
     hsize_t stored = 0;
-    shard::require(H5Dget_chunk_storage_size(dataset_, offset.data(), &stored) >= 0, Code::BadFormat, [&] { return fmt::format("{}: chunk {} cannot be found", layout_.where, number); });
+    unsigned mask_there = 0;
+    haddr_t there = 0;
+    // Of a chunk that was never written the library has no size; that there is none it tells by looking at all.
+    const bool found = H5Dget_chunk_storage_size(dataset_, offset.data(), &stored) >= 0 ||
+                       (H5Dget_chunk_info_by_coord(dataset_, offset.data(), &mask_there, &there, &stored) >= 0 && there == HADDR_UNDEF && stored == 0);
+    shard::require(found, Code::BadFormat, [&] { return fmt::format("{}: chunk {} cannot be found", layout_.where, number); });
     shard::require(stored <= 2 * size + (1 << 20), Code::BadFormat, [&] { return fmt::format("{}: a chunk of {} bytes is stored in {}", layout_.where, size, stored); });
     bytes.resize(stored);
     if (stored > 0)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <set>
 
 namespace formats::hdf5 {
 namespace {
@@ -18,7 +19,7 @@ using shard::Code;
 using shard::Index;
 
 constexpr char kSignature[] = "\x89HDF\r\n\x1a\n";
-constexpr std::uint64_t kLargestChunk = 1ull << 30, kLargestSmall = 256u << 20;
+constexpr std::uint64_t kLargestChunk = 1ull << 30, kLargestSmall = 256u << 20, kMostUnwritten = 100'000;
 
 struct Held final : ComputedBytes {
   std::vector<std::byte> bytes;
@@ -39,7 +40,7 @@ class Reader {
     prepare();
     const auto file = file_of(path);
     out_.format = "hdf5";
-    out_.folder = fs::is_directory(path) ? path : path.parent_path();
+    out_.folder = fs::is_directory(path) ? path : path.has_parent_path() ? path.parent_path() : fs::path(".");
     out_.files = std::make_shared<FilePool>(std::vector{file});
     out_.stored.files = {file.filename().string()};
     where_ = file.string();
@@ -47,9 +48,11 @@ class Reader {
     const Handle access(H5Pcreate(H5P_FILE_ACCESS));
     H5Pset_file_locking(access, false, true);  // checkpoints lie on file systems without locks
     file_ = checked(H5Fopen(file.c_str(), H5F_ACC_RDONLY, access), Code::BadFormat, fmt::format("{}: is no HDF5 file, or is damaged", where_));
+    H5O_info_t root;
+    if (H5Oget_info(file_, &root) >= 0) groups_.insert(root.addr);
     const bool walked = H5Lvisit(file_, H5_INDEX_NAME, H5_ITER_INC, &Reader::look, this) >= 0;
     if (failed_) throw shard::Error(*failed_);
-    shard::require(walked, Code::BadFormat, [&] { return fmt::format("{}: its groups cannot be read to the end", where_); });
+    shard::require(walked, Code::BadFormat, [&] { return fmt::format("{}: its groups cannot be read to the end: it is damaged, or newer than HDF5 {}.{} can read", where_, H5_VERS_MAJOR, H5_VERS_MINOR); });
     for (const auto& path : datasets_) add(path, false);
     for (const auto& path : soft_links_) follow(path);
   }
@@ -84,6 +87,7 @@ class Reader {
     if (info->type == H5L_TYPE_HARD) {
       if (H5Oget_info_by_name(group, name, &object, H5P_DEFAULT) < 0) return -1;
       if (object.type == H5O_TYPE_DATASET) self.datasets_.emplace_back(name);
+      if (object.type == H5O_TYPE_GROUP && !self.groups_.insert(object.addr).second) self.out_.stored.objects.push_back({name, "another name of a group", 0, 0, 0});
     }
     if (info->type == H5L_TYPE_SOFT) self.soft_links_.emplace_back(name);
     return 0;
@@ -91,7 +95,9 @@ class Reader {
   /// Another name of a data set in this file is a tensor of that name; other links are only listed.
   void follow(const std::string& path) {
     H5O_info_t info;
-    if (H5Oexists_by_name(file_, path.c_str(), H5P_DEFAULT) > 0 && H5Oget_info_by_name(file_, path.c_str(), &info, H5P_DEFAULT) >= 0 && info.type == H5O_TYPE_DATASET) add(path, true);
+    const bool leads = H5Oexists_by_name(file_, path.c_str(), H5P_DEFAULT) > 0;
+    if (!leads) out_.findings.push_back({"missing", shard::Finding::Severity::Warning, path, "a soft link that leads nowhere"});
+    if (leads && H5Oget_info_by_name(file_, path.c_str(), &info, H5P_DEFAULT) >= 0 && info.type == H5O_TYPE_DATASET) add(path, true);
     else out_.stored.objects.push_back({path, "soft link", 0, 0, 0});
   }
 
@@ -99,14 +105,16 @@ class Reader {
     auto dataset = checked(H5Dopen2(file_, path.c_str(), H5P_DEFAULT), Code::BadFormat, fmt::format("{}: '{}' cannot be opened", where_, path));
     const bool reserved = path.starts_with(std::string(kReserved) + "/");
     if (reserved) return add_reserved(dataset, path.substr(std::string(kReserved).size() + 1));
-    auto key = alias ? std::string() : text_attribute(dataset, "name");
+    const auto place = fmt::format("{}: '{}'", where_, path);
+    auto key = alias ? std::string() : text_attribute(dataset, "name", place).value_or("");
     if (key.empty()) {
       key = path;
       std::replace(key.begin(), key.end(), '/', '.');
     }
-    const auto type = type_of(dataset);
+    const auto [type, refused] = type_of(dataset, place);
     if (!type) {
-      out_.stored.objects.push_back({key, "no number", 0, 0, 0});
+      if (!refused.empty()) out_.findings.push_back({"dtype", shard::Finding::Severity::Error, key, fmt::format("cannot be read as a tensor: {}", refused)});
+      else out_.stored.objects.push_back({key, "no number", 0, 0, 0});
       return;
     }
     shard::require(!out_.stored.tensors.contains(key), Code::BadFormat, [&] { return fmt::format("{}: two data sets are named '{}'", where_, key); });
@@ -161,6 +169,13 @@ class Reader {
         chunks.chunk.push_back(static_cast<Index>(size));
       }
       shard::require(static_cast<std::uint64_t>(shard::volume(chunks.chunk)) * chunks.item <= kLargestChunk, Code::BadFormat, [&] { return place + " has chunks beyond reason"; });
+      std::uint64_t there = 1;
+      for (std::size_t d = 0; d < shape.size(); ++d) there *= static_cast<std::uint64_t>((shape[d] - 1) / chunks.chunk[d] + 1);
+      if (bytes > kLargestSmall || there > kMostUnwritten) {
+        const Handle space(H5Dget_space(dataset));
+        hsize_t written = 0;
+        shard::require(H5Dget_num_chunks(dataset, space, &written) >= 0 && written >= there / 2, Code::BadFormat, [&] { return place + fmt::format(" has {} chunks, of which {} were ever written", there, written); });
+      }
       for (int i = 0; i < H5Pget_nfilters(list); ++i) {
         unsigned flags = 0, config = 0;
         std::size_t values = 8;
@@ -217,6 +232,7 @@ class Reader {
   std::string where_, config_;
   Handle file_;
   std::vector<std::string> datasets_, soft_links_;
+  std::set<haddr_t> groups_;
   std::unique_ptr<shard::Error> failed_;
   std::optional<std::vector<std::byte>> common_;
   std::shared_ptr<ChunkCache> cache_ = std::make_shared<ChunkCache>();

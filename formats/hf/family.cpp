@@ -20,6 +20,9 @@ using shard::Code;
 
 constexpr std::uint64_t kLargestFile = 1 << 20;
 constexpr int kDeepestExtends = 8;
+constexpr const char* kRowFields[] = {"key", "dims", "when", "holds", "parts", "factor", "from", "size", "order", "refine", "vocabulary", "optional", "copy", "stacked"};
+constexpr const char* kPartFields[] = {"holds", "factor", "from", "size", "order", "refine"};
+constexpr const char* kWindows[] = {"", "all", "all_if_used", "even", "pattern", "from_max_window_layers", "even_below_max_window_layers"};
 
 std::string text(const json& object, const char* key) {
   const auto found = object.find(key);
@@ -32,6 +35,14 @@ std::vector<std::string> texts(const json& object, const char* key) {
     for (const auto& item : *found)
       if (item.is_string()) out.push_back(item.get<std::string>());
   return out;
+}
+
+/// A field with a slip of the pen would be left out in silence.
+template <std::size_t N>
+void refuse_unknown(const json& object, const char* const (&known)[N], const char* what) {
+  for (const auto& [name, value] : object.items())
+    shard::require(std::any_of(std::begin(known), std::end(known), [&, &name = name](const char* one) { return name == one; }), Code::BadFormat,
+                   [&, &name = name] { return fmt::format("family: {} '{}': the field '{}' is not known", what, text(object, what[0] == 'r' ? "key" : "holds"), name); });
 }
 
 shard::Part part_of(const json& object) {
@@ -48,13 +59,17 @@ shard::Stage stage_of(const std::string& key, const std::string& logical) {
 }
 
 shard::Row row_of(const json& object) {
+  refuse_unknown(object, kRowFields, "row");
   shard::Row row;
   row.dialects = "h";
   row.key = text(object, "key");
   row.dims = text(object, "dims");
   row.when = text(object, "when");
   if (object.contains("parts"))
-    for (const auto& part : object["parts"]) row.parts.push_back(part_of(part));
+    for (const auto& part : object["parts"]) {
+      refuse_unknown(part, kPartFields, "part");
+      row.parts.push_back(part_of(part));
+    }
   else row.parts.push_back(part_of(object));
   row.vocabulary = object.value("vocabulary", false);
   row.optional = object.value("optional", false);
@@ -158,6 +173,8 @@ Family parse(const json& own) {
     out.drop = texts(j, "drop");
     if (const auto prefixes = texts(j, "prefixes"); !prefixes.empty()) out.prefix = prefixes.front();
     out.window = text(j, "window");
+    shard::require(std::any_of(std::begin(kWindows), std::end(kWindows), [&](const char* one) { return out.window == one; }), Code::BadFormat,
+                   [&] { return fmt::format("family: window is '{}', which is no rule for sliding layers", out.window); });
     out.sparse_layers = text(j, "sparse_layers");
     out.warn = texts(j, "warn");
     for (const auto& [name, target] : {std::pair{"defaults", &out.defaults}, std::pair{"params", &out.params}, std::pair{"args", &out.args}, std::pair{"fields", &out.fields}, std::pair{"config", &out.config}}) {

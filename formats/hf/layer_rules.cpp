@@ -23,8 +23,11 @@ const Json* field(const Json& config, const char* name) {
 
 double number(const Json& config, const char* name, double otherwise) {
   const auto* found = field(config, name);
-  return found && found->is_number() ? found->get<double>() : otherwise;
+  shard::require(!found || found->is_number(), shard::Code::BadFormat, [&] { return fmt::format("config.json: {} is {}; should be a number", name, found->dump()); });
+  return found ? found->get<double>() : otherwise;
 }
+
+bool turns_parts(const Family& family) { return family.defaults.contains("partial_rotary_factor") || family.defaults.contains("rotary_pct"); }
 
 Json with_defaults(const Family& family, const Json& config) {
   auto out = config;
@@ -38,7 +41,8 @@ std::optional<Window> window_of(const Family& family, const Json& given, shard::
   const auto size = static_cast<shard::Index>(number(config, "sliding_window", 0));
   if (size <= 0 || family.window.empty()) return std::nullopt;
   Window out{size, std::vector<bool>(static_cast<std::size_t>(layers))};
-  const auto* types = field(config, "layer_types");
+  const bool listed = family.window != "all" && family.window != "all_if_used";  // those classes leave layer_types out
+  const auto* types = listed ? field(config, "layer_types") : nullptr;
   const bool qwen = family.window.starts_with("from_") || family.window.starts_with("even_below") || family.window == "all_if_used";
   if (!types && qwen && !flag(config, "use_sliding_window", false)) return std::nullopt;
   const auto edge = static_cast<shard::Index>(number(config, "max_window_layers", static_cast<double>(layers)));
@@ -58,14 +62,15 @@ std::optional<Window> window_of(const Family& family, const Json& given, shard::
   return out;
 }
 
-Rope rope_of(const Json& config) {
+Rope rope_of(const Family& family, const Json& config) {
   Rope out;
   const auto* parameters = field(config, "rope_parameters");
   if (parameters && field(*parameters, "full_attention")) parameters = field(*parameters, "full_attention");
-  const auto* scaling = parameters ? parameters : field(config, "rope_scaling");
+  const auto* older = field(config, "rope_scaling");  // counts before the other, unless it is empty
+  const auto* scaling = older && !older->empty() ? older : parameters;
   if (scaling && scaling->is_object()) out.scaling = *scaling;
   out.base = number(out.scaling, "rope_theta", number(config, "rope_theta", number(config, "rotary_emb_base", 10000)));
-  out.percent = number(out.scaling, "partial_rotary_factor", number(config, "partial_rotary_factor", number(config, "rotary_pct", 1)));
+  if (turns_parts(family)) out.percent = number(out.scaling, "partial_rotary_factor", number(config, "partial_rotary_factor", number(config, "rotary_pct", 1)));
   for (const auto* name : {"type", "rope_type"})
     if (const auto* type = field(out.scaling, name); type && type->is_string()) out.type = type->get<std::string>();
   return out;

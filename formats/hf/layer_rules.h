@@ -13,6 +13,9 @@ namespace formats::hf {
 const nlohmann::ordered_json* field(const nlohmann::ordered_json& config, const char* name);
 double number(const nlohmann::ordered_json& config, const char* name, double otherwise);
 
+/// Whether rotary embedding may turn a part of each head: the family's defaults name the field that says which.
+bool turns_parts(const Family& family);
+
 /// config.json over the family's defaults.
 nlohmann::ordered_json with_defaults(const Family& family, const nlohmann::ordered_json& config);
 
@@ -29,6 +32,6 @@ struct Rope {
   std::string type = "default";
   nlohmann::ordered_json scaling;  ///< the object that holds factor and the like; may be empty
 };
-Rope rope_of(const nlohmann::ordered_json& config);
+Rope rope_of(const Family& family, const nlohmann::ordered_json& config);
 
 }  // namespace formats::hf

@@ -30,6 +30,13 @@ bool ends_in(std::string_view module, std::string_view name) {
   return module == name || (module.size() > name.size() && module.ends_with(name) && module[module.size() - name.size() - 1] == '.');
 }
 
+/// The same of a name as a regular expression, where a dot is any letter.
+bool fits_end(std::string_view module, std::string_view name) {
+  if (module.size() < name.size() || (module.size() > name.size() && module[module.size() - name.size() - 1] != '.')) return false;
+  module.remove_prefix(module.size() - name.size());
+  return std::equal(module.begin(), module.end(), name.begin(), [](char there, char asked) { return there == asked || (asked == '.' && there != '\n'); });
+}
+
 /// A table of module patterns as PEFT reads it: regular expressions for the end of a module's path; the first that fits counts.
 template <typename Value>
 class Patterns {
@@ -37,14 +44,14 @@ class Patterns {
   Patterns(const std::vector<std::pair<std::string, Value>>& entries, const char* name) {
     std::size_t expressions = 0;
     for (const auto& [text, value] : entries) {
-      const bool plain = text.find_first_of("\\^$*+?()[]{}|") == text.npos;  // a name; its dots are dots
+      const bool plain = text.find_first_of("\\^$*+?()[]{}|") == text.npos;
       shard::require(plain || ++expressions <= kMostExpressions, shard::Code::BadFormat, [&] { return fmt::format("{}: {} holds more than {} regular expressions", kConfig, name, kMostExpressions); });
       all_.push_back({text, plain ? std::nullopt : std::optional(Pattern(R"(\A(?:.*\.)?(?:)" + text + R"()\z)", fmt::format("{}: {}", kConfig, name), kMostSteps)), value});
     }
   }
   Value of(const std::string& module, Value otherwise) const {
     for (const auto& one : all_)
-      if (one.pattern ? one.pattern->next(module, 0).first != module.npos : ends_in(module, one.text)) return one.value;
+      if (one.pattern ? one.pattern->next(module, 0).first != module.npos : fits_end(module, one.text)) return one.value;
     return otherwise;
   }
 
@@ -150,17 +157,38 @@ class Assembly {
       else if (const auto held = shape[factor == both.a ? 0 : 1]; held != rank)
         error("shape", factor->key, fmt::format("has rank {}; {} gives {}", held, kConfig, rank));
     }
-    if (!targeted(name)) error("unexpected", name, fmt::format("{} does not name it among target_modules", kConfig));
+    if (const auto why = untouched(name); !why.empty()) error("unexpected", name, fmt::format("{}: PEFT would leave it as it is", why));
     return checkpoint_.findings.size() == before;
   }
 
-  bool targeted(const std::string& module) {
-    if (!config_.target_pattern.empty()) {
-      if (config_.target_pattern == "all-linear") return true;
-      if (!target_) target_.emplace("\\A(?:" + config_.target_pattern + ")\\z", fmt::format("{}: target_modules", kConfig), kMostSteps);
-      return target_->next(module, 0).first != module.npos;
+  /// Why PEFT, which goes by the configuration, would not adapt the module; "" where it would.
+  std::string untouched(const std::string& module) {
+    const auto listed = [&](const auto& names) { return std::any_of(names.begin(), names.end(), [&](const auto& name) { return ends_in(module, name); }); };
+    if (listed(config_.excluded) || fits(excluded_, config_.excluded_pattern, "exclude_modules", module)) return fmt::format("{} names it among exclude_modules", kConfig);
+    const bool named = config_.target_pattern.empty() ? listed(config_.targets) : config_.target_pattern == "all-linear" || fits(target_, config_.target_pattern, "target_modules", module);
+    if (!named) return fmt::format("{} does not name it among target_modules", kConfig);
+    if (config_.layers.empty()) return {};
+    const auto layer = layer_of(module);
+    const bool chosen = layer && std::find(config_.layers.begin(), config_.layers.end(), *layer) != config_.layers.end();
+    return chosen ? std::string() : fmt::format("{} does not name its layer among layers_to_transform", kConfig);
+  }
+
+  bool fits(std::optional<Pattern>& pattern, const std::string& text, const char* field, const std::string& module) {
+    if (text.empty()) return false;
+    if (!pattern) pattern.emplace("\\A(?:" + text + ")\\z", fmt::format("{}: {}", kConfig, field), kMostSteps);
+    return pattern->next(module, 0).first != module.npos;
+  }
+
+  /// The number between dots that PEFT takes for the layer's: the first behind one of layers_pattern, else behind two names.
+  std::optional<Index> layer_of(const std::string& module) {
+    if (lists_.empty()) {
+      const auto add = [&](const std::string& name) { lists_.emplace_back("\\A" + name + "\\.[0-9]{1,9}\\.", fmt::format("{}: layers_pattern", kConfig), kMostSteps); };
+      for (const auto& name : config_.layer_lists) add("(?:.*?\\.)?" + name);
+      if (lists_.empty()) add(".*?\\.[^.]*");
     }
-    return config_.targets.empty() || std::any_of(config_.targets.begin(), config_.targets.end(), [&](const auto& name) { return ends_in(module, name); });
+    for (const auto& list : lists_)
+      if (const auto [begin, end] = list.next(module, 0); begin != module.npos) return std::stoll(module.substr(module.rfind('.', end - 2) + 1));
+    return std::nullopt;
   }
 
   /// PEFT lets a list name modules that a model lacks, so these are warnings.
@@ -183,7 +211,8 @@ class Assembly {
   const LoraConfig& config_;
   std::map<std::string, Both> factors_;  ///< by module
   std::string adapter_name_;
-  std::optional<Pattern> target_;
+  std::optional<Pattern> target_, excluded_;
+  std::vector<Pattern> lists_;
 };
 
 }  // namespace

@@ -19,6 +19,10 @@ struct LoraConfig {
   std::string base;                                     ///< name of the model, or its folder; "" where it is not said
   std::vector<std::string> targets, saved;              ///< target_modules and modules_to_save, as listed
   std::string target_pattern;                           ///< target_modules as one text: a regular expression or "all-linear"
+  std::vector<std::string> excluded;                    ///< exclude_modules, as listed
+  std::string excluded_pattern;                         ///< exclude_modules as one text: a regular expression
+  std::vector<shard::Index> layers;                     ///< layers_to_transform; empty: all
+  std::vector<std::string> layer_lists;                 ///< layers_pattern: what the numbered layers are below; empty: anything
   std::vector<std::pair<std::string, shard::Index>> ranks;  ///< by module pattern; the first that fits counts
   std::vector<std::pair<std::string, double>> alphas;
 };

@@ -14,10 +14,11 @@ using Field = nlohmann::ordered_json;
 constexpr shard::Index kLargestRank = 1 << 24;
 
 /// How training went, or where the model comes from: nothing that a merged weight depends on.
-constexpr const char* kHistory[] = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "exclude_modules", "layers_to_transform", "layers_pattern",
+constexpr const char* kHistory[] = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout",
                                     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "fan_in_fan_out", "runtime_config", "ensure_weight_tying"};
 /// Read below.
-constexpr const char* kRead[] = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "bias"};
+constexpr const char* kRead[] = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "bias",
+                                 "exclude_modules", "layers_to_transform", "layers_pattern"};
 /// Other methods under the same peft_type: a weight would not be W + s · B · A.
 constexpr std::pair<const char*, const char*> kOthers[] = {
     {"use_dora", "DoRA"}, {"layer_replication", "replicated layers"}, {"megatron_config", "an adapter of Megatron's own modules"}, {"target_parameters", "factors of bare parameters"},
@@ -57,6 +58,11 @@ class Fields {
       if (targets->is_string()) out.target_pattern = targets->get<std::string>();
       else out.targets = names(*targets, "target_modules");
     }
+    if (const auto* excluded = find("exclude_modules")) {
+      if (excluded->is_string()) out.excluded_pattern = excluded->get<std::string>();
+      else out.excluded = names(*excluded, "exclude_modules");
+    }
+    layers(out);
     if (const auto* saved = find("modules_to_save")) out.saved = names(*saved, "modules_to_save");
     patterns("rank_pattern", [&](const std::string& key, const Field& value) { out.ranks.emplace_back(key, rank(value, "rank_pattern")); });
     patterns("alpha_pattern", [&](const std::string& key, const Field& value) { out.alphas.emplace_back(key, factor(value, "alpha_pattern")); });
@@ -100,6 +106,24 @@ class Fields {
     std::vector<std::string> out;
     for (const auto& one : value) out.push_back(text(one, name));
     return out;
+  }
+
+  void layers(LoraConfig& out) const {
+    if (const auto* layers = find("layers_to_transform")) {
+      const auto add = [&](const Field& one) {
+        need(one.is_number_unsigned() && one.get<std::uint64_t>() <= kLargestRank, [] { return "layers_to_transform is no layer's number and no list of them"; });
+        out.layers.push_back(one.get<shard::Index>());
+      };
+      if (layers->is_array()) std::for_each(layers->begin(), layers->end(), add);
+      else add(*layers);
+      need(out.layers.empty() || out.target_pattern.empty(), [] { return "layers_to_transform is set, and target_modules is a text; PEFT takes only one of the two"; });
+    }
+    if (const auto* lists = find("layers_pattern")) {
+      if (!lists->is_string()) out.layer_lists = names(*lists, "layers_pattern");
+      else if (!lists->empty()) out.layer_lists = {lists->get<std::string>()};
+      for (const auto& name : out.layer_lists)
+        need(!name.empty() && name.find_first_of("\\^$*+?()[]{}|") == name.npos, [&] { return fmt::format("layers_pattern holds '{}'; a name is understood, an expression is not", name); });
+    }
   }
 
   template <typename Add>

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 
 namespace formats::hf {
 namespace {
@@ -194,6 +195,34 @@ shard::ShardedStateDict dequantised(const Checkpoint& checkpoint, const std::vec
     }
     auto computed = elements(checkpoint, pair, dtype, static_cast<std::uint64_t>(shard::volume(shape)));
     place(checkpoint, out, {pair.key, dtype.value_or(DType::BF16), shape, shape, {}, false}, std::move(computed), file, stride);
+  }
+  return out;
+}
+
+std::vector<Finding> scale_findings(const Checkpoint& checkpoint) {
+  constexpr std::uint64_t kAtOnce = 1 << 20;
+  constexpr float kLargestFp8 = 448, kLargestExponent = 252;  // 6 · 2^(252 - 127) is the last that f32 holds
+  std::vector<Finding> out;
+  for (const auto& key : checkpoint.quantised) {
+    const bool mxfp4 = key.ends_with(kScales);
+    if (!mxfp4 && !key.ends_with(kScaleInv)) continue;
+    const auto& scale = checkpoint.stored.at(key);
+    const auto bytes = bytes_of(checkpoint, scale);
+    const auto count = static_cast<std::uint64_t>(shard::volume(scale.global_shape)), item = static_cast<std::uint64_t>(size_of(scale.dtype));
+    std::uint64_t bad = 0, first = 0;
+    for (std::uint64_t at = 0; at < count; at += kAtOnce) {
+      std::vector<std::byte> raw(std::min(kAtOnce, count - at) * item);
+      bytes.read(at * item, raw);
+      std::vector<float> values(raw.size() / item);
+      if (mxfp4) std::transform(raw.begin(), raw.end(), values.begin(), [](std::byte exponent) { return static_cast<float>(exponent); });
+      else shard::cast(raw, scale.dtype, std::as_writable_bytes(std::span(values)), DType::F32);
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        const bool good = mxfp4 ? values[i] <= kLargestExponent : values[i] > 0 && std::isfinite(values[i] * kLargestFp8);
+        if (!good && bad++ == 0) first = at + i;
+      }
+    }
+    const char* what = mxfp4 ? "exponents above 252 (255 is no number, the others overflow)" : "zero, negative, not finite, or overflow with the largest number";
+    if (bad > 0) out.push_back({"nonfinite", Finding::Severity::Error, key, fmt::format("{} of {} scales are {}; the first is element {}", bad, count, what, first)});
   }
   return out;
 }

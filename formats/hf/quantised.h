@@ -24,6 +24,10 @@ std::vector<QuantisedPair> quantised_pairs(const shard::ShardedStateDict& stored
 shard::ShardedStateDict dequantised(const Checkpoint& checkpoint, const std::vector<QuantisedPair>& pairs, std::optional<shard::DType> dtype,
                                     std::uint32_t& first);
 
+/// Scales of weights that stay quantised by which no finite weight comes out: zero, negative, not finite, or so large that the
+/// largest number overflows. Reads them all; one finding a tensor.
+std::vector<shard::Finding> scale_findings(const Checkpoint& checkpoint);
+
 /// value = number · scale of its block; `columns` in a row, `first` is an index over all rows.
 /// `numbers` are those of the range; `scales` begin with the block row that holds its first element.
 void dequantise_fp8(std::span<const std::byte> numbers, std::span<const float> scales, std::uint64_t first, std::uint64_t columns,

@@ -196,6 +196,16 @@ void widen_selection_bias(Checkpoint& checkpoint) {
 }
 
 /// Quantised weights that stay as they are keep their own keys: no logical tensor is made of numbers without their scales.
+/// transformers leaves out biases that config.json does not switch on.
+void refuse_biases(const Checkpoint& checkpoint, const shard::Params& params, std::vector<Finding>& findings) {
+  constexpr std::pair<std::string_view, const char*> kBiases[] = {{".attention.q.bias", "qkv_bias"}, {".attention.k.bias", "qkv_bias"}, {".attention.v.bias", "qkv_bias"}, {".attention.out.bias", "out_bias"},
+                                                                  {".mlp.gate.bias", "mlp_bias"},    {".mlp.up.bias", "mlp_bias"},      {".mlp.down.bias", "mlp_bias"}};
+  for (const auto& [key, tensor] : checkpoint.logical.tensors)
+    for (const auto& [end, param] : kBiases)
+      if (key.starts_with("layers.") && key.ends_with(end) && !shard::holds(param, params))
+        findings.push_back({"unexpected", Finding::Severity::Error, key, "config.json says that there is no such bias"});
+}
+
 void keep_pairs(Checkpoint& checkpoint, const std::vector<QuantisedPair>& pairs, std::uint32_t first_computed, std::size_t end_computed) {
   auto& tensors = checkpoint.logical.tensors;
   const auto computed = [&](const shard::Shard& shard) { return shard.place.stream >= first_computed && shard.place.stream < end_computed; };
@@ -352,7 +362,13 @@ void interpret(Checkpoint& checkpoint, const OpenOptions& options) {
       findings.push_back({told > held ? "missing" : "unexpected", Finding::Severity::Error, fmt::format("{}.{}", name, std::min(told, held)),
                           fmt::format("the checkpoint holds {} {}; {} {}", held, what, options.parameters.contains(name) ? "the command line says" : "config.json says", told)});
   check_expected(checkpoint.logical, table, params, {nullptr, layers, experts, depths}, findings);
-  for (const auto& [key, tensor] : checkpoint.logical.tensors) check_cover(tensor, findings, 2);
+  for (const auto& [key, tensor] : checkpoint.logical.tensors) {
+    check_cover(tensor, findings, 2);
+    if (tensor.dtype >= shard::DType::I64 && tensor.dtype <= shard::DType::Bool) findings.push_back({"dtype", Finding::Severity::Error, key, fmt::format("is {}; weights of {} are floating numbers", shard::name(tensor.dtype), family.name)});
+  }
+  refuse_biases(checkpoint, params, findings);
+  if (const auto bias = state->config.find("attention_bias"); shard::holds("mla", params) && bias != state->config.end() && *bias == true)
+    findings.push_back({"missing", Finding::Severity::Error, "layers.0.attention.q_down.bias", "config.json says attention_bias; biases of latent attention are not supported"});
   if (!pairs.empty() && !options.dequantise) keep_pairs(checkpoint, pairs, first_computed, end_computed);
   checkpoint.findings.insert(checkpoint.findings.end(), findings.begin(), findings.end());
   checkpoint.sizes = {layers, experts, depths};

@@ -1,10 +1,14 @@
 // config.json as Megatron's args: the family's constants and fields, then what one value decides for several.
 #include "formats/hf/hf.h"
 #include "formats/hf/layer_rules.h"
+#include "formats/hf/same_model.h"
+#include "formats/hf_config.h"
+#include "formats/megatron/model_config.h"
 #include "libshard/error.h"
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 namespace formats::hf {
 namespace {
@@ -13,6 +17,9 @@ using Json = nlohmann::ordered_json;
 using pickle::Graph;
 using pickle::Ref;
 using shard::Index;
+
+/// Args that are numbers, of whose fields no size of the model speaks.
+constexpr const char* kNumbers[] = {"norm_epsilon", "init_method_std", "attention_dropout", "hidden_dropout", "moe_aux_loss_coeff", "moe_router_topk", "moe_router_topk_scaling_factor", "activation_func_clamp_value"};
 
 template <typename Value>
 Ref node_of(Graph& g, const Value& value) {
@@ -56,21 +63,58 @@ class Builder {
   Ref build() {
     for (const auto& [name, value] : family_.args.items()) args_.put(name, node_of(args_.graph(), value));
     for (const auto& [name, arg] : family_.fields.items())
-      if (const auto* value = arg.is_string() ? field(config_, name.c_str()) : nullptr) args_.put(arg.get<std::string>(), node_of(args_.graph(), *value));
+      if (const auto* value = arg.is_string() ? field(config_, name.c_str()) : nullptr) {
+        const bool numeric = std::any_of(std::begin(kNumbers), std::end(kNumbers), [&, &to = arg](const char* one) { return to == one; });
+        shard::require(!numeric || value->is_number(), shard::Code::BadFormat, [&, &from = name] { return fmt::format("config.json: {} is {}; should be a number", from, value->dump()); });
+        args_.put(arg.get<std::string>(), node_of(args_.graph(), *value));
+      }
     sizes();
     biases();
     rope();
     window();
     mixture();
     precision();
-    for (const auto& what : family_.warn) note(what);
-    return args_.finish();
+    activation();
+    const auto epsilon = number(config_, "rms_norm_eps", 1e-6);
+    if (has("mla") && epsilon != 1e-6) note(fmt::format("epsilon of its own for latent norms, which transformers computes with 1e-06 and Megatron with {}", epsilon));
+    auto warnings = family_.warn;
+    if (const auto* parallel = field(config_, "use_parallel_residual"); parallel && *parallel == false) std::erase(warnings, "parallel residual");
+    for (const auto& what : warnings) note(what);
+    told_.merge(parts_of_warnings(warnings));
+    const auto args = args_.finish();
+    refuse_another_model(args);
+    return args;
   }
 
  private:
   bool has(const char* name) const { return shard::holds(name, params_); }
   Index size(const char* name) const { return params_.contains(name) ? params_.find(name)->second : 0; }
+  void note_rope(const std::string& what) { note(what), told_.insert("rope"); }
   void note(const std::string& what) { notes_.push_back(fmt::format("Megatron-Core's own forward has no {}; the weights are converted as they are", what)); }
+
+  /// The fusion of bias and GELU is all by which args tell its tanh form from erf.
+  void activation() {
+    if (!family_.args.contains("bias_gelu_fusion")) return;
+    const auto* name = field(config_, config_.contains("activation_function") ? "activation_function" : "hidden_act");
+    if (!name || !name->is_string()) return;
+    const bool erf = *name == "gelu" || *name == "gelu_python";
+    args_.flag("bias_gelu_fusion", !erf);
+    args_.flag("openai_gelu", !erf);
+  }
+
+  /// What Megatron would compute by these args must be what transformers computes by config.json, but for what was noted.
+  void refuse_another_model(Ref args) {
+    const auto config = nlohmann::json::parse(source_.hf->config.dump());
+    if (!knows_model(config)) return;
+    const auto theirs = hf_model_config(config, (source_.hf->folder / "config.json").string());
+    const auto ours = megatron::model_config(args_.graph(), args, params_, source_.vocab);
+    for (const auto& found : differences(ours, theirs)) {
+      const bool rope = found.part.starts_with("rope ") && told_.contains("rope");
+      shard::require(rope || told_.contains(found.part), shard::Code::Mismatch, [&] {
+        return fmt::format("{}: {}{} is {}; Megatron's args can only say {}", (source_.hf->folder / "config.json").string(), found.where, found.part, found.hugging_face, found.megatron);
+      });
+    }
+  }
 
   void sizes() {
     args_.put("num_layers", source_.sizes.layers);
@@ -91,7 +135,7 @@ class Builder {
     args_.flag("add_position_embedding", true);
     args_.flag("untie_embeddings_and_output_weights", !source_.tied.value_or(false));
     for (const auto& [name, arg] : family_.fields.items())
-      if (arg == "norm_epsilon") args_.real("layernorm_epsilon", number(config_, name.c_str(), 1e-5));
+      if (arg == "norm_epsilon") args_.real("layernorm_epsilon", number(config_, name.c_str(), number(family_.defaults, name.c_str(), 1e-5)));
     args_.text("transformer_impl", "transformer_engine");
     args_.text("tokenizer_type", "HuggingFaceTokenizer");
     if (!family_.fields.contains("hidden_dropout") && !family_.fields.contains("resid_pdrop")) args_.real("hidden_dropout", 0.0);
@@ -108,12 +152,12 @@ class Builder {
 
   void rope() {
     if (has("learned_positions")) return;
-    const auto rope = rope_of(config_);
+    const auto rope = rope_of(family_, config_);
     if (rope.base == std::floor(rope.base)) args_.put("rotary_base", static_cast<Index>(rope.base));
     else args_.real("rotary_base", rope.base);
     args_.real("rotary_percent", rope.percent);
     const auto factor = number(rope.scaling, "factor", 1);
-    const auto original = number(rope.scaling, "original_max_position_embeddings", number(config_, "original_max_position_embeddings", 0));
+    const auto original = number(rope.scaling, "original_max_position_embeddings", number(config_, "original_max_position_embeddings", rope.type == "yarn" ? static_cast<double>(size("positions")) : 0));
     const auto is = [&](const char* name) { return rope.type == name; };
     args_.flag("use_rope_scaling", is("llama3"));
     if (has("mla")) {
@@ -122,12 +166,12 @@ class Builder {
       args_.real("mscale", number(rope.scaling, "mscale", 1));
       args_.real("mscale_all_dim", number(rope.scaling, "mscale_all_dim", 0));
       const bool usual = original == 4096 && number(rope.scaling, "beta_fast", 32) == 32 && number(rope.scaling, "beta_slow", 1) == 1;
-      if (is("yarn") && !usual) note("yarn constants other than 4096, 32 and 1 for latent attention");
-      if (!is("yarn") && !is("default")) note(fmt::format("'{}' rope scaling for latent attention", rope.type));
+      if (is("yarn") && !usual) note_rope("yarn constants other than 4096, 32 and 1 for latent attention");
+      if (!is("yarn") && !is("default")) note_rope(fmt::format("'{}' rope scaling for latent attention", rope.type));
     } else if (is("llama3")) {
       args_.real("rope_scaling_factor", factor);
       const bool usual = number(rope.scaling, "low_freq_factor", 1) == 1 && number(rope.scaling, "high_freq_factor", 4) == 4 && (original == 8192 || original == 0);
-      if (!usual) note("llama3 rope constants other than 1, 4 and 8192");
+      if (!usual) note_rope("llama3 rope constants other than 1, 4 and 8192");
     } else if (is("yarn")) {
       args_.text("position_embedding_type", "yarn");
       args_.real("rotary_scaling_factor", factor);
@@ -141,7 +185,7 @@ class Builder {
     } else if (is("linear")) {
       args_.real("rotary_seq_len_interpolation_factor", factor);
     } else if (!is("default")) {
-      note(fmt::format("'{}' rope scaling", rope.type));
+      note_rope(fmt::format("'{}' rope scaling", rope.type));
     }
   }
 
@@ -179,14 +223,13 @@ class Builder {
     }
     args_.put("moe_layer_freq", every ? g.integer(1) : g.list(list));
     if (const auto* normal = field(config_, "norm_topk_prob"); normal && !family_.args.contains("moe_router_pre_softmax")) args_.flag("moe_router_pre_softmax", *normal == false);
-    if (has("expert_bias") && field(config_, "norm_topk_prob") && *field(config_, "norm_topk_prob") == false) note("sigmoid router without renormalised weights");
     const auto groups = static_cast<Index>(number(config_, "n_group", 0)), chosen = static_cast<Index>(number(config_, "topk_group", 0));
     const auto* method = field(config_, "topk_method");
-    if (groups > 1 && !(method && *method == "greedy")) {
+    if (groups > 1 && (has("expert_bias") || !(method && *method == "greedy"))) {  // DeepSeek V3's class knows one method
       args_.put("moe_router_num_groups", groups);
       args_.put("moe_router_group_topk", chosen);
       const auto per_group = chosen > 0 ? static_cast<Index>(number(config_, "num_experts_per_tok", 0)) / chosen : 0;
-      if (has("expert_bias") ? per_group != 2 : per_group != 1) note("expert groups scored as this model scores them");
+      if (has("expert_bias") ? per_group != 2 : per_group != 1) note("expert groups scored as this model scores them"), told_.insert("score of expert groups");
     }
   }
 
@@ -206,6 +249,7 @@ class Builder {
   const shard::Params& params_;
   Namespace args_;
   std::vector<std::string>& notes_;
+  std::set<std::string> told_;  ///< parts of the forward pass that a note speaks of
 };
 
 }  // namespace

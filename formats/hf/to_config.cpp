@@ -1,5 +1,7 @@
 // Megatron's args as config.json: the inverse of to_args.cpp, for models that bring no config of their own.
 #include "formats/hf/hf.h"
+#include "formats/hf/layer_rules.h"
+#include "formats/hf/same_model.h"
 #include "formats/hf_config.h"
 #include "formats/megatron/args.h"
 #include "formats/megatron/model_config.h"
@@ -56,7 +58,8 @@ class Writer {
     rope();
     window();
     mixture();
-    same_forward();
+    refuse_unknown();
+    refuse_another_model();
     return out_;
   }
 
@@ -107,7 +110,7 @@ class Writer {
     out_[neox ? "rotary_emb_base" : "rope_theta"] = real("rotary_base", 10000);
     const auto percent = real("rotary_percent", 1);
     if (neox) out_["rotary_pct"] = percent;
-    else if (percent != 1 || family_.name == "nemotron") out_["partial_rotary_factor"] = percent;
+    else if (percent != 1 || turns_parts(family_)) out_["partial_rotary_factor"] = percent;
     const auto position = args_.text("position_embedding_type").value_or("rope");
     const bool latent = shard::holds("mla", params_);
     if (args_.flag("use_rope_scaling"))
@@ -152,7 +155,10 @@ class Writer {
   }
 
   void mixture() {
-    if (size("experts") <= 0) return;
+    if (size("experts") <= 0) {
+      if (family_.sparse_layers == "first_dense") out_["first_k_dense_replace"] = source_.megatron->layers;  // the class has experts of its own accord
+      return;
+    }
     std::vector<Index> dense;
     for (Index l = 0; l < source_.megatron->layers; ++l)
       if (!source_.logical.tensors.contains(fmt::format("layers.{}.mlp.router.weight", l))) dense.push_back(l);
@@ -181,62 +187,22 @@ class Writer {
                    [&] { return fmt::format("args.position_embedding_type: is '{}'; {}'s config.json has no place for it", positions, family_.name); });
   }
 
-  /// transformers must compute by config.json what Megatron computes by args: few families have a place for rarer settings.
-  void same_forward() const {
-    refuse_unknown();
-    const bool scaled = args_.flag("use_mup") || real("softmax_scale", 0) != 0;
-    const auto ours = scaled ? std::optional(megatron::model_config(graph_, source_.megatron->args, params_, source_.vocab)) : forward_of(source_);
-    shard::TransformerConfig theirs;
-    if (!ours) return;
-    try {
-      theirs = hf_model_config(nlohmann::json::parse(out_.dump()), "config.json");
-    } catch (const shard::Error&) {
-      if (scaled) throw;
-      return;  // a family of the user's own, whose forward pass is not known
-    }
-    const auto same = [&](const char* arg, double wanted, double found) {
-      shard::require(std::abs(wanted - found) <= 1e-6 * std::abs(wanted), shard::Code::Mismatch,
-                     [&] { return fmt::format("args.{}: calls for {}; {}'s config.json gives {} and has no place for another", arg, wanted, family_.name, found); });
-    };
-    const auto same_flag = [&](const char* arg, bool wanted, bool found) {
-      shard::require(wanted == found, shard::Code::Mismatch,
-                     [&] { return fmt::format("args.{}: is {}; {}'s config.json means {} and has no place for another", arg, wanted, family_.name, found); });
-    };
-    if (scaled) {
-      same("mup_embedding_mult", ours->embedding_multiplier, theirs.embedding_multiplier);
-      same("mup_output_mult", ours->logits_multiplier, theirs.logits_multiplier);
-    }
-    same_flag("layernorm_zero_centered_gamma", ours->layernorm_zero_centered_gamma, theirs.layernorm_zero_centered_gamma);
-    same_flag("apply_residual_connection_post_layernorm", ours->residual_post_layernorm, theirs.residual_post_layernorm);
-    same_flag("qk_l2_norm", ours->qk_l2_norm, theirs.qk_l2_norm);
-    same_flag("moe_apply_probs_on_input", ours->moe_probs_on_input, theirs.moe_probs_on_input);
-    shard::require(!ours->off_by_one_softmax, shard::Code::Mismatch, [&] { return fmt::format("args.softmax_type: is 'off-by-one'; {}'s config.json has no place for it", family_.name); });
-    if (ours->gated_linear_unit) {
-      same("glu_linear_offset", ours->glu_linear_offset, theirs.glu_linear_offset);
-      const auto text = [](const std::optional<double>& clamp) { return clamp ? fmt::format("{}", *clamp) : std::string("none"); };
-      shard::require(ours->activation_clamp == theirs.activation_clamp, shard::Code::Mismatch, [&] {
-        return fmt::format("args.activation_func_clamp_value: is {}; {}'s config.json means {} and has no place for another", text(ours->activation_clamp), family_.name, text(theirs.activation_clamp));
+  /// config.json must compute what args do, or the model computes something else. Args that speak of training alone, and
+  /// that our own forward pass does not know, are none of its business.
+  void refuse_another_model() {
+    const auto config = [&] { return nlohmann::json::parse(out_.dump()); };
+    const bool training = args_.value("moe_expert_capacity_factor") || args_.flag("moe_router_force_load_balancing") || args_.text("moe_router_load_balancing_type") == "sinkhorn";
+    if (training || !args_.present() || !knows_model(config())) return;
+    const auto ours = megatron::model_config(graph_, source_.megatron->args, params_, source_.vocab);
+    using shard::Activation;
+    if (!ours.gated_linear_unit && (ours.activation == Activation::GeluErf || ours.activation == Activation::GeluTanh))
+      out_[family_.config.contains("activation_function") ? "activation_function" : "hidden_act"] = ours.activation == Activation::GeluErf ? "gelu" : "gelu_new";
+    const bool positions = args_.value("position_embedding_type").has_value();
+    const auto warned = parts_of_warnings(family_.warn);
+    for (const auto& found : differences(ours, hf_model_config(config(), "config.json")))
+      shard::require(warned.contains(found.part) || (!positions && found.part.starts_with("rope ")), shard::Code::Mismatch, [&] {
+        return fmt::format("{}{} is {} by Megatron's args; {}'s config.json gives {} and has no place for another", found.where, found.part, found.megatron, family_.name, found.hugging_face);
       });
-    }
-    const bool turns = ours->rope.type != shard::RopeConfig::Type::None;
-    const bool told = args_.value("position_embedding_type") || ours->multi_latent_attention;
-    shard::require(!told || turns == (theirs.rope.type != shard::RopeConfig::Type::None), shard::Code::Mismatch,
-                   [&] { return fmt::format("args.position_embedding_type: is '{}'; {}'s config.json has no place for it", args_.text("position_embedding_type").value_or(""), family_.name); });
-    if (turns) {
-      same_flag("rotary_interleaved", ours->rope.interleaved, theirs.rope.interleaved);
-      shard::require(ours->rope.dim == theirs.rope.dim, shard::Code::Mismatch, [&] {
-        return fmt::format("args.rotary_percent: turns {} lanes of a head; transformers turns {} by {}'s config.json, whatever it says", ours->rope.dim, theirs.rope.dim, family_.name);
-      });
-    }
-    for (std::size_t i = 0; i < ours->layers.size(); ++i) {
-      const auto &wanted = ours->layers[i], &found = theirs.layers.at(i);
-      if (scaled && !ours->multi_latent_attention) same("softmax_scale", wanted.softmax_scale, found.softmax_scale);
-      shard::require(!told || wanted.rope == found.rope, shard::Code::Mismatch, [&] { return fmt::format("args.no_rope_freq: leaves layer {} without rotary positions; {}'s config.json has no place for it", i, family_.name); });
-      shard::require(wanted.window == found.window, shard::Code::Mismatch, [&] {
-        const auto keys = [](Index window) { return window ? fmt::format("{} keys", window) : std::string("all keys"); };
-        return fmt::format("args.window_size: shows layer {} {}; transformers shows it {} by {}'s config.json, whatever it says", i, keys(wanted.window), keys(found.window), family_.name);
-      });
-    }
   }
 
   const Family& family_;

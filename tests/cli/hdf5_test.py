@@ -82,6 +82,33 @@ class Hdf5(Case):
         file.write_bytes(whole)
         self.assertEqual(before, files_below(out))
 
+    def test_damaged_attributes_are_refused(self):
+        """Texts of any length lie in heaps that the library reads without looking where they end."""
+        out = self.tmp / "x"
+        self.ok("convert", DATA / "hf/llama_untied_bf16", out, "--to", "hdf5", "-q")
+        file = out / "model.h5"
+        whole = file.read_bytes()
+        before = digest(out)
+        at, heaps = whole.find(b"GCOL"), []
+        while at >= 0:
+            heaps.append(at)
+            at = whole.find(b"GCOL", at + 4)
+        self.assertTrue(heaps)
+        for heap in heaps[:2]:
+            for offset, bits in [(0, 1), (4, 2), (8, 0x40), (14, 1), (16, 1), (17, 0x80), (24, 1), (24, 0x80), (25, 0x40), (27, 0x7f), (30, 1), (31, 0x80), (48, 3), (56, 0xff)]:
+                with self.subTest(heap=heap, offset=offset):
+                    at = heap + offset
+                    file.write_bytes(whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1 :])
+                    status, said, err = run("hash", "-q", out)
+                    self.assertIn(status, (0, 4), err)
+                    if status == 0:
+                        self.assertEqual(said.split()[0], before)
+        for name in (b"torch_dtype", b"bfloat16"):  # what a tensor is must not be lost with a bit
+            at = whole.find(name)
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            status, _, err = run("verify", out)
+            self.assertIn(status, (1, 4), err)
+
     def test_no_room(self):
         import resource
         import signal

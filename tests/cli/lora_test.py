@@ -339,6 +339,37 @@ class Lora(Case):
         listed = adapter(self.tmp / "listed", held, target_modules=[*names, "query"])
         self.assertIn("query", self.ok("verify", listed))
 
+    def test_patterns_are_expressions(self):
+        """As PEFT reads them: a dot fits any letter, also where nothing else of the text is special."""
+        for pattern, fits in (("q.proj", True), ("attn.q_proj", False), ("self.attn.q.proj", True), ("q..roj", True), ("q.pro", False), (".proj", False), ("elf.attn.q_proj", False)):
+            with self.subTest(pattern):
+                self.setUp()
+                folder, factors = self.llama(alpha_pattern={pattern: 16})
+                self.same(self.merge(LLAMA, folder, "out"), merged(LLAMA, factors, lambda m: 4.0 if fits and m.endswith("q_proj") else 2.0))
+
+    def test_modules_that_the_configuration_leaves_out(self):
+        """PEFT would not adapt them: factors are no reason to."""
+        cases = [({"target_modules": None}, "target_modules"), ({"target_modules": []}, "target_modules"), ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
+                 ({"exclude_modules": ".*v_proj"}, "exclude_modules"), ({"layers_to_transform": [0]}, "layers_to_transform"), ({"layers_to_transform": 1}, "layers_to_transform"),
+                 ({"layers_to_transform": [0, 1, 2, 3], "layers_pattern": "blocks"}, "layers_to_transform")]
+        for config, what in cases:
+            with self.subTest(config):
+                self.setUp()
+                folder, _ = self.llama(**config)
+                self.finding("unexpected", folder)
+                self.assertIn(what, self.refused(6, "convert", LLAMA, self.tmp / "no", "--to", "hf", "--merge-lora", "--adapter", folder))
+        layers = list(range(64))
+        for config in ({"exclude_modules": ["k_proj"]}, {"layers_to_transform": layers}, {"layers_to_transform": layers, "layers_pattern": ["h", "layers"]}, {"layers_to_transform": []}):
+            with self.subTest(config):
+                self.setUp()
+                folder, factors = self.llama(**config)
+                self.same(self.merge(LLAMA, folder, "out"), merged(LLAMA, factors, lambda m: 2.0))
+        for config in ({"layers_to_transform": "x"}, {"layers_to_transform": [-1]}, {"layers_to_transform": [0], "layers_pattern": "a|b"}, {"layers_to_transform": [0], "target_modules": ".*q_proj"}):
+            with self.subTest(config):
+                self.setUp()
+                folder, _ = self.llama(**config)
+                self.refused(4, "inspect", folder)
+
     def test_factors_that_do_not_fit_the_base(self):
         shape = tensors(LLAMA)["model.layers.0.self_attn.q_proj.weight"][1]
         cases = [(Factors("model.layers.77.self_attn.q_proj", *shape, 4, 1).held, 6, "layers.77"),

@@ -2,6 +2,7 @@
 import json
 import math
 import pathlib
+import shutil
 import struct
 import sys
 import unittest
@@ -205,6 +206,19 @@ class Quantised(Case):
                 self.finding("missing", short)
                 for more in ([], ["--dtype", "bf16"]):
                     self.refused(6, "convert", short, self.tmp / "no", "--to", "hf", *more)
+
+    def test_scales_that_give_no_number(self):
+        fp8, mxfp4 = "model.layers.0.mlp.down_proj.weight_scale_inv", "model.layers.1.mlp.experts.down_proj_scales"
+        cases = [(self.fp8, fp8, struct.pack("<f", value)) for value in (0.0, -1.0, math.inf, math.nan, 3e38)] + [(self.mxfp4, mxfp4, bytes([value])) for value in (253, 255)]
+        for source, key, raw in cases:
+            with self.subTest(raw):
+                held = tensors(source)
+                dtype, shape, whole = held[key]
+                held[key] = dtype, shape, raw + whole[len(raw) :]
+                self.finding("nonfinite", write(self.tmp / "changed", held, json.loads((source / "config.json").read_text())))
+                shutil.rmtree(self.tmp / "changed")
+        for source in (self.fp8, self.mxfp4):
+            self.ok("verify", source, "-q")
 
     def test_scales_of_another_shape(self):
         for source, key, shape in ((self.fp8, "model.layers.0.mlp.down_proj.weight_scale_inv", [4, 2]), (self.mxfp4, "model.layers.1.mlp.experts.down_proj_scales", [4, 32, 4])):

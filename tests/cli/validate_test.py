@@ -452,9 +452,10 @@ class Findings(Case):
             self.assertIn(f"args.{name}: is no number", self.refused(4, "validate", copy))
 
     def test_config_that_ended_the_process_or_was_not_understood(self):
-        for name, change, word in (("deepseek_v3_mtp_bf16", {"moe_layer_freq": 0}, "moe_layer_freq"), ("gemma2_tied_bf16", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        for name, change, word in (("deepseek_v3_mtp_bf16", {"num_experts_per_tok": 1}, "num_experts_per_tok"), ("qwen3_moe_bf16", {"is_causal": False}, "is_causal"), ("gpt_oss_bf16", {"layer_types": ["full_attention"] * 9}, "layer_types"), ("gemma2_tied_bf16", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
                                    ("qwen3_moe_bf16", {"decoder_sparse_step": 0}, "decoder_sparse_step"), ("llama_untied_bf16", {"head_dim": 2**31}, "")):
             copy = self.tmp / name
+            shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(DATA / "hf" / name, copy)
             config = json.loads((copy / "config.json").read_text())
             (copy / "config.json").write_text(json.dumps(config | change))

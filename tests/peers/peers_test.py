@@ -268,6 +268,65 @@ class H5py(Case):
         for key, value in values.items():
             self.assertTrue((found[key].numpy() == value).all(), key)
 
+    def test_types_are_told_by_their_fields(self):
+        import h5py
+        import numpy
+        import torch
+        from safetensors.torch import load_file
+
+        def stored(file, type_, values):
+            h5py.h5d.create(file.id, b"x", type_, h5py.h5s.create_simple((len(values),))).write(h5py.h5s.ALL, h5py.h5s.ALL, numpy.array(values))
+
+        def floats(fields, bias, size):
+            type_ = h5py.h5t.IEEE_F32LE.copy()
+            type_.set_fields(*fields)
+            type_.set_size(size)
+            type_.set_ebias(bias)
+            return type_
+
+        def integers(bits, offset):
+            type_ = h5py.h5t.STD_I32LE.copy()
+            type_.set_precision(bits)
+            type_.set_offset(offset)
+            return type_
+
+        def named(values, torch_dtype):
+            return lambda file: file.create_dataset("x", data=values).attrs.__setitem__("torch_dtype", torch_dtype)
+
+        bits = numpy.array([0x3F80, 0xC000], "u2")
+        sixteen = floats((15, 7, 8, 0, 7), 127, 2)
+        kept = [(lambda file: stored(file, sixteen, [1.0, -2.0]), torch.bfloat16), (named(bits, "bfloat16"), torch.bfloat16), (named(bits.view("i2"), "bfloat16"), torch.bfloat16)]
+        for number, (fill, dtype) in enumerate(kept):
+            with h5py.File(self.tmp / f"{number}.h5", "w") as file:
+                fill(file)
+            self.ok("convert", self.tmp / f"{number}.h5", self.tmp / f"{number}", "--to", "hf", "-q")
+            found = load_file(self.tmp / f"{number}/model.safetensors")["x"]
+            self.assertEqual((found.dtype, found.tolist()), (dtype, [1.0, -2.0]))
+        plain = numpy.arange(4, dtype="f4")
+        refused = {"fields": lambda file: stored(file, floats((31, 20, 11, 0, 20), 1023, 4), [1.0]), "bias": lambda file: stored(file, floats((31, 23, 8, 0, 23), 100, 4), [1.0]),
+                   "bits": lambda file: stored(file, integers(31, 0), [1]), "offset": lambda file: stored(file, integers(12, 8), [1]), "half as bfloat16": named(bits.view("f2"), "bfloat16"),
+                   "too wide": named(plain, "bfloat16"), "no name": named(bits, "torch.bfloat16"), "no text": named(bits, 5), "texts": named(bits, ["bfloat16", "x"]),
+                   "complex": lambda file: file.create_dataset("x", data=plain.astype("c8")), "long double": lambda file: file.create_dataset("x", data=plain.astype("longdouble")),
+                   "enumeration": lambda file: file.create_dataset("x", (3,), dtype=h5py.enum_dtype({"A": 1}, basetype="i4")), "arrays": lambda file: file.create_dataset("x", (3,), dtype=numpy.dtype(("f4", (2,))))}
+        for name, fill in refused.items():
+            with self.subTest(name):
+                path = self.tmp / f"{name}.h5"
+                with h5py.File(path, "w") as file:
+                    fill(file)
+                    file.create_dataset("w", data=plain)
+                status, found = run_json("verify", path)
+                self.assertEqual((status, [(f["rule"], f["key"]) for f in found["findings"] if f["severity"] == "error"]), (1, [("dtype", "x")]))
+                self.refused(6, "convert", path, self.tmp / "no", "--to", "hf")
+
+    def test_chunks_that_were_never_written(self):
+        import h5py
+        from safetensors.torch import load_file
+        with h5py.File(self.tmp / "t.h5", "w") as file:
+            file.create_dataset("x", (4, 6), "f4", chunks=(2, 3), fillvalue=-1.5)[0:2, 0:3] = 1
+        self.ok("convert", self.tmp / "t.h5", self.tmp / "out", "--to", "hf", "-q")
+        found = load_file(self.tmp / "out/model.safetensors")["x"]
+        self.assertEqual(found.tolist(), [[1] * 3 + [-1.5] * 3] * 2 + [[-1.5] * 6] * 2)
+
     def test_what_leads_out_is_refused(self):
         import h5py
         import numpy
