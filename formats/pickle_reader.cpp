@@ -466,6 +466,7 @@ std::optional<Prefix> parse_prefix(std::span<const std::byte> bytes, const Limit
 
 std::vector<Name> scan(std::span<const std::byte> pickles) {
   constexpr std::size_t kMostPickles = 1 << 16, kOfTorch = 5;
+  const Limits limits;  // the reader keeps a reference
   std::vector<Name> names;
   std::set<std::pair<std::string, std::string>> known;
   bool torch = false;
@@ -474,7 +475,7 @@ std::vector<Name> scan(std::span<const std::byte> pickles) {
     if (torch && count == kOfTorch) break;
     shard::require(count < kMostPickles, shard::Code::BadFormat, [&] { return fmt::format("more than {} pickles in one file", kMostPickles); });
     std::vector<Name> more;
-    Reader reader(pickles.subspan(at), Limits{}, &more);
+    Reader reader(pickles.subspan(at), limits, &more);
     try {
       at += reader.run();
     } catch (const shard::Error& error) {

@@ -162,6 +162,7 @@ TEST_CASE("products in fp8 of few rows are the CPU's within one rounding, severa
   const Part odd(whole, 0, 16, 0, 40);
   const Input narrow(random_tensor(kModes[1], 4, 40), shard::DType::BF16, 0);
   CHECK(!gpu::is_thin(narrow.view, odd.view));
+  stream().wait();  // `narrow` ends here
 }
 
 TEST_CASE("experts in fp8 are linears of their own rows") {
@@ -208,6 +209,7 @@ TEST_CASE("fp8 takes blocks that begin together") {
   const Input input(random_tensor(kModes[1], 4, 128), shard::DType::BF16, 0);
   const OnDevice out(4, 16, shard::DType::BF16);
   CHECK_THROWS_WITH_AS(gpu::scaled_linear(stream(), input.view, part.view, {}, out.view()), doctest::Contains("64"), shard::Error);
+  stream().wait();  // `input` ends here
 }
 
 #ifdef SHARDKIT_LIBRARIES
