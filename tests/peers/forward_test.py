@@ -1,18 +1,11 @@
 """Forward passes of random models that transformers makes, of families and rules that no fixture has: validate must meet their
 logits on one rank, on several, and in bf16."""
-import os
-import pathlib
-import sys
 import unittest
 
-PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
-if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
-    os.execv(PYTHON, [PYTHON, *sys.argv])
-if not PYTHON:
-    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch, safetensors and transformers")
-    sys.exit(77)
+from peers_python import need
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+need("torch, safetensors and transformers")
+
 from support import Case, run_json  # noqa: E402
 
 import torch  # noqa: E402

@@ -2,19 +2,12 @@
 each 128 × 128 of a weight. Weights come from bf16, and from Hugging Face files that hold such numbers and scales already. Sequences have one token: behind a
 softmax many numbers round to the other side, and in e4m3 those lie far apart."""
 import json
-import os
-import pathlib
-import sys
 import unittest
 
-PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
-if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
-    os.execv(PYTHON, [PYTHON, *sys.argv])
-if not PYTHON:
-    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch, safetensors and transformers")
-    sys.exit(77)
+from peers_python import need
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+need("torch, safetensors and transformers")
+
 from support import Case, run_json  # noqa: E402
 
 import torch  # noqa: E402

@@ -6,19 +6,11 @@ import subprocess
 import sys
 import tempfile
 
-PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
-if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
-    os.execv(PYTHON, [PYTHON, *sys.argv])
-
-
-def skip(why):
-    print(f"skipped: {why}")
-    sys.exit(77)
+from peers_python import need, skip
 
 
 def main(program, stub):
-    if not PYTHON:
-        skip("SHARDKIT_PEERS_PYTHON names no Python with NVIDIA's packages")
+    need("NVIDIA's packages")
     packages = [path for root in sys.path for path in [pathlib.Path(root) / "nvidia"] if path.is_dir()]
     found = {name: next((str(f) for p in packages for f in sorted(p.glob(f"*/lib/{file}"))), None)
              for name, file in (("SHARDKIT_CUBLASLT", "libcublasLt.so.13"), ("SHARDKIT_CUDNN", "libcudnn.so.9"), ("SHARDKIT_NCCL", "libnccl.so.2"))}

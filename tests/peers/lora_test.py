@@ -1,22 +1,14 @@
 """Adapters that peft itself trains in and saves: our merge against peft's, and against the model with the adapter beside it."""
-import os
-import pathlib
-import sys
 import unittest
 
-PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
-if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
-    os.execv(PYTHON, [PYTHON, *sys.argv])
-if not PYTHON:
-    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch, transformers and peft")
-    sys.exit(77)
+from peers_python import need, skip
+
+need("torch, transformers and peft")
 try:
     import peft
 except ImportError:
-    print("skipped: peft is not there")
-    sys.exit(77)
+    skip("peft is not there")
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from families_test import make, tensors  # noqa: E402
 from support import Case, run_json  # noqa: E402
 

@@ -2,19 +2,12 @@
 use_mup: there a softmax scale, and hooks that multiply what the embedding and the head give, stand for it, with figures worked out here."""
 import argparse
 import contextlib
-import os
-import pathlib
-import sys
 import unittest
 
-PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
-if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
-    os.execv(PYTHON, [PYTHON, *sys.argv])
-if not PYTHON:
-    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch and megatron-core")
-    sys.exit(77)
+from peers_python import need
 
-sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent), str(pathlib.Path(__file__).resolve().parent.parent)]
+need("torch and megatron-core")
+
 from support import Case, run, run_json  # noqa: E402
 import megatron_cpu  # noqa: E402
 

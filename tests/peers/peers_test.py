@@ -3,17 +3,12 @@ that SHARDKIT_PEERS_PYTHON names; without one the test is skipped, and says so."
 import argparse
 import os
 import pathlib
-import sys
 import unittest
 
-PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
-if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
-    os.execv(PYTHON, [PYTHON, *sys.argv])
-if not PYTHON:
-    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch, safetensors and megatron-core")
-    sys.exit(77)
+from peers_python import need
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+need("torch, safetensors and megatron-core")
+
 from support import DATA, Case, digest, run_json  # noqa: E402
 
 import torch  # noqa: E402

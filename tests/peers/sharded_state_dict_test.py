@@ -2,23 +2,17 @@
 the same arguments with its local layer spec; with "--te", with the Transformer Engine spec over a stand-in for that package."""
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
 import unittest
 
-PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
-if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
-    os.execv(PYTHON, [PYTHON, *sys.argv])
-if not PYTHON:
-    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch and megatron-core")
-    sys.exit(77)
-if not all(importlib.util.find_spec(one) for one in ("torch", "megatron")):
-    print(f"skipped: {PYTHON} has no torch or no megatron-core")
-    sys.exit(77)
+from peers_python import need, skip
 
-sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent), str(pathlib.Path(__file__).resolve().parent.parent)]
+need("torch and megatron-core")
+if not all(importlib.util.find_spec(one) for one in ("torch", "megatron")):
+    skip(f"{sys.executable} has no torch or no megatron-core")
+
 from support import SHARDKIT  # noqa: E402
 import megatron_cpu  # noqa: E402
 

