@@ -9,7 +9,6 @@
 #include "formats/model_config.h"
 #include "libshard/error.h"
 #include "libshard/inspectors.h"
-#include "libshard/source.h"
 #include "libshard/stop.h"
 
 #include <algorithm>
@@ -63,16 +62,10 @@ lm::Batch built_in_tokens(Index vocab, Index positions) {
 
 /// Copies of one tensor that a checkpoint stores several times must agree.
 void refuse_differing_copies(const formats::Checkpoint& checkpoint, const shard::Budget& budget) {
-  const auto plan = compare_replicas(checkpoint.logical);
   const formats::LocalReader reader(checkpoint.logical, checkpoint.files);
   shard::SummedSource source(reader, formats::kernels());
-  shard::Buffers buffers;
   std::vector<Finding> findings;
-  for (const auto& comparison : plan.comparisons) {
-    shard::refuse_stopped(budget.stop);
-    const auto difference = shard::compare_places(source, comparison, shard::kBlock, buffers);
-    if (difference.count) findings.push_back(shard::describe_difference(source, plan.tensors[comparison.copy.tensor], comparison, difference));
-  }
+  shard::compare_copies(source, budget, findings);
   shard::refuse(findings);
 }
 

@@ -80,13 +80,16 @@ class Rest {
   }
 
   void sum(const shard::Budget& budget, const shard::Progress& tell, std::vector<Finding>& findings) const {
-    std::atomic<std::uint64_t> done = 0;
+    std::uint64_t before = 0;
     for (const auto& part : parts_) {
-      const Told reader(part, done, bytes_, tell);
+      const formats::LocalReader reader(part.dict, part.files);
       shard::SummedSource source(reader, formats::kernels());
       for (std::uint32_t s = 0; s < part.dict.streams.size(); ++s)
         if (part.has(s)) source.touch(s, part.dict.files[part.dict.streams[s].file]);
-      source.finish(budget, findings);
+      source.finish(budget, findings, [&](std::uint64_t done, std::uint64_t) {
+        if (tell) tell(before + done, bytes_);
+      });
+      before += source.bytes_read();
     }
   }
 
@@ -100,21 +103,6 @@ class Rest {
     std::shared_ptr<const formats::FilePool> files;
     std::set<std::uint32_t> known;  ///< streams that tensors name
     bool has(std::uint32_t stream) const { return !known.contains(stream) && dict.streams[stream].file < dict.files.size(); }
-  };
-
-  struct Told final : shard::Reader {
-    Told(const Part& part, std::atomic<std::uint64_t>& done, std::uint64_t all, const shard::Progress& tell) : from(part.dict, part.files), done(done), all(all), tell(tell) {}
-    const shard::ShardedStateDict& describe() const override { return from.describe(); }
-    std::optional<shard::FileRange> file_range(std::uint32_t stream) const override { return from.file_range(stream); }
-    void read(std::uint32_t stream, std::uint64_t offset, std::span<std::byte> into) const override {
-      from.read(stream, offset, into);
-      const auto now = done += into.size();
-      if (tell) tell(now, all);
-    }
-    formats::LocalReader from;
-    std::atomic<std::uint64_t>& done;
-    std::uint64_t all;
-    const shard::Progress& tell;
   };
 
   std::vector<Part> parts_;

@@ -4,7 +4,6 @@
 #include "libshard/error.h"
 #include "libshard/parallel.h"
 #include "libshard/range_reader.h"
-#include "libshard/source.h"
 #include "libshard/stop.h"
 
 #include <algorithm>
@@ -27,7 +26,8 @@ void touch_all(SummedSource& source, const ShardedStateDict& dict) {
     for (const auto& shard : tensor.shards) source.touch(shard.place.stream, key);
 }
 
-/// No copy is chosen silently: those of one box must agree.
+}  // namespace
+
 void compare_copies(SummedSource& source, const Budget& budget, std::vector<Finding>& findings) {
   const auto plan = compare_replicas(source.reader().describe());
   std::vector<Difference> differences(plan.comparisons.size());
@@ -41,8 +41,6 @@ void compare_copies(SummedSource& source, const Budget& budget, std::vector<Find
     if (differences[i].count)
       findings.push_back(describe_difference(source, plan.tensors[plan.comparisons[i].copy.tensor], plan.comparisons[i], differences[i]));
 }
-
-}  // namespace
 
 Index rows_that_count(const ShardedTensor& tensor, std::optional<Index> vocab) {
   const auto rows = tensor.global_shape.empty() ? 0 : tensor.global_shape[0];

@@ -3,6 +3,7 @@
 
 #include "libshard/execute.h"
 #include "libshard/numeric.h"
+#include "libshard/source.h"
 
 #include <array>
 #include <map>
@@ -20,6 +21,9 @@ using HashBytes = Digest (*)(std::span<const std::byte> bytes);
 /// `stored` describes the reader's streams with the keys to report by. `replicas` are compared as well.
 std::vector<Finding> scan_bytes(const Reader& from, const ShardedStateDict& stored, const Plan& replicas, const Kernels& kernels,
                                 const Budget& budget, const Progress& tell = {});
+
+/// No copy is chosen silently: those of one box in the source's streams must agree; each that does not becomes a finding.
+void compare_copies(SummedSource& source, const Budget& budget, std::vector<Finding>& findings);
 
 /// The number of leading rows (dimension 0) of a vocabulary tensor that count; others count whole.
 Index rows_that_count(const ShardedTensor& tensor, std::optional<Index> vocab);

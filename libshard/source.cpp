@@ -66,10 +66,14 @@ std::span<std::byte> SummedSource::gather(std::uint32_t stream, std::uint64_t ba
   return target;
 }
 
-void SummedSource::finish(const Budget& budget, std::vector<Finding>& findings) {
+void SummedSource::finish(const Budget& budget, std::vector<Finding>& findings, const Progress& tell) {
   std::vector<std::uint32_t> streams;
   for (std::uint32_t s = 0; s < streams_.size(); ++s)
     if (touched_[s] && summed(s)) streams.push_back(s);
+  std::uint64_t all = 0;
+  for (const auto s : streams)
+    for (const auto& gap : sums_[s].gaps(streams_[s].size)) all += gap.second;
+  std::atomic<std::uint64_t> done = 0;
   std::vector<char> bad(streams.size());
   std::vector<Buffers> buffers(std::max(1u, budget.threads));
   run_tasks(streams.size(), budget.threads, [&](std::size_t i, unsigned worker) {
@@ -82,6 +86,7 @@ void SummedSource::finish(const Budget& budget, std::vector<Finding>& findings) 
         add_sum(s, offset, block);
         offset += block.size();
         length -= block.size();
+        if (tell) tell(done += block.size(), all);
       }
     bad[i] = sums_[s].whole() != *streams_[s].crc32;
   });

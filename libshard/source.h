@@ -53,7 +53,8 @@ class SummedSource {
   std::span<std::byte> gather(std::uint32_t stream, std::uint64_t base, const EndRuns& runs, const std::vector<TileDim>& dims,
                               const std::vector<Index>& extent, Index item, std::vector<std::byte>& raw, std::vector<std::byte>& out);
   /// Sums what no pass summed, then compares every touched stream with what its file recorded.
-  void finish(const Budget& budget, std::vector<Finding>& findings);
+  /// `tell` hears of what is read for it alone.
+  void finish(const Budget& budget, std::vector<Finding>& findings, const Progress& tell = {});
 
   std::uint64_t bytes_read() const { return read_; }
   const Reader& reader() const { return from_; }

@@ -195,7 +195,6 @@ void widen_selection_bias(Checkpoint& checkpoint) {
   }
 }
 
-/// Quantised weights that stay as they are keep their own keys: no logical tensor is made of numbers without their scales.
 /// transformers leaves out biases that config.json does not switch on.
 void refuse_biases(const Checkpoint& checkpoint, const shard::Params& params, std::vector<Finding>& findings) {
   constexpr std::pair<std::string_view, const char*> kBiases[] = {{".attention.q.bias", "qkv_bias"}, {".attention.k.bias", "qkv_bias"}, {".attention.v.bias", "qkv_bias"}, {".attention.out.bias", "out_bias"},
@@ -206,6 +205,7 @@ void refuse_biases(const Checkpoint& checkpoint, const shard::Params& params, st
         findings.push_back({"unexpected", Finding::Severity::Error, key, "config.json says that there is no such bias"});
 }
 
+/// Quantised weights that stay as they are keep their own keys: no logical tensor is made of numbers without their scales.
 void keep_pairs(Checkpoint& checkpoint, const std::vector<QuantisedPair>& pairs, std::uint32_t first_computed, std::size_t end_computed) {
   auto& tensors = checkpoint.logical.tensors;
   const auto computed = [&](const shard::Shard& shard) { return shard.place.stream >= first_computed && shard.place.stream < end_computed; };

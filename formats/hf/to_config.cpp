@@ -51,7 +51,8 @@ class Writer {
     for (const auto& [name, arg] : family_.fields.items()) {
       if (!arg.is_string()) continue;
       auto value = args_.value(arg.get<std::string>());
-      if (arg == "norm_epsilon") value = args_.value("layernorm_epsilon") ? args_.value("layernorm_epsilon") : value;  // its name since core 0.16
+      if (arg == "norm_epsilon")
+        if (const auto newer = args_.value("layernorm_epsilon")) value = newer;  // its name since core 0.16
       if (value) out_[name] = json_of(graph_, *value);
     }
     sizes();
