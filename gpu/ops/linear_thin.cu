@@ -1,48 +1,40 @@
-// Products of few rows: their time is that of reading the weights. A block has sixteen outputs, its warps parts of the depth; a thread loads
-// weights by sixteen bytes straight into its shares of tensor-core fragments – along the depth any order will do that both operands keep – and
-// has up to twelve such loads under way. What warps summed is added in their order.
+// Products of few rows: their time is that of reading the weights. A thread loads weights by sixteen bytes straight into its shares of tensor-core
+// fragments – along the depth any order will do that both operands keep – and has up to twelve such loads under way.
 #include "gpu/ops/linear.h"
 
-#include "gpu/ops/numbers.h"
+#include "gpu/ops/thin_tile.h"
 #include "gpu/tensor_core.h"
-
-#include <algorithm>
 
 namespace gpu {
 namespace {
 
 using Index = std::int64_t;
 
-constexpr int kOutputs = 16, kPieces = 4;
-
 /// kTokens: 8 or 16.
 template <int kTokens>
 struct ThinLinear {
-  static constexpr int kWarps = 8, kStep = 32,  // of the depth, in a warp's two products
+  using Tile = ThinTile<kTokens>;
+  using Shared = typename Tile::Shared;
+  static constexpr int kStep = 32,                     // of the depth, in a warp's two products
                        kSteps = kTokens == 8 ? 3 : 2;  // loaded together: as many as leave registers for two blocks
-  static constexpr unsigned kThreads = kWarps * 32, kTogether = 2;
-  struct Shared {
-    float part[kWarps][kTokens][kOutputs + 1];
-  };
+  static constexpr unsigned kThreads = Tile::kThreads, kTogether = Tile::kTogether;
   struct Own {
     float sum[kTokens / 8][4];
     std::uint32_t w[2][kSteps][2][4], x[2][kSteps][kTokens / 8][4];
   };
-  struct Piece {
+  struct Piece : Tile::Piece {
     const Bf16* w;
-    Numbers bias;
-    Results out;
-    Index outputs, w_stride, out_stride, first;  ///< `first`: its first block
+    Index w_stride;
   };
-  Piece pieces[kPieces];
+  Piece pieces[Tile::kPieces];
   const Bf16* x;
-  Index tokens, x_stride, depth, share;          ///< `share`: of the depth, a warp's, in whole steps
+  Index tokens, x_stride, depth, share;  ///< `share`: of the depth, a warp's, in whole steps
   int count;
 
   template <typename Block>
   GPU_CODE void operator()(Block& block) const {
-    const auto& piece = piece_of(block);
-    const Index first = (static_cast<Index>(block.x()) - piece.first) * kOutputs;
+    const auto& piece = Tile::piece_of(pieces, count, block);
+    const Index first = (static_cast<Index>(block.x()) - piece.first) * Tile::kOutputs;
     block.each_apart([&](unsigned thread, Own& own) {
       GPU_UNROLL for (auto& half : own.sum)
         GPU_UNROLL for (auto& sum : half) sum = 0;
@@ -57,28 +49,10 @@ struct ThinLinear {
       turn<0>(block, piece, first, at);
       turn<1>(block, piece, first, at + kSteps * kStep);
     }
-    block.each([&](unsigned thread, Own& own) {
-      GPU_UNROLL for (int n = 0; n < kTokens / 8; ++n)
-        GPU_UNROLL for (int i = 0; i < 4; ++i)
-          block.shared().part[thread / 32][n * 8 + static_cast<int>(thread % 4) * 2 + i % 2][thread % 32 / 4 + static_cast<unsigned>(i / 2) * 8] = own.sum[n][i];
-    });
-    block.each_apart([&](unsigned thread, Own&) {
-      const int token = static_cast<int>(thread) / kOutputs, output = static_cast<int>(thread) % kOutputs;
-      if (token >= tokens || first + output >= piece.outputs) return;
-      float sum = 0;
-      for (int warp = 0; warp < kWarps; ++warp) sum += block.shared().part[warp][token][output];
-      piece.out.set(token * piece.out_stride + first + output, sum + (piece.bias.given() ? piece.bias[first + output] : 0.0f));
-    });
+    Tile::store(block, piece, first, tokens, [](Own& own) -> auto& { return own.sum; });
   }
 
  private:
-  template <typename Block>
-  GPU_CODE const Piece& piece_of(Block& block) const {
-    int p = 0;
-    while (p + 1 < count && block.x() >= pieces[p + 1].first) ++p;
-    return pieces[p];
-  }
-
   /// Multiplies what slot kSlot has and fills it again, while the other's loads are under way.
   template <int kSlot, typename Block>
   GPU_CODE void turn(Block& block, const Piece& piece, Index first, Index at) const {
@@ -131,15 +105,9 @@ struct ThinLinear {
 template <int kTokens>
 void start(StreamView on, const View& x, std::span<const LinearViews> all) {
   using Kernel = ThinLinear<kTokens>;
-  constexpr Index kRound = Kernel::kWarps * Kernel::kStep;
-  Kernel kernel{{}, elements<const Bf16>(x), x.rows, x.stride, x.columns, (x.columns + kRound - 1) / kRound * Kernel::kStep, static_cast<int>(all.size())};
-  std::uint64_t blocks = 0;
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    const auto& [w, bias, out] = all[i];
-    kernel.pieces[i] = {elements<const Bf16>(w), numbers(bias), results(out), w.rows, w.stride, out.stride, static_cast<Index>(blocks)};
-    blocks += blocks_for(static_cast<std::uint64_t>(w.rows), kOutputs);
-  }
-  launch(on, {blocks}, kernel);
+  constexpr Index kRound = Kernel::Tile::kWarps * Kernel::kStep;
+  const Kernel kernel{{}, elements<const Bf16>(x), x.rows, x.stride, x.columns, (x.columns + kRound - 1) / kRound * Kernel::kStep, 0};
+  Kernel::Tile::start(on, kernel, all, [](const View& w) -> typename Kernel::Piece { return {{}, elements<const Bf16>(w), w.stride}; });
 }
 
 }  // namespace
@@ -153,10 +121,7 @@ void thin_linears(StreamView on, const View& x, std::span<const LinearViews> all
     check_linear(x, w, bias, out);
     shard::require(is_thin(x, w), shard::Code::Device, [&] { return fmt::format("device: {} rows of {} are not few rows of bf16 in packs", x.rows, shard::name(x.type)); });
   }
-  for (; !all.empty(); all = all.subspan(std::min<std::size_t>(all.size(), kPieces))) {
-    const auto some = all.first(std::min<std::size_t>(all.size(), kPieces));
-    x.rows <= 8 ? start<8>(on, x, some) : start<16>(on, x, some);
-  }
+  x.rows <= 8 ? start<8>(on, x, all) : start<16>(on, x, all);
 }
 
 }  // namespace gpu

@@ -1,40 +1,33 @@
-// Products in fp8 of few rows: their time is that of reading the weights. As gpu/ops/linear_thin has it, a block has sixteen outputs and its warps
-// parts of the depth; a thread's sixteen bytes of a row are sixteen numbers, which become bf16 in its registers. What a step of the depth summed is
-// multiplied by its scales; what warps summed is added in their order.
+// Products in fp8 of few rows: their time is that of reading the weights. As in gpu/ops/linear_thin, but that a thread's sixteen bytes of a row are
+// sixteen numbers, which become bf16 in its registers, and what a step of the depth summed is multiplied by its scales.
 #include "gpu/ops/scaled.h"
 #include "gpu/ops/scaled_tile.h"
-
-#include <algorithm>
+#include "gpu/ops/thin_tile.h"
 
 namespace gpu {
 namespace {
 
 using Index = std::int64_t;
 
-constexpr int kOutputs = 16, kPieces = 4;
-
 /// kTokens: 8 or 16.
 template <int kTokens>
 struct ThinScaled {
-  static constexpr int kWarps = 8, kStep = 64,          // of the depth, within a block of scales: four products of a warp
-                       kSteps = kTokens == 8 ? 3 : 2;   // loaded together
-  static constexpr unsigned kThreads = kWarps * 32, kTogether = 2;
-  struct Shared {
-    float part[kWarps][kTokens][kOutputs + 1];
-  };
+  using Tile = ThinTile<kTokens>;
+  using Shared = typename Tile::Shared;
+  static constexpr int kStep = 64,                     // of the depth, within a block of scales: four products of a warp
+                       kSteps = kTokens == 8 ? 3 : 2;  // loaded together
+  static constexpr unsigned kThreads = Tile::kThreads, kTogether = Tile::kTogether;
   struct Own {
     float sum[kTokens / 8][4], total[kTokens / 8][4];
     Words low[2][kSteps], high[2][kSteps], x[2][kSteps][kTokens / 8];
     std::uint32_t a[4], b[2];
   };
-  struct Piece {
+  struct Piece : Tile::Piece {
     const std::byte* w;
     const float* scales;
-    Numbers bias;
-    Results out;
-    Index outputs, w_stride, scale_pitch, first_row, out_stride, first;  ///< `first`: its first block
+    Index w_stride, scale_pitch, first_row;
   };
-  Piece pieces[kPieces];
+  Piece pieces[Tile::kPieces];
   const std::byte* x;
   const float* x_scales;
   Index tokens, x_stride, x_scale_pitch, begin, end, share;  ///< [begin, end): the depth, counted from the start of the first block of scales; `share`: a warp's
@@ -42,10 +35,8 @@ struct ThinScaled {
 
   template <typename Block>
   GPU_CODE void operator()(Block& block) const {
-    int p = 0;
-    while (p + 1 < count && block.x() >= pieces[p + 1].first) ++p;
-    const auto& piece = pieces[p];
-    const Index first = (static_cast<Index>(block.x()) - piece.first) * kOutputs;
+    const auto& piece = Tile::piece_of(pieces, count, block);
+    const Index first = (static_cast<Index>(block.x()) - piece.first) * Tile::kOutputs;
     block.each_apart([&](unsigned thread, Own& own) {
       GPU_UNROLL for (int n = 0; n < kTokens / 8; ++n)
         GPU_UNROLL for (int i = 0; i < 4; ++i) own.sum[n][i] = own.total[n][i] = 0;
@@ -56,23 +47,10 @@ struct ThinScaled {
       turn<0>(block, piece, first, at);
       turn<1>(block, piece, first, at + kSteps * kStep);
     }
-    block.each([&](unsigned thread, Own& own) {
-      GPU_UNROLL for (int n = 0; n < kTokens / 8; ++n)
-        GPU_UNROLL for (int i = 0; i < 4; ++i) block.shared().part[thread / 32][token_of(thread, n, i)][output_of(thread, i)] = own.total[n][i];
-    });
-    block.each_apart([&](unsigned thread, Own&) {
-      const int token = static_cast<int>(thread) / kOutputs, output = static_cast<int>(thread) % kOutputs;
-      if (token >= tokens || first + output >= piece.outputs) return;
-      float sum = 0;
-      for (int warp = 0; warp < kWarps; ++warp) sum += block.shared().part[warp][token][output];
-      piece.out.set(token * piece.out_stride + first + output, sum + (piece.bias.given() ? piece.bias[first + output] : 0.0f));
-    });
+    Tile::store(block, piece, first, tokens, [](Own& own) -> auto& { return own.total; });
   }
 
  private:
-  /// Of number i in a thread's share of a product.
-  GPU_CODE static int token_of(unsigned thread, int n, int i) { return n * 8 + static_cast<int>(thread % 4) * 2 + i % 2; }
-  GPU_CODE static int output_of(unsigned thread, int i) { return static_cast<int>(thread % 32 / 4) + i / 2 * 8; }
   /// Where the warp's step at `at` of its share begins; behind the end where there is none.
   GPU_CODE Index step_of(unsigned thread, Index at) const { return at < share ? static_cast<Index>(thread / 32) * share + at : end; }
 
@@ -97,12 +75,12 @@ struct ThinScaled {
         float by_w[2], by_x[kTokens / 8][2];
         const Index last = piece.outputs - 1;
         GPU_UNROLL for (int half = 0; half < 2; ++half) {
-          const Index row = first + output_of(thread, 2 * half);
+          const Index row = first + Tile::output_of(thread, 2 * half);
           by_w[half] = piece.scales[(piece.first_row + (row < last ? row : last)) / kScaleBlock * piece.scale_pitch + k / kScaleBlock];
         }
         GPU_UNROLL for (int n = 0; n < kTokens / 8; ++n)
           GPU_UNROLL for (int i = 0; i < 2; ++i) {
-            const Index token = token_of(thread, n, i);
+            const Index token = Tile::token_of(thread, n, i);
             by_x[n][i] = x_scales[k / kScaleBlock * x_scale_pitch + (token < tokens ? token : tokens - 1)];
           }
         GPU_UNROLL for (int n = 0; n < kTokens / 8; ++n)
@@ -136,16 +114,10 @@ struct ThinScaled {
 template <int kTokens>
 void start(StreamView on, const ScaledRows& x, std::span<const ScaledViews> all) {
   using Kernel = ThinScaled<kTokens>;
-  constexpr Index kRound = Kernel::kWarps * Kernel::kStep;
+  constexpr Index kRound = Kernel::Tile::kWarps * Kernel::kStep;
   const auto end = x.first + x.numbers.columns;
-  Kernel kernel{{}, x.numbers.data, x.scales, x.numbers.rows, x.numbers.stride, x.scale_pitch, x.first, end, (end + kRound - 1) / kRound * Kernel::kStep, static_cast<int>(all.size())};
-  std::uint64_t blocks = 0;
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    const auto& [w, bias, out] = all[i];
-    kernel.pieces[i] = {w.numbers.data, w.scales, numbers(bias), results(out), w.numbers.rows, w.numbers.stride, w.scale_pitch, w.first_row, out.stride, static_cast<Index>(blocks)};
-    blocks += blocks_for(static_cast<std::uint64_t>(w.numbers.rows), kOutputs);
-  }
-  launch(on, {blocks}, kernel);
+  const Kernel kernel{{}, x.numbers.data, x.scales, x.numbers.rows, x.numbers.stride, x.scale_pitch, x.first, end, (end + kRound - 1) / kRound * Kernel::kStep, 0};
+  Kernel::Tile::start(on, kernel, all, [](const ScaledWeight& w) -> typename Kernel::Piece { return {{}, w.numbers.data, w.scales, w.numbers.stride, w.scale_pitch, w.first_row}; });
 }
 
 }  // namespace
@@ -161,10 +133,7 @@ void thin_scaled_linears(StreamView on, const ScaledRows& x, std::span<const Sca
     check_linear(x.numbers, w.numbers, bias, out);
     shard::require(is_thin(x, w), shard::Code::Device, [&] { return fmt::format("device: {} rows of fp8 are not few rows in packs", x.numbers.rows); });
   }
-  for (; !all.empty(); all = all.subspan(std::min<std::size_t>(all.size(), kPieces))) {
-    const auto some = all.first(std::min<std::size_t>(all.size(), kPieces));
-    x.numbers.rows <= 8 ? start<8>(on, x, some) : start<16>(on, x, some);
-  }
+  x.numbers.rows <= 8 ? start<8>(on, x, all) : start<16>(on, x, all);
 }
 
 }  // namespace gpu
